@@ -1,0 +1,39 @@
+# make run     the embedded ladder, from nothing to an aligned model      make check   style, types, fast tests (under 2 minutes)
+# make test    everything that CI runs                                    make bench   side-by-side measurements
+# make load    long fault and load runs                                   make clean   the environment and caches (runs/ stays)
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+RUN_ARGS ?=
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: run test check bench load clean install
+
+run: $(STAMP)
+	$(PY) -m temper run recipes/harbour.yaml --out runs/harbour $(RUN_ARGS)
+
+test: check
+	$(PY) -m pytest -m "slow and not load"
+
+check: $(STAMP)
+	$(PY) -m ruff check src tests bench
+	$(PY) -m ruff format --check src tests bench
+	$(PY) -m mypy
+	$(PY) -m pytest -m "not slow and not load"
+
+load: $(STAMP)
+	$(PY) -m pytest -m load
+
+bench: $(STAMP)
+	$(PY) bench/ladder.py
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(PY) || python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info

@@ -1,0 +1,1 @@
+"""Temper: a language model from base to assistant."""

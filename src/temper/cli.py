@@ -1,0 +1,58 @@
+"""The command line: command -> module, imported when it is asked for. No logic. Floor 9."""
+
+import sys
+from importlib import import_module
+
+from temper.config import UserError
+
+COMMANDS = {  # command -> (module with main(argv) -> int, what it does)
+    "run": ("temper.ladder.run", "run a recipe of stages; without arguments the embedded ladder"),
+    "pretrain": ("temper.ladder.by_hand", "train a tokenizer and a language model from plain text"),
+    "sft": ("temper.ladder.by_hand", "teach a base model to answer, from demonstrations"),
+    "collect": ("temper.ladder.by_hand", "have the embedded world's annotators compare a model's answers"),
+    "reward": ("temper.ladder.by_hand", "train a reward model from pairs of answers"),
+    "ppo": ("temper.ladder.by_hand", "train a policy against a reward model"),
+    "dpo": ("temper.ladder.by_hand", "train on preference pairs directly"),
+    "constitution": ("temper.ladder.by_hand", "make a model harmless by written principles"),
+    "compare": ("temper.report.compare", "put the same prompts through the stages of a run, side by side"),
+    "chat": ("temper.report.chat", "talk to a stage"),
+    "report": ("temper.report.build", "write report.html and report.json of a run"),
+    "world": ("temper.world.show", "look at the embedded world"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return f"usage: temper COMMAND [OPTIONS]\n\n{lines}\n\ntemper COMMAND --help shows a command's options and examples."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 a check failed, 2 the input was wrong, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"temper {version('temper-lm')}")
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            import difflib
+
+            near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+            raise UserError(f"no command {argv[0]!r}; {f'did you mean {near[0]!r}?' if near else 'temper --help lists them'}")
+        module = import_module(COMMANDS[argv[0]][0])
+        if module.__name__ == "temper.ladder.by_hand":
+            return module.main(argv[0], argv[1:])
+        return module.main(argv[1:])
+    except UserError as e:
+        print(f"temper: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("temper: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0

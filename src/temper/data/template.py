@@ -1,0 +1,236 @@
+"""From messages to ids, for training, rollouts, judging and chat alike; ids and target come in one pass. Floor 2.
+
+The model's own chat template is used. Which characters are the assistant's is known from the template's {% generation %}
+blocks, else from rendering prefixes; which tokens those are is proven by tokenising text prefixes and comparing tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from temper.config import UserError
+from temper.records import Message
+
+SPECIAL_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+END = "<|end|>"
+DEFAULT_TEMPLATE = (
+    "{{- bos_token -}}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{{- '<|assistant|>' -}}{%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}"
+    "{%- elif message['role'] == 'system' -%}"
+    "{{- '<|system|>' + message['content'] + '<|end|>' -}}"
+    "{%- else -%}"
+    "{{- '<|user|>' + message['content'] + '<|end|>' -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+_PROBE = "Qxzq"
+_stops: WeakKeyDictionary[Any, tuple[tuple, list[int]]] = WeakKeyDictionary()
+
+
+def attach_default_template(tokenizer) -> int:
+    """Give a tokenizer without a chat template `DEFAULT_TEMPLATE` and its special tokens (the template is then saved with it).
+
+    Returns how many tokens are new to it, so how many embeddings its model lacks; 0 where it has a template already.
+    The end token becomes `<|end|>` where it had none; generation stops at `stop_ids(tokenizer)`.
+    """
+    if tokenizer.chat_template:
+        return 0
+    known = tokenizer.get_vocab()
+    missing = [token for token in SPECIAL_TOKENS if token not in known]
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)}, replace_extra_special_tokens=False)
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = END
+    tokenizer.chat_template = DEFAULT_TEMPLATE
+    return len(missing)
+
+
+def template_name(tokenizer) -> str:
+    """How errors name a tokenizer's template."""
+    name = getattr(tokenizer, "name_or_path", "")
+    return f"the chat template of {name}" if name else "the chat template"
+
+
+def _template(tokenizer) -> str:
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the tokenizer has no chat template, so it belongs to a base model; fine-tune it first (`temper sft` attaches a template)"
+        )
+    return tokenizer.get_chat_template()
+
+
+def _render(tokenizer, messages: Sequence[Message], *, ask: bool, blocks: bool = False) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and with `blocks` the character spans of the generation blocks. ask: end with the generation prompt."""
+    template = _template(tokenizer)
+    texts: Any
+    spans: Any
+    try:
+        texts, spans = render_jinja_template(  # type: ignore[str-unpack]
+            conversations=[[m.model_dump() for m in messages]],
+            chat_template=template,
+            add_generation_prompt=ask,
+            return_assistant_tokens_mask=blocks,
+            **tokenizer.special_tokens_map,
+        )
+    except jinja2.TemplateError as error:
+        raise UserError(f"{template_name(tokenizer)} refuses these messages: {' '.join(str(error).split())}") from None
+    except (TypeError, KeyError, ValueError, AttributeError, IndexError, ZeroDivisionError, RecursionError) as error:
+        raise UserError(f"{template_name(tokenizer)} fails: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    return texts[0], [(int(a), int(b)) for a, b in spans[0]] if blocks else []
+
+
+def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def bos_id(tokenizer) -> int | None:
+    """The token every sequence begins with, or None. A bos that is the eos too counts only where the tokenizer adds it itself."""
+    bos = tokenizer.bos_token_id
+    if bos is None or bos != tokenizer.eos_token_id:
+        return bos
+    own = tokenizer("a", verbose=False)["input_ids"]
+    return bos if own and own[0] == bos else None
+
+
+def _begin(tokenizer, ids: list[int], what: str) -> list[int]:
+    """ids with exactly one beginning token where the tokenizer has one. Raises UserError when there are more."""
+    bos = bos_id(tokenizer)
+    if bos is None:
+        return ids
+    if ids[:1] != [bos]:
+        ids = [bos, *ids]
+    if bos in ids[1:] and bos != tokenizer.eos_token_id:
+        token = tokenizer.convert_ids_to_tokens(bos)
+        raise UserError(f"{what} renders the beginning token {token!r} {ids.count(bos)} times; it belongs at the start, once")
+    return ids
+
+
+def end_id(tokenizer) -> int:
+    """The token that ends a document. Raises UserError where there is none."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no end token; set its eos_token")
+    return tokenizer.eos_token_id
+
+
+def stop_ids(tokenizer) -> list[int]:
+    """The ids at which an answer ends: first the token the template writes after an assistant turn, then the end token.
+
+    Raises UserError where there is none: a model could never learn to stop.
+    """
+    key = (tokenizer.chat_template, tokenizer.eos_token_id, len(tokenizer))
+    cached = _stops.get(tokenizer)
+    if cached is not None and cached[0] == key:
+        return list(cached[1])
+    found: list[int] = []
+    if tokenizer.chat_template:
+        try:
+            text, _ = _render(tokenizer, [Message(role="user", content="a"), Message(role="assistant", content=_PROBE)], ask=False)
+        except UserError:
+            text = ""  # a template that wants something else first; then the end token alone counts
+        after = text.rpartition(_PROBE)[2]
+        special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+        for token in _encode(tokenizer, [after])[0] if after.strip() else []:
+            if token in special:
+                found.append(token)
+                break
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in found:
+        found.append(tokenizer.eos_token_id)
+    if not found:
+        raise UserError(
+            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no end token, so a model could never learn to stop; "
+            "set its eos_token, or a template that ends the assistant's turns with a special token"
+        )
+    _stops[tokenizer] = (key, found)
+    return list(found)
+
+
+def render_prompt(tokenizer, messages: Sequence[Message]) -> list[int]:
+    """ids of a prompt, up to where the answer begins: the template with its generation prompt, one beginning token.
+
+    A tokenizer without a template is a base model's: the contents on lines of their own.
+    """
+    if tokenizer.chat_template:
+        text, _ = _render(tokenizer, messages, ask=True)
+        what = template_name(tokenizer)
+    else:
+        text = "\n".join(m.content for m in messages) + "\n"
+        what = "the prompt"
+    return _begin(tokenizer, _encode(tokenizer, [text])[0], what)
+
+
+def _assistant_spans(tokenizer, messages: Sequence[Message], turns: list[int]) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered text and the character span of each assistant turn in `turns` (indices into messages)."""
+    name = template_name(tokenizer)
+    if re.search(r"\{%[-+]?\s*generation\b", _template(tokenizer)):
+        text, spans = _render(tokenizer, messages, ask=False, blocks=True)
+        if not any(a < b for a, b in spans):
+            raise UserError(f"{name} marks no token of these messages as the assistant's; nothing would be learned")
+        every = [i for i, m in enumerate(messages) if m.role == "assistant"]
+        if len(turns) < len(every):
+            if len(spans) != len(every):
+                raise UserError(f"{name} marks {len(spans)} blocks for {len(every)} assistant turns; learn all turns instead of the last")
+            spans = [spans[every.index(i)] for i in turns]
+        return text, [(a, b) for a, b in spans if a < b]
+    text, _ = _render(tokenizer, messages, ask=False)
+    spans = []
+    for i in turns:
+        head, _ = _render(tokenizer, messages[:i], ask=True)
+        upto = _render(tokenizer, messages[: i + 1], ask=False)[0] if i + 1 < len(messages) else text
+        if not (text.startswith(head) and text.startswith(upto) and len(head) < len(upto)):
+            raise UserError(
+                f"{name} renders the first {i + 1} messages differently alone and within the conversation, so the assistant's tokens"
+                " cannot be told; learn only the last turn, or add {% generation %} blocks to the template"
+            )
+        spans.append((len(head), len(upto)))
+    return text, spans
+
+
+def render_chat(tokenizer, messages: Sequence[Message], learn: Literal["all", "last"] = "all") -> tuple[list[int], list[float]]:
+    """(ids [n], target [n]): 1 on the tokens of the assistant's turns and the end-of-turn token after each, 0 elsewhere.
+
+    learn: every assistant turn, or only the last. Exactly one beginning token where the tokenizer has one.
+    Raises UserError when the assistant's tokens cannot be told with certainty, when no or every token would be learned, or
+    when no end-of-turn token follows a learned turn.
+    """
+    name = template_name(tokenizer)
+    turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
+    if not turns:
+        raise UserError("the conversation has no assistant turn; nothing would be learned")
+    stops = set(stop_ids(tokenizer))
+    text, spans = _assistant_spans(tokenizer, messages, turns if learn == "all" else turns[-1:])
+    borders = [at for span in spans for at in span]
+    places = [len(text), *sorted({*borders} - {len(text)})]
+    encoded = dict(zip(places, _encode(tokenizer, [text[:at] for at in places]), strict=True))
+    ids, prefixes = encoded[len(text)], [encoded[at] for at in borders]
+    for prefix in prefixes:
+        if ids[: len(prefix)] != prefix:
+            shown = tokenizer.decode(prefix[-4:])
+            raise UserError(f"{name} lets a token span the border of an assistant turn (near {shown!r}), so a prompt is not a token prefix")
+    target = [0.0] * len(ids)
+    for start, end in zip(prefixes[::2], prefixes[1::2], strict=True):
+        a, b = len(start), len(end)
+        last = max((t for t in range(a, b) if ids[t] in stops), default=None)
+        if last is not None and not tokenizer.decode(ids[last + 1 : b]).strip():
+            b = last + 1  # a line break that the template puts after the end of turn is never generated
+        else:
+            t = b  # the block leaves out the end of turn: learn it too, and blanks before it
+            while t < len(ids) and ids[t] not in stops and not tokenizer.decode([ids[t]]).strip():
+                t += 1
+            if t == len(ids) or ids[t] not in stops:
+                raise UserError(f"{name} writes no end-of-turn token after an assistant turn, so a model could never learn to stop")
+            b = t + 1
+        target[a:b] = [1.0] * (b - a)
+    whole = _begin(tokenizer, ids, name)
+    target = [0.0] * (len(whole) - len(ids)) + target
+    learned = sum(target)
+    if learned == 0 or learned == len(target):
+        raise UserError(f"{name}: {'no' if learned == 0 else 'every'} token would be learned; its mask cannot be right")
+    return whole, target

@@ -1,0 +1,315 @@
+"""From records to forest trees, with an explicit policy for what does not fit; everything dropped or cut is listed. Floor 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from temper.config import UserError
+from temper.data.template import bos_id, end_id, render_chat, render_prompt
+from temper.forest import Segment, Tree
+from temper.records import Chat, Message, Pair, Prompt, Record, Text
+
+TooLong = Literal["error", "drop", "cut-prompt"]
+
+
+class Window(Protocol):
+    """The settings that say what happens to long and broken rows. skip_bad: rows that the template refuses are left out."""
+
+    @property
+    def max_length(self) -> int | None: ...
+    @property
+    def too_long(self) -> TooLong: ...
+    @property
+    def skip_bad(self) -> bool: ...
+
+
+@dataclass
+class Report:
+    """What became of records on their way to tokens. Keys of `dropped` and `cut` are indices into the records."""
+
+    rows: int = 0
+    limit: int | None = None
+    limit_from: str = ""
+    tokens: int = 0  # as computed, shared prompts once
+    tokens_unshared: int = 0  # what the same rows would be one by one
+    dropped: dict[int, str] = field(default_factory=dict)
+    cut: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> int:
+        """Rows that became trees or prompts."""
+        return self.rows - len(self.dropped)
+
+    def summary(self) -> str:
+        """One line: how many were kept, dropped and cut, the limit and where it comes from."""
+        limit = f"limit {self.limit} tokens ({self.limit_from})" if self.limit else "no limit on length"
+        parts = [f"{self.kept} of {self.rows} rows, {self.tokens} tokens, {limit}"]
+        if self.tokens_unshared > self.tokens:
+            parts.append(f"{self.tokens_unshared} tokens without shared prompts")
+        for name, rows in (("dropped", self.dropped), ("prompt cut", self.cut)):
+            if rows:
+                first = list(rows.values())[:5]
+                parts.append(f"{len(rows)} {name}: {'; '.join(first)}{'; ...' if len(rows) > len(first) else ''}")
+        return "; ".join(parts)
+
+    def lines(self) -> list[str]:
+        """Every row that was dropped or cut, one line each."""
+        return [f"dropped: {text}" for text in self.dropped.values()] + [f"prompt cut: {text}" for text in self.cut.values()]
+
+
+def where(record: Record, index: int) -> str:
+    """How messages name a record: file:line where it was read from a file, else its row (1-based)."""
+    return str(getattr(record, "meta", {}).get("at") or f"row {index + 1}")
+
+
+def limit_of(model: Any, max_length: int | None) -> tuple[int | None, str]:
+    """(tokens a row may have, where that comes from). model: a model, its config, a number of tokens, or None for no window.
+
+    Raises UserError when --max-length exceeds the model's window.
+    """
+    config = getattr(model, "config", model)
+    window = config if isinstance(config, int) else getattr(config, "max_position_embeddings", None)
+    if max_length is None:
+        return window, "the model's window"
+    if window is not None and max_length > window:
+        raise UserError(f"--max-length {max_length}: the model's window is {window} tokens; give at most that")
+    return max_length, f"--max-length {max_length}"
+
+
+class _Fit:
+    """The policy at work on one list of records."""
+
+    def __init__(self, records: Sequence[Record], model: Any, window: Window, room: int = 0) -> None:
+        limit, source = limit_of(model, window.max_length)
+        self.records, self.window, self.room = records, window, room
+        self.report = Report(rows=len(records), limit=limit, limit_from=source)
+        self.long: list[tuple[int, int]] = []
+        if limit is not None and limit - room < 2:
+            raise UserError(f"{source} leaves no room for a prompt beside {room} tokens of answer; allow fewer tokens to the answer")
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """(index, record); UserErrors of the caller's rendering are not seen here: use `attempt`."""
+        yield from enumerate(self.records)
+
+    def attempt(self, index: int, render, *args: Any, **kwargs: Any) -> Any:
+        """What `render` returns; None when the template refuses the row and bad rows are skipped."""
+        at = where(self.records[index], index)
+        try:
+            return render(*args, **kwargs)
+        except UserError as error:
+            if not self.window.skip_bad:
+                raise UserError(f"{at}: {error}") from None
+            self.report.dropped[index] = f"{at}: {error}"
+            return None
+
+    def excess(self, index: int, length: int, cuttable: int) -> int | None:
+        """How many tokens to cut from the left of the prompt, 0 when the row fits; None when it is to be left out."""
+        limit = self.report.limit
+        if limit is None or length + self.room <= limit:
+            return 0
+        at = where(self.records[index], index)
+        over = length + self.room - limit
+        beside = f" beside {self.room} of answer" if self.room else ""
+        if self.window.too_long == "error":
+            self.long.append((index, length))
+        elif self.window.too_long == "drop":
+            self.report.dropped[index] = f"{at}: {length} tokens{beside}"
+        elif over > cuttable:
+            self.report.dropped[index] = f"{at}: {length} tokens{beside}, the answer alone does not fit"
+        else:
+            self.report.cut[index] = f"{at}: {length} tokens{beside}, {over} cut"
+            return over
+        return None
+
+    def done(self, kept: Sequence[Any]) -> Report:
+        """The report. Raises UserError for rows that are too long under the policy `error`, and when nothing is left."""
+        if self.long:
+            index, length = self.long[0]
+            r = self.report
+            limit = f"--max-length {r.limit}" if self.window.max_length is not None else f"{r.limit}, the model's window"
+            beside = f" + {self.room} for the answer" if self.room else ""
+            more = f" (and {len(self.long) - 1} more rows, the longest {max(n for _, n in self.long)})" if len(self.long) > 1 else ""
+            larger = " or a larger --max-length" if self.window.max_length is not None else ""
+            raise UserError(
+                f"{where(self.records[index], index)}: {length} tokens{beside} > {limit}{more}; use --too-long drop|cut-prompt{larger}"
+            )
+        if self.records and not kept:
+            first = next(iter(self.report.dropped.values()), "")
+            raise UserError(f"none of the {self.report.rows} rows is left to use; the first: {first}")
+        return self.report
+
+
+def _cut(ids: list[int], target: list[float], over: int, begin: int) -> tuple[list[int], list[float]]:
+    """Without the `over` tokens after the first `begin`; an earlier answer that loses its start is no longer learned."""
+    if over == 0:
+        return ids, target
+    first = begin + over
+    rest = target[first:]
+    if target[first - 1]:
+        for t, value in enumerate(rest):
+            if not value:
+                break
+            rest[t] = 0.0
+    if not begin and rest:
+        rest[0] = 0.0  # nothing precedes it
+    return ids[:begin] + ids[first:], target[:begin] + rest
+
+
+def _last_answer(target: Sequence[float]) -> int:
+    """Index of the first token of the last learned span."""
+    end = max(t for t, value in enumerate(target) if value)
+    while end and target[end - 1]:
+        end -= 1
+    return end
+
+
+def _begins(tokenizer, ids: Sequence[int]) -> int:
+    bos = bos_id(tokenizer)
+    return int(bos is not None and list(ids[:1]) == [bos])
+
+
+def chat_tree(tokenizer, record: Chat, learn: Literal["all", "last"] = "all") -> Tree:
+    """A conversation as one segment. Raises what `render_chat` raises."""
+    return [Segment(*render_chat(tokenizer, record.messages, learn))]
+
+
+def chat_trees(
+    tokenizer, records: Sequence[Chat], model: Any, window: Window, *, learn: Literal["all", "last"] = "all"
+) -> tuple[list[Tree], Report]:
+    """One tree per conversation that fits, in order. model: gives the window (see `limit_of`).
+
+    cut-prompt takes tokens from the left, the beginning token kept, never from the last answer. Raises UserError `file:row: ...`.
+    """
+    fit, trees = _Fit(records, model, window), []
+    for i, record in fit:
+        rendered = fit.attempt(i, render_chat, tokenizer, record.messages, learn)
+        if rendered is None:
+            continue
+        ids, target = rendered
+        begin = _begins(tokenizer, ids)
+        # at least one token of context stays: the beginning token, or one of the prompt
+        over = fit.excess(i, len(ids), cuttable=_last_answer(target) - max(1, begin))
+        if over is None:
+            continue
+        ids, target = _cut(ids, target, over, begin)
+        fit.report.tokens += len(ids)
+        trees.append([Segment(ids, target)])
+    fit.report.tokens_unshared = fit.report.tokens
+    return trees, fit.done(trees)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    n = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        n += 1
+    return n
+
+
+def _render_pair(tokenizer, record: Pair) -> tuple[int, list[int], list[float], list[int], list[float]]:
+    """(shared tokens, ids and target of the chosen and of the rejected conversation).
+
+    Shared is the rendered prompt where it is proven to be a token prefix of both; else the longest common prefix.
+    """
+    sides = [
+        render_chat(tokenizer, [*record.prompt, Message(role="assistant", content=a)], "last") for a in (record.chosen, record.rejected)
+    ]
+    (chosen, won), (rejected, lost) = sides
+    prompt = render_prompt(tokenizer, record.prompt)
+    n = len(prompt)
+    if not (chosen[:n] == prompt == rejected[:n]):
+        n = _common(chosen, rejected)
+    return min(n, won.index(1.0), lost.index(1.0)), chosen, won, rejected, lost
+
+
+def _pair(record: Pair, shared: int, chosen, won, rejected, lost) -> Tree:
+    rating = {"soft": record.soft, "margin": record.margin or 0.0}
+    top = 0 if shared else -1
+    answers = [
+        Segment(chosen[shared:], won[shared:], top, labels={"side": 1.0, **rating}),
+        Segment(rejected[shared:], lost[shared:], top, labels={"side": -1.0, **rating}),
+    ]
+    if not shared:
+        return answers
+    return [Segment(chosen[:shared], [0.0] * shared, labels={"side": 0.0, "soft": 0.0, "margin": 0.0}), *answers]
+
+
+def pair_tree(tokenizer, record: Pair) -> Tree:
+    """The prompt, and the two answers under it: the prompt's tokens stand once.
+
+    Labels: side (1 chosen, -1 rejected, 0 prompt), soft, margin (0 where none was given).
+    """
+    return _pair(record, *_render_pair(tokenizer, record))
+
+
+def pair_trees(tokenizer, records: Sequence[Pair], model: Any, window: Window) -> tuple[list[Tree], Report]:
+    """One tree per pair that fits, in order: prompt + the longer answer must be within the limit."""
+    fit, trees = _Fit(records, model, window), []
+    for i, record in fit:
+        rendered = fit.attempt(i, _render_pair, tokenizer, record)
+        if rendered is None:
+            continue
+        shared, chosen, won, rejected, lost = rendered
+        begin = min(_begins(tokenizer, chosen), shared)
+        over = fit.excess(i, max(len(chosen), len(rejected)), cuttable=shared - max(1, begin))
+        if over is None:
+            continue
+        chosen, won = _cut(chosen, won, over, begin)
+        rejected, lost = _cut(rejected, lost, over, begin)
+        shared -= over
+        fit.report.tokens += len(chosen) + len(rejected) - shared
+        fit.report.tokens_unshared += len(chosen) + len(rejected)
+        trees.append(_pair(record, shared, chosen, won, rejected, lost))
+    return trees, fit.done(trees)
+
+
+def prompt_ids(tokenizer, records: Sequence[Prompt], model: Any, window: Window, *, room: int = 0) -> tuple[list[list[int]], Report]:
+    """ids of each prompt that fits with `room` tokens left for the answer, in order; those left out are in Report.dropped."""
+    fit, prompts = _Fit(records, model, window, room), []
+    for i, record in fit:
+        ids = fit.attempt(i, render_prompt, tokenizer, record.messages)
+        if ids is None:
+            continue
+        begin = _begins(tokenizer, ids)
+        over = fit.excess(i, len(ids), cuttable=len(ids) - begin - 1)
+        if over is None:
+            continue
+        ids, _ = _cut(ids, [0.0] * len(ids), over, begin)
+        fit.report.tokens += len(ids)
+        prompts.append(ids)
+    fit.report.tokens_unshared = fit.report.tokens
+    return prompts, fit.done(prompts)
+
+
+def text_trees(tokenizer, records: Sequence[Text], window: int) -> tuple[list[Tree], Report]:
+    """Documents as trees of at most `window` tokens, each document ended by the end token, which is learned.
+
+    A longer document is cut into windows; each but the first begins with the last token of the one before, as context, so that
+    every token but a document's first is learned exactly once. A record whose meta says that it is part k of n parts of one text
+    is ended only if it is the last. Raises ValueError for a window below 2, UserError for a tokenizer without an end token.
+    """
+    if window < 2:
+        raise ValueError(f"window {window}: needs at least 2 tokens, one to read and one to learn")
+    end, bos = end_id(tokenizer), bos_id(tokenizer)
+    report = Report(rows=len(records), limit=window, limit_from="longer documents are cut into windows")
+    trees: list[Tree] = []
+    for first in range(0, len(records), 256):
+        chunk = records[first : first + 256]
+        batch = tokenizer([r.text for r in chunk], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        for i, (record, ids) in enumerate(zip(chunk, batch, strict=True), first):
+            part, parts = record.meta.get("part", 1), record.meta.get("parts", 1)
+            ids = [*([bos] if bos is not None and part == 1 else []), *ids, *([end] if part == parts else [])]
+            if len(ids) < 2 or not record.text:
+                report.dropped[i] = f"{where(record, i)}: no text"
+                continue
+            for at in range(0, len(ids) - 1, window - 1):
+                piece = ids[at : at + window]
+                trees.append([Segment(piece, [0.0] + [1.0] * (len(piece) - 1))])
+                report.tokens += len(piece)
+    report.tokens_unshared = report.tokens
+    if records and not trees:
+        raise UserError(f"none of the {len(records)} documents has text; give a file that holds some")
+    return trees, report

@@ -1,0 +1,276 @@
+"""Drives a stage: consumes steps, logs, evaluates, samples, saves, resumes, stops. Floor 6.
+
+The same command after any death goes on from the last whole checkpoint: what was logged after it is dropped and made again,
+and the result is the uninterrupted run's to the last bit (same machine, same thread count).
+"""
+
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from temper.runs import Run, load_latest, save_checkpoint
+from temper.train import State, Step, TrainingError
+
+LINES = 15.0  # seconds between two lines of progress where there is no terminal
+
+
+class Interrupted(SystemExit):
+    """Stopped by SIGINT or SIGTERM after saving; exit code 130."""
+
+    def __init__(self) -> None:
+        super().__init__(130)
+
+
+def drive(
+    make_steps: Callable[[State | None], Iterator[Step]],
+    run: Run,
+    *,
+    steps: int,
+    finish: Callable[[nn.Module], Any],
+    evaluate: Callable[[], Mapping[str, Any]] | None = None,
+    evaluate_every: int = 0,
+    samples: Callable[[], Iterable[Mapping[str, Any]]] | None = None,
+    samples_every: int = 0,
+    save_seconds: float = 120.0,
+    keep: int = 2,
+    best: str | None = None,
+    keep_checkpoints: bool = False,
+    quiet: bool = False,
+    title: str = "",
+    command: str = "",
+) -> dict:
+    """Runs a stage to its end, from wherever it stands, and returns its summary (also in stage.json).
+
+    make_steps(state): the steps after a snapshot, or all of them (None). run: claimed. evaluate() -> numbers and samples() ->
+    rows are asked every so many steps and after the last (every = 0: only after the last); they may use random numbers and
+    switch the module to eval mode without a trace. save_seconds: time between checkpoints; the last `keep` stay, and the one
+    with the highest evaluated number `best` ("-name": the lowest), saved when it is met. finish(module): writes the
+    artefact, atomically; then the run is done and the checkpoints go, unless `keep_checkpoints`. command: shown as the way to
+    go on after an interruption.
+
+    Raises Interrupted (exit code 130) after SIGINT or SIGTERM, saved; TrainingError as `fit` does, nothing saved over.
+    """
+    if run.done:
+        if not keep_checkpoints:
+            run.remove_checkpoints()
+        return run.stage["summary"]
+
+    began = time.monotonic()
+    loaded = load_latest(run.checkpoints)
+    for event in loaded.events:
+        run.event(**event)
+        _say(f"{event['checkpoint']} is damaged ({event['what']}); using the one before it", quiet)
+    tally: dict[str, Any] = {"seconds": 0.0, "tokens": 0.0, "tokens_learned": 0.0, "skipped": 0, "peak_mb": 0.0, "resumed": 0, "best": None}
+    state: State | None = None
+    if loaded.state is not None:
+        state, tally = loaded.state["fit"], {**tally, **loaded.state["tally"]}
+        tally["resumed"] += 1
+        _say(f"{title or run.folder}: going on after step {loaded.step} of {steps}", quiet)
+    elif run.rows("metrics"):
+        _say(f"{title or run.folder}: no whole checkpoint; starting at step 1", quiet)
+    run.truncate_after(loaded.step)
+    if run.rows("metrics") or state is not None or loaded.events:
+        run.event("resumed", after=loaded.step)
+    before = tally["seconds"]
+    last = loaded.step
+    stopping = False
+    saved_at = time.monotonic()
+    module: nn.Module | None = None
+    final: dict[str, float] = next((row for row in reversed(run.rows("metrics")) if "eval" not in row), {})
+
+    def save(step: Step) -> None:
+        nonlocal saved_at
+        tally["seconds"] = before + time.monotonic() - began
+        tally["peak_mb"] = max(tally["peak_mb"], _peak_mb())
+        state = {"fit": step.snapshot(), "tally": dict(tally)}
+        save_checkpoint(run.checkpoints, step.n, state, keep=keep, best=tally["best"] and tally["best"]["step"])
+        saved_at = time.monotonic()
+
+    with _signals() as stop, _progress(title, steps, last, quiet) as show:
+        run.set_status(phase="train", now=True, step=last, steps=steps)
+        iterator = iter(make_steps(state))
+        del state, loaded
+        try:
+            for step in iterator:
+                last, module = step.n, step.module
+                at_end = last >= steps
+                if step.metrics:  # none: a finished run whose artefact was not yet written
+                    final = {"step": last, **step.metrics}
+                    run.log("metrics", final)
+                    tally["tokens"] += step.metrics.get("tokens", 0)
+                    tally["tokens_learned"] += step.metrics.get("tokens_learned", 0)
+                    tally["skipped"] += int(step.metrics.get("skipped", 0))
+                    for event in step.events:
+                        run.event(**event, step=last)
+                        if "note" in event:
+                            _say(f"step {last}: {event['event']}: {event['note']}", quiet)
+                    better = False
+                    if evaluate and (at_end or _due(last, evaluate_every)):
+                        run.set_status(phase="evaluate", now=True, step=last, steps=steps)
+                        with _untouched(module):
+                            found = dict(evaluate())
+                        run.log("metrics", {"step": last, "eval": found})
+                        better = best is not None and _better(found, best, tally, last)
+                    if samples and (at_end or _due(last, samples_every)):
+                        with _untouched(module):
+                            for row in samples():
+                                run.log("samples", {"step": last, **row})
+                    stopping = stop()  # asked once: a signal after this is for the next step
+                    if at_end or better or stopping or time.monotonic() - saved_at >= save_seconds:
+                        save(step)
+                eta = show(last, step.metrics)
+                run.set_status(phase="train", step=last, steps=steps, eta=eta, seconds=before + time.monotonic() - began)
+                if stopping and not at_end:
+                    run.set_status(phase="interrupted", now=True, step=last, steps=steps)
+                    run.event("interrupted", after=last)
+                    break
+                if at_end:
+                    break
+        except TrainingError as error:
+            run.event("stopped", after=last, what=str(error))
+            run.set_status(phase="failed", now=True, step=last, steps=steps, what=str(error))
+            raise
+        finally:
+            if hasattr(iterator, "close"):
+                iterator.close()
+        if last < steps and stopping:
+            how = f"the same command goes on{': ' + command if command else ''}"
+            show(None, {})
+            print(f"stopped after step {last} of {steps}, saved in {run.checkpoints}; {how}", file=sys.stderr)
+            raise Interrupted
+        if module is None or last < steps:
+            raise RuntimeError(f"{run.folder}: the steps ended after {last} of {steps}")
+        run.set_status(phase="finish", now=True, step=last, steps=steps)
+        with _untouched(module):
+            finish(module)
+        stopping = stop()
+
+    seconds = before + time.monotonic() - began
+    summary = {
+        "steps": last,
+        "seconds": round(seconds, 3),
+        "tokens": int(tally["tokens"]),
+        "tokens_learned": int(tally["tokens_learned"]),
+        "tokens_per_second": round(tally["tokens"] / seconds, 1),
+        "peak_mb": round(max(tally["peak_mb"], _peak_mb()), 1),
+        "skipped": tally["skipped"],
+        "resumed": tally["resumed"],
+        "last": {name: value for name, value in final.items() if name != "step"},
+    }
+    if tally["best"]:
+        summary["best"] = tally["best"]
+    if torch.cuda.is_available():
+        summary["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    run.finish(summary)
+    if not keep_checkpoints:
+        run.remove_checkpoints()
+    if stopping:
+        print(f"stopped; {run.folder} is done", file=sys.stderr)
+        raise Interrupted
+    return summary
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _better(found: Mapping[str, Any], best: str, tally: dict, step: int) -> bool:
+    """Is this evaluation the best so far? Remembers it in the tally."""
+    name, sign = (best[1:], -1.0) if best.startswith("-") else (best, 1.0)
+    if name not in found:
+        raise ValueError(f"best={best!r}: the evaluation has {sorted(found)}")
+    if tally["best"] is not None and sign * found[name] <= sign * tally["best"][name]:
+        return False
+    tally["best"] = {"step": step, name: float(found[name])}
+    return True
+
+
+@contextmanager
+def _untouched(module: nn.Module) -> Iterator[None]:
+    """Train/eval modes after are as before. (Random states need no care: every step begins with its own.)"""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM ask for a stop after the step; a second SIGINT stops at once. Gives: was a stop asked for?"""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def ask(number: int, _: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _peak_mb() -> float:
+    """Largest resident size of this process so far, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _say(line: str, quiet: bool) -> None:
+    if not quiet:
+        print(line, file=sys.stderr)
+
+
+def _numbers(metrics: Mapping[str, float]) -> str:
+    shown = [f"loss {metrics['loss']:.4g}"] if "loss" in metrics else []
+    return "  ".join(shown + ([f"{metrics['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in metrics else []))
+
+
+@contextmanager
+def _progress(title: str, steps: int, done: int, quiet: bool) -> Iterator[Callable[[int | None, Mapping[str, float]], float | None]]:
+    """A bar on a terminal, now and then a line elsewhere, nothing when quiet. Gives show(step, metrics) -> seconds left."""
+    began, told = time.monotonic(), time.monotonic()
+    bar = None
+    if not quiet and sys.stderr.isatty():
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        bar = Progress(*columns, TextColumn("{task.fields[numbers]}"), console=Console(stderr=True), transient=False)
+        bar.start()
+        task = bar.add_task(title or "train", total=steps, completed=done, numbers="")
+
+    def show(step: int | None, metrics: Mapping[str, float]) -> float | None:
+        nonlocal told
+        if step is None:
+            if bar:
+                bar.stop()
+            return None
+        eta = (time.monotonic() - began) / max(1, step - done) * (steps - step)
+        if bar:
+            bar.update(task, completed=step, numbers=_numbers(metrics))
+        elif not quiet and (step == steps or time.monotonic() - told >= LINES):
+            told = time.monotonic()
+            left = f"  {int(eta // 60)}:{int(eta % 60):02d} left" if step < steps else ""
+            print(f"{title or 'train'} {step}/{steps}  {_numbers(metrics)}{left}", file=sys.stderr)
+        return eta
+
+    try:
+        yield show
+    finally:
+        if bar:
+            bar.stop()

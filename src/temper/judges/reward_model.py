@@ -1,0 +1,48 @@
+"""A reward model as a rater: one number per answer, on the scale of the answers it was trained on. Floor 4."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from temper.data.packing import pack
+from temper.data.template import render_prompt, stop_ids
+from temper.forest import Forest, Segment, plant
+from temper.models.heads import scalar
+from temper.models.load import load_scalar
+from temper.records import Message
+
+
+class RewardModel:
+    """Scores are (raw - mean) / std, with the mean and deviation over the answers seen in training (arXiv:2203.02155, sec. 3.5)."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.model, self.tokenizer = load_scalar(str(folder))
+        scale = getattr(self.model.config, "temper_reward", None) or {"mean": 0.0, "std": 1.0}
+        self.mean, self.std = float(scale["mean"]), float(scale["std"])
+
+    def score(self, forest: Forest, at: Tensor) -> Tensor:
+        """Scores read at the token indices `at` [n], the last token of each answer -> [n]."""
+        with torch.no_grad():
+            return (scalar(self.model, forest, at).float() - self.mean) / self.std
+
+    def score_answers(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str], budget: int = 8192) -> list[float]:
+        """One score per (prompt, answer); the answer's end-of-turn token is added, the model having been trained with it."""
+        stop = stop_ids(self.tokenizer)[0]
+        trees = [
+            [Segment([*render_prompt(self.tokenizer, list(p)), *self.tokenizer.encode(a, add_special_tokens=False), stop], None)]
+            for p, a in zip(prompts, answers, strict=True)
+        ]
+        out = [0.0] * len(trees)
+        for group in pack([len(t[0].tokens) for t in trees], budget):
+            forest = plant([trees[i] for i in group], weights={})
+            for i, value in zip(group, self.score(forest, forest.end - 1).tolist(), strict=True):
+                out[i] = value
+        return out
+
+
+def remember_scale(model: Any, scores: Tensor) -> None:
+    """Write the mean and deviation of these raw scores [n] into the model's configuration."""
+    model.config.temper_reward = {"mean": float(scores.mean()), "std": float(scores.std().clamp(min=1e-6))}

@@ -1,0 +1,51 @@
+"""`temper sft`, `temper dpo` and the other methods as commands of their own. Floor 7."""
+
+import json
+import shlex
+from typing import Any
+
+import pydantic
+
+from temper.config import Settings, opt, parse
+from temper.ladder.stage import Context, Place, run_stage
+from temper.methods import load
+from temper.runs import Run
+
+
+class Output(Settings):
+    """What is printed at the end."""
+
+    json_: bool = opt(False, "print the summary as JSON")
+
+
+def command_of(method: str) -> type[Settings]:
+    """The settings of a command: the method's own, where it writes, what it prints."""
+    own = load(method).settings(method)
+    return pydantic.create_model(own.__name__, __base__=Settings, __doc__=own.__doc__, method=(own, ...), place=(Place, ...), output=(Output, Output()))
+
+
+def main(method: str, argv: list[str]) -> int:
+    """Train one stage on the user's model and data; exit code 0."""
+    settings: Any = parse(command_of(method), argv, f"temper {method}", load(method).EXAMPLES)
+    summary = run_stage(method, settings.method, settings.place, Context(command=shlex.join(["temper", method, *argv])))
+    run = Run(settings.place.out)
+    if settings.output.json_:
+        print(json.dumps({"out": settings.place.out, "card": run.stage["card"], "summary": summary}))
+        return 0
+    for line in story(method, run, summary):
+        print(line)
+    return 0
+
+
+def story(method: str, run: Run, summary: dict[str, Any]) -> list[str]:
+    """What happened and what to do next, a line each."""
+    what = load(method).METRICS
+    lines = [f"{method}: {summary['steps']} steps, {summary.get('tokens', 0):,} tokens, {summary['seconds']:.0f} s" if summary["steps"] else method]
+    lines += [f"  {name}: {value}" for name, value in run.stage["card"].items() if value not in (None, "", [])]
+    for name, value in {**summary.get("last", {}), **summary}.items():
+        if name in what and isinstance(value, (int, float)):
+            lines.append(f"  {name} {value:.4g}  ({what[name]})")
+    if (run.folder / "model").is_dir():
+        after = "temper reward and temper ppo use it" if method == "reward" else f"temper chat {run.folder}"
+        lines.append(f"model in {run.model}; next: {after}")
+    return lines

@@ -1,0 +1,123 @@
+"""One stage: a method, its settings, a folder; trained, resumed or found done. Floor 7."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from temper.config import Settings, UserError, dump, opt
+from temper.driver import drive
+from temper.methods import load
+from temper.runs import Run, fingerprint
+from temper.world.streams import VERSION
+
+INPUTS = ("model", "data", "reward", "prompts", "red_team", "helpful", "helpful_pairs", "principles")  # settings that name what is read
+
+
+class Place(Settings):
+    """Where a stage is written, and how it runs."""
+
+    out: str = opt(..., "folder of the stage: model/, stage.json, metrics.jsonl")
+    threads: int = opt(2, "CPU threads; the last digits of every figure depend on it", ge=1)
+    looks: int = opt(8, "evaluations along the way", ge=1)
+    save_seconds: float = opt(60.0, "seconds between checkpoints", gt=0)
+    fresh: bool = opt(False, "remove what temper wrote in --out and start over")
+    quiet: bool = opt(False, "no progress")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a recipe knows and a stage by hand does not."""
+
+    parent: str | None = None
+    command: str = ""
+    probe: Mapping[str, str] | None = None  # {"reference": folder, "reward": folder}: look at gold, KL and proxy along the way
+
+
+def input_fingerprint(value: str) -> str:
+    """By content: of a file, of a stage's model, of the world's version and the request; a hub name counts as its name."""
+    if value.startswith("world:"):
+        return fingerprint([VERSION, value])
+    path = Path(value)
+    if (path / "model").is_dir():
+        path = path / "model"
+    return fingerprint(path) if path.exists() else fingerprint(value)
+
+
+def identity(method: str, settings: Settings, place: Place) -> dict[str, Any]:
+    """What decides a stage's result: equal identities (and code) give equal bits on one machine."""
+    values = dump(settings)
+    inputs = {name: input_fingerprint(values[name]) for name in INPUTS if values.get(name)}
+    return {"method": method, "settings": {k: v for k, v in values.items() if k not in inputs}, "inputs": inputs, "threads": place.threads}
+
+
+def run_stage(method: str, settings: Settings, place: Place, context: Context | None = None) -> dict[str, Any]:
+    """Run a stage to its end from wherever it stands; returns its summary, which is also in stage.json.
+
+    Raises UserError for wrong input, Interrupted after a signal (saved; the same command goes on).
+    """
+    context = context or Context()
+    torch.set_num_threads(place.threads)
+    began = time.monotonic()
+    values = dump(settings)
+    record = {
+        "parent": context.parent,
+        "named": {name: values[name] for name in INPUTS if values.get(name)},
+        "command": context.command,
+        "seed": values.get("seed"),
+        "threads": place.threads,
+    }
+    with Run.claim(place.out, identity(method, settings, place), fresh=place.fresh, record=record) as run:
+        if run.done:
+            return run.stage["summary"]
+        run.set_status(phase="prepare", now=True)
+        job = load(method).prepare(settings, run)
+        run.update(card=job.card)
+        if not place.quiet:
+            for note in job.notes:
+                print(note)
+        artefact = run.file(job.artefact)
+        if job.make:
+            run.set_status(phase="collect", now=True)
+            job.make(artefact, lambda done, of: run.set_status(phase="collect", step=done, steps=of))
+            run.update(card=job.card)
+            summary = {"seconds": round(time.monotonic() - began, 3), "steps": 0}
+            run.finish(summary)
+            return summary
+        found: dict[str, float] = {}
+        look = _look(job, context)
+
+        def evaluate() -> dict[str, float]:
+            found.update(look())
+            return dict(found)
+
+        summary = drive(
+            job.steps,
+            run,
+            steps=job.total,
+            finish=lambda module: job.save(artefact),
+            evaluate=evaluate,
+            evaluate_every=max(1, job.total // place.looks),
+            save_seconds=place.save_seconds,
+            quiet=place.quiet,
+            title=Path(place.out).name,
+            command=context.command,
+        )
+        last = next((row["eval"] for row in reversed(run.rows("metrics")) if "eval" in row), {})
+        summary = {**summary, **{name: value for name, value in last.items() if name.startswith(("held_out", "expected", "ceiling"))}}
+        summary["seconds"] = round(max(summary["seconds"], time.monotonic() - began), 3)
+        run.update(summary=summary)
+        return summary
+
+
+def _look(job, context: Context) -> Callable[[], dict[str, float]]:
+    """The method's own held-out figures, and on the embedded world gold, KL and proxy."""
+    probe = None
+    if context.probe is not None and job.policy:
+        from temper.evals.harbour import Probe
+
+        probe = Probe(*job.policy, reference=context.probe.get("reference"), reward=context.probe.get("reward"))
+    return lambda: {**(job.evaluate() if job.evaluate else {}), **(probe() if probe else {})}

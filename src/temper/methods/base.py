@@ -1,0 +1,67 @@
+"""What the methods share: the job that a driver runs, offline batches, the settings of data and length. Floor 5."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from temper.config import Settings, opt
+from temper.data.packing import batch_indices, pack
+from temper.forest import Forest, Tree, plant
+from temper.train import State, Step
+
+
+class Window(Settings):
+    """What happens to rows that are long or broken."""
+
+    max_length: int | None = opt(None, "tokens a row may have; default: the model's window", ge=2)
+    too_long: Literal["error", "drop", "cut-prompt"] = opt("error", "what to do with a longer row; the answer's end is never cut")
+    skip_bad: bool = opt(False, "leave out rows that cannot be read, and list them")
+
+
+class Batching(Settings):
+    """How records become optimiser steps."""
+
+    batch: int = opt(32, "records per optimiser step", ge=1)
+    epochs: float = opt(1.0, "passes over the records", gt=0)
+    tokens_per_microbatch: int = opt(8192, "tokens computed at a time; the result does not depend on it", ge=1)
+    held_out: float = opt(0.05, "share of the records kept out of training and reported", ge=0, lt=1)
+    seed: int = opt(0, "of the order of the records and of everything random", ge=0)
+
+    def steps(self, records: int) -> int:
+        """Optimiser steps in all."""
+        return max(1, round(records * self.epochs / self.batch))
+
+
+@dataclass
+class Job:
+    """One run of a method, ready to go. A driver pulls `steps`, evaluates, saves and stops as it likes."""
+
+    total: int = 0
+    steps: Callable[[State | None], Iterator[Step]] = lambda resume: iter(())
+    save: Callable[[Path], None] = lambda path: None  # writes the trained artefact, atomically
+    make: Callable[[Path, Callable[[int, int], None]], None] | None = None  # instead of steps, where nothing is trained; told(done, of)
+    card: dict[str, Any] = field(default_factory=dict)  # records, tokens, what was dropped and why
+    evaluate: Callable[[], dict[str, float]] | None = None  # on the held-out records
+    policy: Any = None  # (model, tokenizer) that can be asked, where there is one
+    artefact: str = "model"  # the file or folder that `save` writes
+    notes: Sequence[str] = ()  # said to the user before the first step
+
+
+def offline(trees: Sequence[Tree], batching: Batching, weigh: Callable[[Sequence[Tree]], dict[str, float]] | None = None) -> Callable[[int], list[Forest]]:
+    """The source of an offline method: step -> micro-batches, a pure function of (records, seed, step)."""
+    sizes = [sum(len(s.tokens) for s in tree) for tree in trees]
+
+    def source(step: int) -> list[Forest]:
+        chosen = batch_indices(len(trees), batching.batch, batching.seed, step)
+        groups = pack([sizes[i] for i in chosen], batching.tokens_per_microbatch)
+        return [plant(picked, weigh(picked) if weigh else None) for group in groups for picked in [[trees[chosen[g]] for g in group]]]
+
+    return source
+
+
+def forests(trees: Sequence[Tree], microbatch: int, weigh: Callable[[Sequence[Tree]], dict[str, float]] | None = None) -> Iterator[tuple[list[int], Forest]]:
+    """All trees once, packed: (their indices, the forest). For reference log-probs, scores and held-out losses."""
+    for group in pack([sum(len(s.tokens) for s in tree) for tree in trees], microbatch):
+        picked = [trees[i] for i in group]
+        yield list(group), plant(picked, weigh(picked) if weigh else None)

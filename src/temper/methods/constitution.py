@@ -1,0 +1,233 @@
+"""Constitutional AI: a model criticises and revises its own answers by written principles, then judges pairs of them. Floor 5.
+
+arXiv:2212.08073. (1) On red-team prompts the model answers, criticises its answer by a principle drawn at random and revises it, as
+often as `revisions` says; it is then fine-tuned on the revisions of every round and on its own answers to helpful prompts. The
+critique is never part of what is learned. (2) The fine-tuned model answers each red-team prompt several times; the model as it was
+before compares two answers under principles, in both orders (arXiv:2309.00267); the label is the probability of the option's
+letter, soft and unclamped; preference training (DPO) follows, with human comparisons of helpfulness in the mix.
+Deviations: (1) starts from the SFT model, not the base; (2) trains by DPO where the paper trained a preference model and used RL.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from temper.config import Settings, UserError, opt
+from temper.data.sources import read
+from temper.data.template import render_prompt, stop_ids
+from temper.data.trees import chat_trees, pair_trees, prompt_ids
+from temper.forest import Segment
+from temper.methods import preference, sft
+from temper.methods.base import Batching, Job, Window, forests, offline
+from temper.methods.collect import differing
+from temper.models.heads import token_logp
+from temper.models.load import load_policy, save
+from temper.records import Chat, Message, Pair, read_jsonl, write_jsonl
+from temper.rollout import Sampling, sample
+from temper.runs import Run
+from temper.train import Optim, State, Step, fit
+from temper.world.constitution import DEFAULT, Constitution, load
+
+METRICS = {**sft.METRICS, **{f"{name}": text for name, text in preference.METRICS.items() if name != "loss"}, "phase": "1: revisions, 2: AI preferences"}
+EXAMPLES = """
+  temper constitution --model runs/sft --red-team redteam.jsonl --helpful prompts.jsonl --out runs/constitution
+  temper constitution --model runs/sft --red-team redteam.jsonl --helpful prompts.jsonl --principles mine.yaml --out runs/mine
+"""
+
+
+class Phase1(Settings):
+    """Fine-tuning on revisions."""
+
+    sl_epochs: float = opt(2.0, "passes over revisions and helpful answers", gt=0)
+    sl_lr: float = opt(3e-4, "peak learning rate of that", gt=0)
+
+
+class CAI(Settings):
+    """Make a model harmless by a constitution, with no human label of harm."""
+
+    model: str = opt(..., "the helpful model: it answers, criticises, revises and judges")
+    red_team: str = opt(..., "prompts that ask for harm")
+    helpful: str = opt(..., "ordinary prompts, which keep the model from turning evasive")
+    helpful_pairs: str | None = opt(None, "human comparisons of helpfulness for the second phase; those on red-team prompts are left out")
+    principles: str | None = opt(None, "the constitution, a YAML file; default: the harbour's")
+    revisions: int = opt(1, "rounds of critique and revision", ge=1)
+    judged_by: int = opt(3, "principles drawn for each comparison", ge=1)
+    beta: float = opt(0.1, "pull to the fine-tuned model in the second phase", gt=0)
+    sampling: Sampling = Sampling()
+    window: Window = Window()
+    phase1: Phase1 = Phase1()
+    batching: Batching = Batching(held_out=0.0)
+    optim: Optim = Optim(lr=1e-4, schedule="cosine", warmup=0.1)
+
+
+def settings(name: str) -> type[Settings]:
+    return CAI
+
+
+def harmlessness(path: str | Path) -> Constitution:
+    """The principles about harm: on red-team prompts the others (be honest, do not refuse without need) would speak against them.
+
+    Raises UserError naming the file and what is wrong in it.
+    """
+    try:
+        constitution = load(path)
+    except (OSError, ValueError) as e:
+        raise UserError(str(e)) from None
+    chosen = tuple(p for p in constitution.principles if p.about == "harm")
+    if not chosen:
+        raise UserError(f"{path}: no principle says `about: harm`; red-team answers are criticised by those")
+    return constitution._replace(principles=chosen)
+
+
+@dataclass
+class Author:
+    """A model that is asked: what every phase needs to answer, criticise, revise and judge."""
+
+    model: Any
+    tokenizer: Any
+    s: CAI
+
+    def answers(self, conversations: Sequence[list[Message]], purpose: int, n: int = 1) -> list[list[str]]:
+        """n answers to each conversation; `purpose` keeps the random numbers of different requests apart. Unfinished ones are ''."""
+        ids = [render_prompt(self.tokenizer, c) for c in conversations]
+        groups = sample(
+            self.model, ids, sampling=self.s.sampling, stop=stop_ids(self.tokenizer), n=n, seed=(self.s.batching.seed, purpose)
+        )
+        return [[self.tokenizer.decode(a.tokens, skip_special_tokens=True).strip() if a.finish == "stop" else "" for a in g] for g in groups]
+
+    def preference(self, constitution: Constitution, questions: Sequence[str], pairs: Sequence[tuple[str, str]], purpose: int) -> list[float]:
+        """P(the first answer is better): the letter's probability among the two, averaged over both orders and drawn principles."""
+        letters = [self.tokenizer.encode(x, add_special_tokens=False) for x in "AB"]
+        if any(len(x) != 1 for x in letters):
+            raise UserError("the tokenizer has no single tokens for A and B, which the answer to a comparison must begin with")
+        rng = _rng(self.s.batching.seed, purpose)
+        trees, sign = [], []
+        for question, (a, b) in zip(questions, pairs, strict=True):
+            for k in rng.permutation(len(constitution.principles))[: self.s.judged_by]:
+                for first, second in (a, b), (b, a):
+                    text = constitution.comparison(question, first, second, constitution.principles[k])
+                    ids = render_prompt(self.tokenizer, [Message(role="user", content=text)])
+                    trees.append([Segment(ids, [0.0] * len(ids)), *(Segment(x, [1.0], parent=0) for x in letters)])
+                    sign.append(first is a)
+        chosen = torch.zeros(len(trees))
+        with torch.no_grad():
+            for index, forest in forests(trees, self.s.batching.tokens_per_microbatch):
+                chosen[index] = token_logp(self.model, forest).view(-1, 2).softmax(-1)[:, 0]
+        p = torch.where(torch.tensor(sign), chosen, 1 - chosen)
+        return p.view(len(pairs), -1).mean(-1).tolist()
+
+
+def _rng(seed: int, purpose: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, purpose])))
+
+
+def revise(author: Author, constitution: Constitution, prompts: Sequence[list[Message]]) -> list[Chat]:
+    """Answer, criticise, revise; again. One record per prompt and round whose revision ended; meta keeps the whole exchange."""
+    rng = _rng(author.s.batching.seed, 0)
+    current = [a for (a,) in author.answers(prompts, purpose=1)]
+    out = []
+    for r in range(author.s.revisions):
+        drawn = [constitution.principles[k] for k in rng.integers(len(constitution.principles), size=len(prompts))]
+        live = [i for i, a in enumerate(current) if a]
+        asked = [
+            [*prompts[i], Message(role="assistant", content=current[i]), Message(role="user", content=drawn[i].critique)] for i in live
+        ]
+        critiques = [c for (c,) in author.answers(asked, purpose=2 + 2 * r)]
+        asked = [
+            [*talk, Message(role="assistant", content=c), Message(role="user", content=drawn[i].revision)]
+            for i, talk, c in zip(live, asked, critiques, strict=True)
+        ]
+        revised = [a for (a,) in author.answers(asked, purpose=3 + 2 * r)]
+        for i, c, new in zip(live, critiques, revised, strict=True):
+            if new:
+                meta = {"answer": current[i], "principle": drawn[i].name, "critique": c, "round": r + 1}
+                out.append(Chat(messages=[*prompts[i], Message(role="assistant", content=new)], meta=meta))
+            current[i] = new
+    return out
+
+
+def compare(author: Author, judge: Author, constitution: Constitution, prompts: Sequence[list[Message]]) -> list[Pair]:
+    """Pairs of the author's answers with the judge's soft labels: chosen is the likelier, soft its probability."""
+    groups = author.answers(prompts, purpose=1000, n=4)
+    asked = [(p, two) for p, g in zip(prompts, groups, strict=True) if (two := differing([a for a in g if a] or [""]))]
+    questions = ["\n".join(m.content for m in p) for p, _ in asked]
+    chance = judge.preference(constitution, questions, [two for _, two in asked], purpose=1001)
+    return [
+        Pair(prompt=p, chosen=a if x >= 0.5 else b, rejected=b if x >= 0.5 else a, soft=max(x, 1 - x))
+        for (p, (a, b)), x in zip(asked, chance, strict=True)
+    ]
+
+
+def prepare(settings: CAI, run: Run) -> Job:
+    s, b = settings, settings.batching
+    constitution = harmlessness(s.principles or DEFAULT)
+    model, tokenizer = load_policy(s.model)
+    judge, _ = load_policy(s.model)
+    author, judging = Author(model, tokenizer, s), Author(judge, tokenizer, s)
+
+    def prompts(spec: str) -> list[list[Message]]:
+        records, _ = read(spec, "prompts", skip_bad=s.window.skip_bad)
+        _, cut = prompt_ids(tokenizer, records, model, s.window, room=s.sampling.max_new)
+        return [r.messages for i, r in enumerate(records) if i not in cut.dropped]
+
+    red_team, helpful = prompts(s.red_team), prompts(s.helpful)
+    revised, kept = run.file("revisions.jsonl"), run.file("helpful.jsonl")
+    if not kept.exists():  # written after revisions.jsonl, so it stands for both
+        write_jsonl(revised, revise(author, constitution, red_team))
+        own = zip(helpful, author.answers(helpful, purpose=500), strict=True)
+        write_jsonl(kept, [Chat(messages=[*p, Message(role="assistant", content=a)]) for p, (a,) in own if a])
+    chats = [*read_jsonl(revised, Chat), *read_jsonl(kept, Chat)]
+    trees, _ = chat_trees(tokenizer, chats, model, s.window, learn="last")
+    first = max(1, round(len(trees) * s.phase1.sl_epochs / b.batch))
+    second = b.steps(len(red_team))
+
+    def phase1(resume: State | None) -> Iterator[Step]:
+        optim = s.optim.model_copy(update={"lr": s.phase1.sl_lr})
+        return fit(model, offline(trees, b), sft.lm_loss, steps=first, optim=optim, seed=b.seed, resume=resume)
+
+    def phase2(resume: State | None) -> Iterator[Step]:
+        tuned = run.file("revised")
+        if resume is None:
+            save(model, tokenizer, tuned)
+        else:
+            model.load_state_dict(load_policy(str(tuned))[0].state_dict())
+        labelled = run.file("ai_pairs.jsonl")
+        if resume is None or not labelled.exists():
+            write_jsonl(labelled, compare(author, judging, constitution, red_team))
+        pairs = read_jsonl(labelled, Pair)
+        if s.helpful_pairs:
+            dangerous = {p[-1].content for p in red_team}
+            human, _ = read(s.helpful_pairs, "pairs", skip_bad=s.window.skip_bad)
+            pairs += [p for p in human if p.prompt[-1].content not in dangerous]
+        pair_tree, _ = pair_trees(tokenizer, pairs, model, s.window)
+        preference.with_reference(model, pair_tree, b.tokens_per_microbatch)
+        return preference.train_on(model, pair_tree, "dpo", {"beta": s.beta}, b, s.optim, steps=second, resume=resume)
+
+    def steps(resume: State | None) -> Iterator[Step]:
+        phase = resume["phase"] if resume else 1
+        if phase == 1:
+            yield from _numbered(phase1(resume["state"] if resume else None), 1, 0)
+            resume = None
+        yield from _numbered(phase2(resume["state"] if resume else None), 2, first)
+
+    return Job(
+        total=first + second,
+        steps=steps,
+        save=lambda path: save(model, tokenizer, path),
+        card={"red_team": len(red_team), "helpful": len(helpful), "records": len(chats), "principles": [p.name for p in constitution.principles]},
+        policy=(model, tokenizer),
+    )
+
+
+def _numbered(steps: Iterator[Step], phase: int, offset: int) -> Iterator[Step]:
+    """Steps of one phase as steps of the whole: numbered on, with a snapshot that says which phase it is of."""
+    for step in steps:
+        yield step._replace(
+            n=step.n + offset,
+            metrics={**step.metrics, "phase": phase},
+            snapshot=lambda step=step: {"phase": phase, "state": step.snapshot()},
+        )

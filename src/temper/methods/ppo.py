@@ -1,0 +1,262 @@
+"""PPO for RLHF: sample, score, estimate advantages with a learned value, take a few clipped steps; again. Floor 5.
+
+Sources: arXiv:1707.06347 eq. 7 (clipping), arXiv:1506.02438 eq. 16 (GAE), arXiv:1909.08593 (KL-shaped reward, adaptive beta),
+arXiv:2009.01325 (value model apart, initialised from the reward model), details of arXiv:2403.17031.
+Choices: the log-probs that the ratio starts from are recomputed by the trainer, so that it is exactly 1 at first; the score stands
+at the last token; an answer that did not end scores `missing_eos`; advantages are whitened over the learned tokens of the rollout;
+rewards are not whitened (it shortens answers, arXiv:2403.17031).
+The rollouts are the data source: what they wrote down (columns) is data to the loss.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from temper.config import Settings, UserError, opt
+from temper.data.packing import batch_indices, pack
+from temper.data.sources import read
+from temper.data.template import render_prompt, stop_ids
+from temper.data.trees import prompt_ids
+from temper.forest import Forest, Segment, Tree, plant
+from temper.judges.reward_model import RewardModel
+from temper.losses.advantage import gae, kl_shaped_reward, whiten
+from temper.losses.kl import adaptive_beta, k1
+from temper.losses.policy import clipped_surrogate, clipped_value
+from temper.methods.base import Job, Window
+from temper.models.heads import scalar, token_logp
+from temper.models.load import load_policy, load_scalar, save
+from temper.rollout import Sampling, sample
+from temper.runs import Run
+from temper.train import Loss, Optim, State, Step, Term, fit
+
+METRICS = {
+    "reward": "mean score of the answers by the reward model, 0 and 1 being the mean and deviation of its training answers",
+    "kl": "mean over answers of the summed log-ratio of policy over reference (k1), in nats",
+    "kl_error": "standard error of kl",
+    "beta": "weight of the KL in the reward",
+    "entropy": "mean of -log p over the sampled tokens, in nats",
+    "length": "mean tokens of an answer",
+    "truncated": "share of answers that reached --max-new without ending",
+    "sampler_gap": "mean absolute difference between the sampler's and the trainer's log-probs",
+    "clipped": "share of tokens whose ratio left the clip range",
+    "approx_kl": "k3 estimate of the KL between the policy that sampled and the current one, per token",
+    "explained": "1 - var(returns - values) / var(returns) over the rollout",
+}
+EXAMPLES = """
+  temper ppo --model runs/sft --reward runs/reward --prompts prompts.jsonl --out runs/ppo
+  temper ppo --model runs/sft --reward runs/reward --prompts 'world:prompts?n=2000' --out runs/ppo --beta 0.02
+"""
+
+
+class PPO(Settings):
+    """Train a policy against a reward model, held near its start by a KL penalty."""
+
+    model: str = opt(..., "the SFT model: policy and reference start from it")
+    reward: str = opt(..., "the reward model; the value model starts from it too")
+    prompts: str = opt(..., "prompts to answer: a file, or world:prompts")
+    rollouts: int = opt(60, "times to sample", ge=1)
+    prompts_per_step: int = opt(64, "prompts per rollout", ge=1)
+    samples_per_prompt: int = opt(1, "answers to each", ge=1)
+    epochs_per_batch: int = opt(2, "passes over a rollout", ge=1)
+    minibatches: int = opt(1, "optimiser steps per pass", ge=1)
+    beta: float = opt(0.05, "weight of the KL in the reward", ge=0)
+    kl_target: float | None = opt(None, "adapt beta towards this sequence KL, in nats; none: beta stays", gt=0)
+    clip: float = opt(0.2, "range of the ratio without clipping", gt=0)
+    value_clip: float = opt(0.2, "range of a value's change without clipping", gt=0)
+    value_weight: float = opt(0.1, "coefficient of the value loss", gt=0)
+    value_lr: float = opt(3.0, "the value model's learning rate, as a multiple of the policy's", gt=0)
+    gamma: float = opt(1.0, "discount", gt=0, le=1)
+    lam: float = opt(0.95, "GAE's lambda", ge=0, le=1)
+    missing_eos: float | None = opt(-1.0, "score of an answer that did not end; none: its own score")
+    tokens_per_microbatch: int = opt(8192, "tokens computed at a time; the result does not depend on it", ge=1)
+    seed: int = opt(0, "of prompts and samples", ge=0)
+    sampling: Sampling = Sampling()
+    window: Window = Window()
+    optim: Optim = Optim(lr=1e-4, schedule="linear", warmup=0.05)
+
+
+def settings(name: str) -> type[Settings]:
+    return PPO
+
+
+class Rollouts:
+    """The source: step -> micro-batches. Samples anew whenever the last rollout is used up; that one is part of the state."""
+
+    def __init__(self, settings: PPO, module: nn.ModuleDict, reference: Any, reward: RewardModel, prompts: Sequence[list[int]], stop: Sequence[int]):
+        self.settings, self.module, self.reference, self.reward, self.prompts, self.stop = settings, module, reference, reward, prompts, stop
+        self.beta = settings.beta
+        self.pending: list[list[Forest]] = []  # one list of micro-batches per minibatch
+        self.last: dict[str, float] = {}
+
+    def __call__(self, step: int) -> list[Forest]:
+        s = self.settings
+        rollout, inner = divmod(step, s.minibatches * s.epochs_per_batch)
+        if inner == 0:
+            self.pending = self._roll(rollout)
+        epoch, k = divmod(inner, s.minibatches)
+        order = np.random.Generator(np.random.Philox(np.random.SeedSequence([s.seed, rollout, epoch]))).permutation(s.minibatches)
+        return self.pending[order[k]]
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Of the rollout that the last step learned from."""
+        return self.last
+
+    def state(self) -> dict[str, Any]:
+        return {"beta": self.beta, "last": self.last, "pending": [[f.tensors() for f in minibatch] for minibatch in self.pending]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.beta, self.last = state["beta"], state["last"]
+        self.pending = [[Forest.from_tensors(f) for f in minibatch] for minibatch in state["pending"]]
+
+    def _roll(self, rollout: int) -> list[list[Forest]]:
+        s = self.settings
+        chosen = [self.prompts[i] for i in batch_indices(len(self.prompts), s.prompts_per_step, s.seed, rollout)]
+        groups = sample(self.module["policy"], chosen, sampling=s.sampling, stop=self.stop, n=s.samples_per_prompt, seed=(s.seed, rollout))
+        trees = [_tree(prompt, answers) for prompt, answers in zip(chosen, groups, strict=True)]
+        share = -(-len(trees) // s.minibatches)
+        parts = [trees[i : i + share] for i in range(0, len(trees), share)]
+        sizes = [[sum(len(seg.tokens) for seg in tree) for tree in part] for part in parts]
+        pending = [
+            [plant([part[i] for i in group]) for group in pack(size, s.tokens_per_microbatch)] for part, size in zip(parts, sizes, strict=True)
+        ]
+        self._annotate([f for minibatch in pending for f in minibatch])
+        if s.kl_target:
+            self.beta = adaptive_beta(self.beta, self.last["kl"], s.kl_target)
+        return pending
+
+    @torch.no_grad()
+    def _annotate(self, forests: Sequence[Forest]) -> None:
+        """Write old log-probs, values, whitened advantages and returns into the forests' columns; keep the rollout's metrics."""
+        s, answers, advantages, returns = self.settings, [], [], []
+        for forest in forests:
+            logp = token_logp(self.module["policy"], forest, temperature=s.sampling.temperature)
+            ref = token_logp(self.reference, forest, temperature=s.sampling.temperature)
+            value = scalar(self.module["value"], forest, forest.previous[forest.learned])
+            answer = (forest.columns["ended"] >= 0).nonzero()[:, 0]
+            score = self.reward.score(forest, forest.end[answer] - 1)
+            if s.missing_eos is not None:
+                score = torch.where(forest.columns["ended"][answer] > 0, score, torch.full_like(score, s.missing_eos))
+            lengths = (forest.end - forest.start)[answer].tolist()
+            here = []
+            for one, old, r, v in zip(score.tolist(), logp.split(lengths), ref.split(lengths), value.split(lengths), strict=True):
+                advantage = gae(kl_shaped_reward(one, old, r, self.beta), v, gamma=s.gamma, lam=s.lam)
+                here.append(advantage)
+                answers.append((one, float(k1(old, r).sum()), len(old)))
+            advantages.append(torch.cat(here))
+            returns.append(advantages[-1] + value)
+            forest.columns["old_logp"] = _lay(forest, logp)
+            forest.columns["ref_logp"] = _lay(forest, ref)
+            forest.columns["old_value"] = _lay(forest, value)
+            forest.columns["returns"] = _lay(forest, returns[-1])
+        white = whiten(torch.cat(advantages)).split([len(a) for a in advantages])
+        for forest, advantage in zip(forests, white, strict=True):
+            forest.columns["advantage"] = _lay(forest, advantage)
+        self.last = _summary(forests, answers, torch.cat(advantages), torch.cat(returns), self.beta)
+
+
+def _tree(prompt: list[int], answers) -> Tree:
+    children = [
+        Segment(a.tokens, [1.0] * len(a.tokens), parent=0, columns={"sampler_logp": a.logp}, labels={"ended": float(a.finish == "stop")}) for a in answers
+    ]
+    return [Segment(prompt, [0.0] * len(prompt), columns={"sampler_logp": [0.0] * len(prompt)}, labels={"ended": -1.0}), *children]
+
+
+def _lay(forest: Forest, x: Tensor) -> Tensor:
+    """[n] values of the learned tokens -> [T]."""
+    return torch.zeros(forest.T).index_put((forest.learned,), x.float())
+
+
+def _summary(forests, answers, advantage: Tensor, returns: Tensor, beta: float) -> dict[str, float]:
+    score, kl, length = (torch.tensor(x, dtype=torch.double) for x in zip(*answers, strict=True))
+    old = torch.cat([f.columns["old_logp"][f.learned] for f in forests])
+    sampler = torch.cat([f.columns["sampler_logp"][f.learned] for f in forests])
+    ended = torch.cat([f.columns["ended"][f.columns["ended"] >= 0] for f in forests])
+    return {
+        "reward": float(score.mean()),
+        "kl": float(kl.mean()),
+        "kl_error": float(kl.std() / len(kl) ** 0.5),
+        "beta": beta,
+        "entropy": float(-old.mean()),
+        "length": float(length.mean()),
+        "truncated": float(1 - ended.mean()),
+        "sampler_gap": float((old - sampler).abs().mean()),
+        "explained": float(1 - advantage.var() / returns.var().clamp(min=1e-8)),
+    }
+
+
+def make_loss(s: PPO) -> Callable[[nn.ModuleDict, Forest], Loss]:
+    def loss(module: nn.ModuleDict, batch: Forest) -> Loss:
+        at = batch.learned
+        old, advantage, old_value, returns = (batch.columns[c][at] for c in ("old_logp", "advantage", "old_value", "returns"))
+        logp = token_logp(module["policy"], batch, temperature=s.sampling.temperature)
+        value = scalar(module["value"], batch, batch.previous[at])
+        ratio = (logp - old).detach()
+        n = len(at)
+        return Loss(
+            {
+                "policy": Term(clipped_surrogate(logp, old, advantage, low=s.clip, high=s.clip).sum(), per="tokens"),
+                "value": Term(clipped_value(value, old_value, returns, clip=s.value_clip).sum(), per="tokens", coefficient=s.value_weight),
+            },
+            {"clipped": (((ratio.exp() - 1).abs() > s.clip).sum(), n), "approx_kl": ((ratio.exp() - 1 - ratio).sum(), n)},
+        )
+
+    return loss
+
+
+def check_start(s: PPO):
+    """At step 0 the ratio is 1 and the KL to the reference 0."""
+
+    def check(module: nn.ModuleDict, batches: Sequence[Forest]) -> None:
+        with torch.no_grad():
+            for batch in batches:
+                logp = token_logp(module["policy"], batch, temperature=s.sampling.temperature)
+                for name, what in ("old_logp", "ratio is not 1"), ("ref_logp", "policy is not the reference"):
+                    gap = float((logp - batch.columns[name][batch.learned]).abs().max())
+                    if gap > 1e-4:
+                        raise UserError(f"step 0: the {what}: log-probs differ by up to {gap:.2g} nats")
+
+    return check
+
+
+def train(settings: PPO, module: nn.ModuleDict, source: Rollouts, resume: State | None = None) -> Iterator[Step]:
+    s = settings
+    return fit(
+        module,
+        source,
+        make_loss(s),
+        steps=s.rollouts * s.epochs_per_batch * s.minibatches,
+        optim=s.optim,
+        seed=s.seed,
+        resume=resume,
+        check=check_start(s),
+        multipliers={"value": s.value_lr},
+    )
+
+
+def prepare(settings: PPO, run: Run) -> Job:
+    s = settings
+    if not s.sampling.temperature:
+        raise UserError("--temperature 0: PPO must sample; give a temperature above 0")
+    policy, tokenizer = load_policy(s.model)
+    reference, _ = load_policy(s.model)
+    value, _ = load_scalar(s.reward)
+    reward = RewardModel(s.reward)
+    if reward.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{s.reward}: its tokenizer is not that of {s.model}; train the reward model on this model's tokenizer")
+    with torch.no_grad():
+        value.score.weight /= reward.std  # values live on the scale of the normalised scores
+    records, report = read(s.prompts, "prompts", skip_bad=s.window.skip_bad)
+    prompts, cut = prompt_ids(tokenizer, records, policy, s.window, room=s.sampling.max_new)
+    module = nn.ModuleDict({"policy": policy, "value": value})
+    source = Rollouts(s, module, reference, reward, prompts, stop_ids(tokenizer))
+    return Job(
+        total=s.rollouts * s.epochs_per_batch * s.minibatches,
+        steps=lambda resume: train(s, module, source, resume),
+        save=lambda path: save(policy, tokenizer, path),
+        card={"source": report.summary(), "prompts": len(prompts), "cut": cut.summary()},
+        policy=(policy, tokenizer),
+    )

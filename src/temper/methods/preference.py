@@ -1,0 +1,144 @@
+"""Learning from pairs, offline: DPO, and every rule registered in losses/preference.py. Floor 5.
+
+L = -log sigma(beta h), h = (logp_w - ref_w) - (logp_l - ref_l), log-probabilities summed over the answer with its end-of-turn
+token (arXiv:2305.18290 eq. 7). The reference is the model as it was loaded; its log-probabilities are computed once and are
+then data. Deviation: AdamW where the paper used RMSprop.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from temper.config import Settings, UserError, opt
+from temper.data.sources import read
+from temper.data.split import split
+from temper.data.template import attach_default_template
+from temper.data.trees import pair_trees
+from temper.forest import Forest, Tree, per_segment
+from temper.losses.preference import RULES, Pairs
+from temper.methods.base import Batching, Job, Window, forests, offline
+from temper.methods.reward import count_pairs, ends
+from temper.models.heads import token_logp
+from temper.models.load import load_policy, resize, save
+from temper.runs import Run
+from temper.train import Loss, Optim, State, Step, Term, fit
+
+METRICS = {
+    "loss": "the rule's loss per pair",
+    "accuracy": "share of pairs whose chosen answer gained more over the reference; no measure of quality (arXiv:2406.02900)",
+    "margin": "mean of h, the log-ratio of chosen over rejected, in nats",
+    "chosen_logp": "mean log-probability of the chosen answers; its fall is expected",
+    "rejected_logp": "mean log-probability of the rejected answers",
+}
+EXAMPLES = """
+  temper dpo --model runs/sft --data pairs.jsonl --out runs/dpo
+  temper dpo --model runs/sft --data hh.jsonl.gz --out runs/dpo --beta 0.5 --skip-bad --too-long cut-prompt
+"""
+
+
+class DPO(Settings):
+    """Move a model towards chosen and away from rejected answers."""
+
+    model: str = opt(..., "the SFT model: a folder or a Hugging Face name")
+    data: str = opt(..., "pairs: chosen/rejected, HH dialogues, or the pairs of `temper collect`")
+    beta: float = opt(0.1, "pull to the reference", gt=0)
+    label_smoothing: float = opt(0.0, "share of labels believed flipped (cDPO)", ge=0, lt=0.5)
+    window: Window = Window()
+    batching: Batching = Batching(batch=64)
+    optim: Optim = Optim(lr=1e-4, schedule="cosine", warmup=0.1)
+
+
+def settings(name: str) -> type[Settings]:
+    return DPO
+
+
+def answer_logp(model, batch: Forest) -> Tensor:
+    """[S]: the log-probability of each segment's learned tokens given what precedes them."""
+    token = torch.zeros(batch.T).index_put((batch.learned,), token_logp(model, batch).float())
+    return per_segment(token, batch)
+
+
+def with_reference(model, trees: Sequence[Tree], microbatch: int) -> None:
+    """Write the reference's log-probability onto each answer: to the loss, it is data."""
+    with torch.no_grad():
+        for index, forest in forests(trees, microbatch, count_pairs):
+            logp = answer_logp(model, forest).tolist()
+            for segment, value in zip((s for i in index for s in trees[i]), logp, strict=True):
+                segment.labels["ref_logp"] = value
+
+
+def make_loss(rule):
+    def loss(model, batch: Forest) -> Loss:
+        chosen, rejected = ends(batch)
+        logp, ref = answer_logp(model, batch), batch.columns["ref_logp"]
+        length = per_segment((batch.target > 0).float(), batch)
+        pairs = Pairs(logp[chosen], logp[rejected], ref[chosen], ref[rejected], length[chosen], length[rejected])
+        items = rule(pairs, soft=batch.columns["soft"][chosen])
+        n, h = len(chosen), pairs.margin.detach()
+        metrics = {
+            "accuracy": ((h > 0).sum(), n),
+            "margin": (h.sum(), n),
+            "chosen_logp": (pairs.chosen.detach().sum(), n),
+            "rejected_logp": (pairs.rejected.detach().sum(), n),
+        }
+        return Loss({"preference": Term(items.sum(), per="pairs")}, metrics)
+
+    return loss
+
+
+def check_reference(model, batches: Sequence[Forest]) -> None:
+    """At step 0 the policy is the reference, so every h is 0 and DPO's loss is ln 2."""
+    with torch.no_grad():
+        gap = max(float((answer_logp(model, b) - b.columns["ref_logp"]).abs().max()) for b in batches)
+    if gap > 1e-3:
+        raise UserError(f"step 0: policy and reference differ by {gap:.2g} nats on an answer; they must be the same model")
+
+
+def train_on(model, trees, name: str, how: dict, b: Batching, optim: Optim, steps: int, resume: State | None = None) -> Iterator[Step]:
+    """Train on pair trees that carry their reference log-probs, by the rule of that name with settings `how`."""
+    source, loss = offline(trees, b, count_pairs), make_loss(partial(RULES[name], **how))
+    return fit(model, source, loss, steps=steps, optim=optim, seed=b.seed, resume=resume, check=check_reference)
+
+
+def train(settings: DPO, model, trees, resume: State | None = None) -> Iterator[Step]:
+    b, how = settings.batching, {"beta": settings.beta, "label_smoothing": settings.label_smoothing}
+    return train_on(model, trees, "dpo", how, b, settings.optim, b.steps(len(trees)), resume)
+
+
+def prepare(settings: DPO, run: Run) -> Job:
+    b = settings.batching
+    model, tokenizer = load_policy(settings.model)
+    if attach_default_template(tokenizer):
+        resize(model, tokenizer)
+    records, report = read(settings.data, "pairs", skip_bad=settings.window.skip_bad)
+    kept, out = split(records, b.held_out, b.seed)
+    trees, cut = pair_trees(tokenizer, kept, model, settings.window)
+    tests, _ = pair_trees(tokenizer, out, model, settings.window)
+    with_reference(model, [*trees, *tests], b.tokens_per_microbatch)
+
+    def held_out() -> dict[str, float]:
+        right = 0
+        with torch.no_grad():
+            for _, forest in forests(tests, b.tokens_per_microbatch, count_pairs):
+                chosen, rejected = ends(forest)
+                gain = answer_logp(model, forest) - forest.columns["ref_logp"]
+                right += int((gain[chosen] > gain[rejected]).sum())
+        return {"held_out_accuracy": right / len(tests), "held_out_pairs": len(tests)}
+
+    return Job(
+        total=b.steps(len(trees)),
+        steps=lambda resume: train(settings, model, trees, resume),
+        save=lambda path: save(model, tokenizer, path),
+        card={
+            "source": report.summary(),
+            "pairs": len(trees),
+            "held_out": len(tests),
+            "tokens": sum(len(s.tokens) for t in trees for s in t),
+            "cut": cut.summary(),
+        },
+        evaluate=held_out if tests else None,
+        policy=(model, tokenizer),
+    )

@@ -1,0 +1,1 @@
+"""Models: loading and saving, the forest attention, the log-prob and scalar heads, tokenizers. Floor 2."""

@@ -1,0 +1,382 @@
+"""Models in Hugging Face format: making, loading, checking and saving them. Floor 2.
+
+Only safetensors are read and no remote code is run. All dropout is set to 0 on loading: log-probs of the same tokens must be the same
+numbers in rollout, reference and policy. Every loaded model has been checked against the forest (`check_forest`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from temper.config import Settings, UserError, opt
+from temper.forest import Forest, Rows, Segment, plant, unroll
+from temper.models import heads
+
+log = logging.getLogger("temper")
+
+
+class Size(Settings):
+    """The sizes of a new model: a Llama with tied embeddings."""
+
+    width: int = opt(128, "size of the hidden states", ge=8)
+    layers: int = opt(4, "number of layers", ge=1)
+    heads: int = opt(4, "attention heads; they divide the width", ge=1)
+    kv_heads: int = opt(0, "key and value heads; they divide the heads, 0 is as many as heads", ge=0)
+    mlp: int = opt(0, "inner size of the feed-forward layers; 0 is 3 x width", ge=0)
+    context: int = opt(512, "longest sequence in tokens", ge=8)
+
+
+def new_model(
+    size: Size, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None, *, seed: int, device: str = "cpu"
+) -> PreTrainedModel:
+    """A freshly initialised model in float32: the same sizes and seed give the same weights.
+
+    Its config gets the tokenizer's special ids. Raises UserError for sizes that do not divide.
+    """
+    kv_heads = size.kv_heads or size.heads
+    if size.width % size.heads or size.width // size.heads % 2:
+        raise UserError(f"width {size.width} over {size.heads} heads: each head needs an even whole size; change width or heads")
+    if size.heads % kv_heads:
+        raise UserError(f"kv_heads {kv_heads} does not divide heads {size.heads}")
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=size.width,
+        intermediate_size=size.mlp or 3 * size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=size.context,
+        tie_word_embeddings=True,
+        bos_token_id=getattr(tokenizer, "bos_token_id", None),
+        eos_token_id=getattr(tokenizer, "eos_token_id", None),
+        pad_token_id=getattr(tokenizer, "pad_token_id", None),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    nn.Module.to(model, device).eval()
+    check_forest(model)
+    return model
+
+
+def load_policy(
+    name_or_dir: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A language model and its tokenizer from a folder or hub name, checked against the forest.
+
+    Raises UserError for a folder that is missing, incomplete or not a language model, and for a hub name that cannot be reached.
+    """
+    name = _source(name_or_dir)
+    config = _config(name)
+    if _scores(config):
+        raise UserError(f"{name}: a scoring model, not a language model")
+    model, report = _load(AutoModelForCausalLM, name, config, dtype)
+    _complete(name, report["missing_keys"])
+    nn.Module.to(model, device).eval()
+    check_forest(model, name)
+    return model, load_tokenizer(name)
+
+
+def load_scalar(
+    name_or_dir: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, *, seed: int = 0
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A scoring model with one label (reward, value): a saved one, or a language model's trunk under a new head.
+
+    A new head has no bias and weights from N(0, 1/sqrt(d + 1)) (arXiv:1909.08593, 2009.01325), drawn from `seed`.
+    Raises UserError as `load_policy` does, and for a model with more than one label.
+    """
+    name = _source(name_or_dir)
+    config, tokenizer = _config(name), load_tokenizer(name)
+    scoring = _scores(config)
+    if scoring and config.num_labels != 1:
+        raise UserError(f"{name}: scores {config.num_labels} labels; a reward or value model has one")
+    config.num_labels = 1
+    if tokenizer.pad_token_id is None:  # transformers finds a row's last token by its id; any other than the end's will do
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        part.pad_token_id = tokenizer.pad_token_id
+    model, report = _load(AutoModelForSequenceClassification, name, config, dtype)
+    missing = set(report["missing_keys"])
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(f"{name}: {type(model).__name__} has no linear `score` head")
+    _complete(name, missing - ({"score.weight", "score.bias"} if not scoring else set()))
+    if not scoring:
+        head = nn.Linear(cast(nn.Linear, model.score).in_features, 1, bias=False)
+        with torch.no_grad():
+            head.weight.normal_(0.0, 1 / math.sqrt(head.in_features + 1), generator=torch.Generator().manual_seed(seed))
+        model.score = head.to(dtype)
+    nn.Module.to(model, device).eval()
+    check_forest(model, name)
+    return model, tokenizer
+
+
+def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name. Raises UserError when there is none."""
+    name = _source(name_or_dir)
+    try:
+        return AutoTokenizer.from_pretrained(name, clean_up_tokenization_spaces=False)
+    except Exception as error:
+        raise UserError(f"{name}: no readable tokenizer ({_line(error)})") from error
+
+
+def resize(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> bool:
+    """Give the model embeddings for tokens that were added to its tokenizer; whether it lacked any. New rows are drawn around the mean."""
+    if len(tokenizer) <= cast(nn.Embedding, model.get_input_embeddings()).num_embeddings:
+        return False
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    return True
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, stop: Sequence[int] = ()) -> None:
+    """Write model and tokenizer in Hugging Face format, for any program that reads it: aside, synced, then renamed into place.
+
+    The generation config gets the tokenizer's begin, pad and end ids; `stop` are more ids that end a turn. A folder that is there
+    already is replaced as a whole.
+    """
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _fold_ids(model, tokenizer, stop)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        with _quiet():
+            model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        for file in aside.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
+        aside.chmod(0o755)
+        _sync(aside)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            folder.rename(old / folder.name)
+            aside.rename(folder)
+            shutil.rmtree(old)
+        else:
+            aside.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@torch.no_grad()
+def check_forest(model: PreTrainedModel, name: str = "model", tolerance: float | None = None) -> str:
+    """Compare a small forest with plain forwards and set the model's backend: "flash" on the CPU, "dense" elsewhere, "rows" with a
+    message where the model's attention does not see the forest. Returns it.
+
+    tolerance: allowed difference relative to the largest hidden value; by default 1e-4 in float32 and what rounding allows in less.
+    Raises UserError when not even rows agree (the model is not causal), and when its logits are not what `heads` makes of its states.
+    """
+    tolerance = tolerance or {torch.float64: 1e-6, torch.float32: 1e-4}.get(model.dtype, 4e-2)
+    was_training = model.training
+    model.eval()
+    forest = _trial(model)
+    rows, alone = _one_by_one(model, forest)
+    plain = alone.flatten(0, 1)[rows.where]
+    off = _difference(alone[rows.mask], plain[rows.source[rows.mask]])  # a prefix in one row against the same one in another
+    if not off <= tolerance:
+        raise UserError(f"{name}: {type(model).__name__} is not causal: earlier states depend on later tokens (by {off:.1e})")
+    usual = model.config._attn_implementation
+    backend = "flash" if model.device.type == "cpu" else "dense"
+    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    try:
+        if layers:
+            raise NotImplementedError(f"layers of type {', '.join(sorted(layers))}")
+        model.set_attn_implementation("forest")
+        off = _difference(heads.hidden_by(model, forest, backend), plain)
+        problem = f"it differs by {off:.1e}" if not off <= tolerance else ""
+    except Exception as error:
+        problem = _line(error)
+    if problem:
+        if model.config._attn_implementation != usual:
+            model.set_attn_implementation(usual)
+        off = _difference(heads.hidden_by(model, forest, "rows"), plain)
+        if not off <= tolerance:
+            raise UserError(f"{name}: {type(model).__name__} depends on padding (by {off:.1e}); temper needs a causal language model")
+        log.warning("%s: %s cannot share prefixes (%s); it runs with one padded row per sequence", name, type(model).__name__, problem)
+        backend = "rows"
+    cast(Any, model).forest_backend = backend
+    if model.get_output_embeddings() is not None:
+        ids = rows.ids[:1, : int(rows.mask[0].sum())]
+        theirs = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+        off = _difference(heads.log_probs(model, alone[0, : ids.shape[1] - 1], ids[0, 1:]), theirs)
+        if not off <= tolerance:
+            raise UserError(f"{name}: {type(model).__name__} changes its logits in an unknown way (log-probs off by {off:.1e})")
+    model.train(was_training)
+    return backend
+
+
+# ---------------------------------------------------------------- the trial
+
+
+def _trial(model: PreTrainedModel) -> Forest:
+    """Random tokens: prompts with several answers, a chain with branches, single tokens; long enough to leave a short sliding window."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    long = window + 3 if 0 < window <= 256 else 9
+    shapes = ([(long, -1), (4, 0), (1, 0), (3, 2), (2, 2), (5, 0)], [(1, -1)], [(6, -1), (2, 0), (3, 1)])
+    generator = torch.Generator().manual_seed(0)
+    trees = []
+    for shape in shapes:
+        tree = []
+        for length, parent in shape:
+            tokens = torch.randint(config.vocab_size, (length,), generator=generator).tolist()
+            tree.append(Segment(tokens, [0.0 if parent < 0 else 1.0] * length, parent))
+        trees.append(tree)
+    return plant(trees).to(model.device)
+
+
+def _one_by_one(model: PreTrainedModel, forest: Forest) -> tuple[Rows, torch.Tensor]:
+    """(the forest's rows, hidden states [R, L, d]): every path alone and unpadded, by the model's own forward."""
+    rows = unroll(forest)
+    states = [model.base_model(input_ids=ids[own][None]).last_hidden_state[0] for ids, own in zip(rows.ids, rows.mask, strict=True)]
+    return rows, torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+
+
+def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
+    return float((x.float() - y.float()).abs().max() / y.float().abs().max().clamp(min=1e-6))
+
+
+# ---------------------------------------------------------------- files
+
+
+def _line(error: BaseException) -> str:
+    """An error's first line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _source(name_or_dir: str | Path) -> str:
+    """A folder that looks like a model, or a hub name as it is."""
+    name = os.fspath(name_or_dir)
+    path = Path(name).expanduser()
+    if (path / "model" / "config.json").is_file():  # a stage's folder
+        path = path / "model"
+    if path.is_dir():
+        files = {file.name for file in path.iterdir()}
+        if "config.json" not in files:
+            raise UserError(f"{name}: no config.json, so not a model folder")
+        if not any(file.endswith(".safetensors") for file in files):
+            pickled = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
+            found = f"weights only as pickle ({pickled[0]}), which can run code; convert them to safetensors" if pickled else "no weights"
+            raise UserError(f"{name}: {found}")
+        return str(path)
+    if path.exists():
+        raise UserError(f"{name}: a file; give the model's folder")
+    if isinstance(name_or_dir, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):  # what a hub name looks like
+        raise UserError(f"{name}: no such folder")
+    return name
+
+
+def _scores(config: PreTrainedConfig) -> bool:
+    return any(kind.endswith("ForSequenceClassification") for kind in config.architectures or [])
+
+
+def _config(name: str) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception as error:
+        if not Path(name).is_dir():
+            raise UserError(f"{name}: no such folder, and not loadable from the hub ({_line(error)})") from error
+        raise UserError(f"{name}: config.json is not readable ({_line(error)})") from error
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for key, value in vars(part).items():
+            if ("drop" in key and isinstance(value, float)) or key.endswith("pdrop"):
+                setattr(part, key, 0.0)
+    return config
+
+
+def _load(kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    try:
+        with torch.random.fork_rng(devices=[]), _quiet():
+            model, report = kind.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, ImportError) as error:
+        raise UserError(f"{name}: {_blame(name) or 'cannot load it'} ({_line(error)})") from error
+    if report.get("mismatched_keys"):
+        raise UserError(f"{name}: weights of another shape than config.json says: {sorted(map(str, report['mismatched_keys']))[0]}")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model, report
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and reports of what was loaded: what matters in them is checked here."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _blame(name: str) -> str:
+    """Which weight file cannot be opened, if one cannot."""
+    for file in sorted(Path(name).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError):
+            return f"{file.name} is damaged"
+    return ""
+
+
+def _complete(name: str, missing: Any) -> None:
+    if missing:
+        raise UserError(f"{name}: {len(missing)} weights are missing from its files, {sorted(missing)[0]} first")
+
+
+def _fold_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int]) -> None:
+    """Put the tokenizer's special ids into the model's config and generation config."""
+    generation = model.generation_config if getattr(model, "generation_config", None) is not None else GenerationConfig()
+    known = generation.eos_token_id
+    ends = [*([] if known is None else known if isinstance(known, list) else [known]), tokenizer.eos_token_id, *stop]
+    ends = list(dict.fromkeys(int(end) for end in ends if end is not None))
+    ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids["eos_token_id"] = tokenizer.eos_token_id
+    for key, value in ids.items():
+        if value is not None:
+            setattr(model.config, key, value)
+            setattr(generation, key, value)
+    if ends:
+        generation.eos_token_id = ends[0] if len(ends) == 1 else ends
+    model.generation_config = generation
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

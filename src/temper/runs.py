@@ -1,0 +1,569 @@
+"""The run directory: identity, lineage, metrics, samples, events, status, checkpoints. One writer, any reader. Floor 1.
+
+    STAGE/
+      stage.json       what the run is (identity: method, settings, fingerprints of inputs), its state, versions, summary
+      status.json      where it stands now, for whoever watches
+      metrics.jsonl samples.jsonl events.jsonl
+      checkpoints/step-00000120/{tensors.safetensors, state.json, manifest.json}
+      model/           what the stage is for
+
+Whatever must be whole is written aside, flushed to the disk and renamed. A process that dies at any moment leaves the last
+whole state behind, and the same command goes on from there. PyTorch is imported only where checkpoints are read or written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from temper.config import UserError
+
+State = dict[str, Any]  # nested dicts, lists and tuples of tensors, arrays, numbers, strings, None
+LOGS = ("metrics", "samples", "events")
+ASIDE = ".tmp-"  # whatever starts so was left by a process that died; it holds nothing
+OWN = ("status.json", *(f"{log}.jsonl" for log in LOGS), "checkpoints", "model")  # what every run may hold besides stage.json
+
+
+# ---------------------------------------------------------------- writing safely
+
+
+@contextlib.contextmanager
+def disk(path: Path, safe: str) -> Iterator[None]:
+    """Turns a full disk into one clear line. `safe`: what is not lost."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "os error 28" in str(error):  # how safetensors (Rust) words ENOSPC
+            raise UserError(f"{path}: no space left on the disk; {safe}; free some space, then give the same command again") from error
+        if isinstance(error, PermissionError):
+            raise UserError(f"{path}: may not be written; choose another --out, or change its permissions") from error
+        raise
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Plain bytes to a new file: the one place where this module writes contents."""
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def atomic_write(path: Path, data: bytes | str, *, durable: bool = True, safe: str = "what stood there before is unchanged") -> None:
+    """Replaces a file as a whole: aside, fsync, rename. durable=False leaves out the flush (a live status may be lost)."""
+    aside = path.with_name(f"{ASIDE}{path.name}-{os.getpid()}")
+    with disk(path, safe):
+        try:
+            _write(aside, data.encode() if isinstance(data, str) else data)
+            if durable:
+                _fsync(aside)
+            os.replace(aside, path)
+            if durable:
+                _fsync(path.parent)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch, paths and settings as JSON knows them; NaN and infinity as null (they are not JSON)."""
+    if isinstance(value, bool | str | None):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence | set | frozenset):
+        return [_plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if hasattr(value, "model_dump"):
+        return _plain(value.model_dump(mode="json"))
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # a tensor, an array, a numpy number
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, int):
+        return value
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r}")
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values, equal text."""
+    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+# ---------------------------------------------------------------- fingerprints
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 (hex) by content: a Path is a file's bytes, or a folder's names and bytes (hidden files left out); else its JSON.
+
+    Times, owners and the folder's own place do not count. Raises UserError when a path is not there.
+    """
+    if not isinstance(value, Path):
+        return hashlib.sha256(canonical(value).encode()).hexdigest()
+    if value.is_file():
+        return _sha256(value)
+    if not value.is_dir():
+        raise UserError(f"{value}: no such file or folder")
+    digest = hashlib.sha256()
+    inside = {path.relative_to(value).as_posix(): path for path in value.rglob("*") if path.is_file()}
+    for name in sorted(name for name in inside if not any(part.startswith(".") for part in name.split("/"))):
+        digest.update(f"{name}\0{_sha256(inside[name])}\n".encode())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("temper-lm", "torch", "transformers", "tokenizers", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """SHA-256 of Temper's own sources and of the versions of torch and transformers: artefacts of other code are stale."""
+    root = Path(__file__).parent
+    sources = {
+        path.relative_to(root).as_posix(): _sha256(path)
+        for path in sorted(root.rglob("*"))
+        if path.suffix in (".py", ".yaml", ".json") and "__pycache__" not in path.parts
+    }
+    libraries = {name: version for name, version in versions().items() if name in ("torch", "transformers")}
+    return fingerprint({"sources": sources, "libraries": libraries})
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """{"settings.lr": 0.001, ...}"""
+    if not isinstance(value, Mapping):
+        return {path: value}
+    return {name: leaf for key, item in value.items() for name, leaf in _leaves(item, f"{path}.{key}" if path else str(key)).items()}
+
+
+def differences(there: Any, here: Any, limit: int = 3) -> str:
+    """What differs between two nested dicts, in words: "lr 0.001 there, 0.0003 here"."""
+    a, b = _leaves(_plain(there)), _leaves(_plain(here))
+    names = [name for name in dict.fromkeys([*b, *a]) if a.get(name) != b.get(name) or (name in a) != (name in b)]
+
+    def show(value: Any) -> str:
+        text = value if isinstance(value, str) else json.dumps(value)
+        return text[:12] if len(text) == 64 and all(c in "0123456789abcdef" for c in text) else text[:60]
+
+    def words(name: str) -> str:
+        short = name.removeprefix("settings.")
+        if name not in a:
+            return f"{short} not there, {show(b[name])} here"
+        if name not in b:
+            return f"{short} {show(a[name])} there, not here"
+        return f"{short} {show(a[name])} there, {show(b[name])} here"
+
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(words(name) for name in names[:limit]) + more
+
+
+# ---------------------------------------------------------------- the run
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Rows of a JSONL log that may be growing; a torn last line is left out. A missing file has no rows."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            with contextlib.suppress(ValueError):  # torn by a full disk, then written on
+                rows.append(json.loads(line))
+    return rows
+
+
+def _read_json(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, NotADirectoryError):
+        return {}
+
+
+class Run:
+    """A run directory. `Run(folder)` only reads; `Run.claim(...)` is the writer, alone until `close()` or its process ends."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._lock: int | None = None
+        self._logs: dict[str, int] = {}
+        self._status_at = 0.0
+
+    # ---- reading
+
+    @property
+    def stage(self) -> dict:
+        """What stage.json says; {} when there is none or it cannot be read."""
+        return _read_json(self.folder / "stage.json") or {}
+
+    @property
+    def status(self) -> dict:
+        """phase, step, steps, eta (seconds), seconds, updated (unix time), pid; {} before the first."""
+        return _read_json(self.folder / "status.json") or {}
+
+    @property
+    def done(self) -> bool:
+        return self.stage.get("status") == "done"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    def rows(self, log: str) -> list[dict]:
+        """Rows of "metrics", "samples" or "events"."""
+        return read_lines(self.folder / f"{log}.jsonl")
+
+    # ---- claiming
+
+    @classmethod
+    def claim(cls, folder: str | Path, identity: Mapping[str, Any], *, fresh: bool = False, record: Mapping[str, Any] | None = None) -> Run:
+        """Creates the run, or opens the same one again to go on with it.
+
+        identity: what decides the result (method, settings, fingerprints of the inputs): a run with another identity is
+        refused. record: what else stage.json should say (parent, seed, threads, ...); it is not compared. fresh: removes
+        what Temper wrote in the folder, and nothing else, and starts over.
+        Raises UserError when the folder holds something else, another run, or a run that is being written.
+        """
+        run = cls(folder)
+        stage_file = run.folder / "stage.json"
+        if run.folder.exists() and not run.folder.is_dir():
+            raise UserError(f"{run.folder} is a file, not a folder; choose another --out")
+        if run.folder.is_dir() and not stage_file.exists():
+            foreign = sorted(path.name for path in run.folder.iterdir() if path.name != ".lock" and not path.name.startswith(ASIDE))
+            if foreign:
+                raise UserError(f"{run.folder} holds {foreign[0]} but no stage.json: not written by temper; choose another --out")
+        with disk(run.folder, "nothing was written"):
+            run.folder.mkdir(parents=True, exist_ok=True)
+            run._acquire()
+        try:
+            run._settle(json.loads(canonical(identity)), fresh, dict(record or {}))
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def _settle(self, identity: dict, fresh: bool, record: dict) -> None:
+        there = _read_json(self.folder / "stage.json")
+        if there is not None and (fresh or there.get("status") == "clearing"):
+            self._clear(there)
+            there = None
+        if there is not None and "identity" not in there:
+            raise UserError(f"{self.folder / 'stage.json'} cannot be read; choose another --out or --fresh")
+        if there is not None and there["identity"] != identity:
+            what = differences(there["identity"], identity)
+            raise UserError(f"{self.folder} belongs to another run: {what}; choose another --out or --fresh")
+        for left in self.folder.glob(f"{ASIDE}*"):
+            _remove(left)
+        now = {"versions": versions(), "code": code_version(), "record": json.loads(canonical(record))}
+        if there is None:
+            whose = {"identity": identity, "fingerprint": fingerprint(identity), **now}
+            self._stage({"status": "running", **whose, "created": time.time(), "files": []})
+        elif there["status"] != "done":
+            changed = differences({key: there.get(key) for key in now}, now)
+            if changed:
+                self.event("changed", what=changed, note="the figures may differ in their last digits")
+            self._stage({**there, **now})
+
+    def _acquire(self) -> None:
+        path = self.folder / ".lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            writer = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise UserError(f"{self.folder} is being written by process {writer or '?'}; wait for it, or stop it") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        self._lock = descriptor
+
+    def _clear(self, there: dict) -> None:
+        """Removes what this tool wrote. Marked first, so that a death in the middle is not taken for a run."""
+        self._stage({**there, "status": "clearing"})
+        for name in (*OWN, *there.get("files", [])):
+            _remove(self.folder / name)
+        (self.folder / "stage.json").unlink()
+
+    def close(self) -> None:
+        """Lets go of the folder; also happens when the process ends, however it ends."""
+        for descriptor in (*self._logs.values(), *([self._lock] if self._lock is not None else [])):
+            os.close(descriptor)
+        self._logs, self._lock = {}, None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- writing
+
+    def _own(self) -> None:
+        if self._lock is None:
+            raise RuntimeError(f"{self.folder} is open for reading only; Run.claim() opens it for writing")
+
+    def _stage(self, stage: dict) -> None:
+        self._own()
+        atomic_write(self.folder / "stage.json", json.dumps(_plain(stage), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def update(self, **fields: Any) -> None:
+        """Adds to stage.json."""
+        self._stage({**self.stage, **fields})
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Marks the run as done. What the run is for must be whole by now."""
+        self.update(status="done", summary=summary, finished=time.time())
+        self.set_status(phase="done", now=True, step=summary.get("steps"), steps=summary.get("steps"))
+
+    def file(self, name: str) -> Path:
+        """A place in the folder for a further artefact of this run (a file or a folder), so that `fresh` knows it as its own."""
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{name!r} is not a place inside the run")
+        stage = self.stage
+        if name not in OWN and name not in stage["files"]:
+            self._stage({**stage, "files": [*stage["files"], name]})
+        return self.folder / name
+
+    def log(self, log: str, row: Mapping[str, Any]) -> None:
+        """Adds a row to "metrics", "samples" or "events". NaN and infinity become null."""
+        self._own()
+        path = self.folder / f"{log}.jsonl"
+        line = (json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        with disk(path, "the last checkpoint is whole"):
+            if log not in self._logs:
+                if log not in LOGS:
+                    raise ValueError(f"no log {log!r}; there are {', '.join(LOGS)}")
+                self._logs[log] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            while line:
+                line = line[os.write(self._logs[log], line) :]
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Adds a row to events.jsonl. Give `step=` only to what a repeated step would say again: those go when it is repeated."""
+        self.log("events", {"event": event, "time": round(time.time(), 3), **fields})
+
+    def set_status(self, *, phase: str, now: bool = False, **fields: Any) -> None:
+        """Says in status.json where the run stands: at most twice a second unless `now`."""
+        self._own()
+        if now or time.monotonic() - self._status_at >= 0.5:
+            self._status_at = time.monotonic()
+            row = {"phase": phase, **fields, "updated": time.time(), "pid": os.getpid()}
+            atomic_write(self.folder / "status.json", json.dumps(_plain(row)) + "\n", durable=False, safe="the last checkpoint is whole")
+
+    def remove_checkpoints(self) -> None:
+        """Frees what only an unfinished run needs."""
+        self._own()
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def truncate_after(self, step: int) -> None:
+        """Drops the rows of later steps, which will be made again, and a torn last line. Rows without a step stay."""
+        self._own()
+        for log in LOGS:
+            path = self.folder / f"{log}.jsonl"
+            if not path.exists():
+                continue
+            kept, whole = [], path.read_bytes()
+            for line in whole.split(b"\n")[:-1]:
+                with contextlib.suppress(ValueError):
+                    if json.loads(line).get("step", 0) <= step:
+                        kept.append(line + b"\n")
+            if b"".join(kept) != whole:
+                if log in self._logs:
+                    os.close(self._logs.pop(log))
+                atomic_write(path, b"".join(kept))
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+class Loaded(NamedTuple):
+    """The newest whole checkpoint. step 0 and no state: there is none. events: what was found damaged."""
+
+    step: int
+    state: State | None
+    events: list[dict]
+
+
+def _pack(state: Any) -> tuple[Any, dict[str, Any]]:
+    """Nested state -> (JSON skeleton, {key: tensor}). One storage seen twice the same way (tied weights) is written once."""
+    import numpy as np
+    import torch
+
+    tensors: dict[str, torch.Tensor] = {}
+    seen: dict[tuple, str] = {}
+    alive = []  # so that an id of freed memory is never met again
+
+    def put(tensor: torch.Tensor) -> str:
+        tensor = tensor.detach()
+        view = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() == 0 or view not in seen:
+            alive.append(tensor)
+            seen[view] = str(len(tensors))
+            whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            fresh = tensor.cpu().contiguous()
+            tensors[seen[view]] = fresh if whole else fresh.clone()  # safetensors wants no two tensors in one storage
+        return seen[view]
+
+    def walk(value: Any, where: str) -> Any:
+        if isinstance(value, np.generic | np.ndarray):
+            # rebuilt by its dtype's name; byte order and shape () included
+            array = np.ascontiguousarray(value)
+            raw = torch.from_numpy(array.reshape(-1).view(np.uint8).copy())
+            return {"array": put(raw), "dtype": array.dtype.str, "shape": list(np.shape(value)), "scalar": isinstance(value, np.generic)}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, torch.Tensor):
+            return {"tensor": put(value)}
+        if isinstance(value, tuple | list):
+            items = [walk(item, f"{where}[{i}]") for i, item in enumerate(value)]
+            return items if isinstance(value, list) else {"tuple": items}
+        if isinstance(value, Mapping):
+            for key in value:
+                if not isinstance(key, str | int | float | bool | None):
+                    raise TypeError(f"checkpoint: {where}: key {key!r} is not a string or a number")
+            return {"dict": [[key, walk(item, f"{where}.{key}")] for key, item in value.items()]}
+        kinds = "dicts, lists, tensors, arrays, numbers and strings"
+        raise TypeError(f"checkpoint: {where} is a {type(value).__name__}; a state is made of {kinds}")
+
+    return walk(state, "state"), tensors
+
+
+def _unpack(skeleton: Any, tensors: dict[str, Any]) -> Any:
+    import numpy as np
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, list):
+            return [walk(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        if "array" in value:
+            array = tensors[value["array"]].numpy().view(np.dtype(value["dtype"])).reshape(value["shape"]).copy()
+            return array[()] if value["scalar"] else array
+        if "tuple" in value:
+            return tuple(walk(item) for item in value["tuple"])
+        return {key: walk(item) for key, item in value["dict"]}
+
+    return walk(skeleton)
+
+
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in folder.glob("step-*") if path.name[5:].isdigit())
+
+
+def save_checkpoint(folder: Path, step: int, state: State, *, keep: int = 2, best: int | None = None) -> Path:
+    """Writes a nested state as `folder/step-...`: safetensors and JSON with SHA-256 sums, no pickle.
+
+    Written aside, flushed, renamed; only then are older ones removed, down to the last `keep` and the one of step `best`.
+    Raises UserError on a full disk, the older checkpoints being whole; TypeError when the state holds something else.
+    """
+    from safetensors.torch import save_file
+
+    skeleton, tensors = _pack(state)
+    target = folder / f"step-{step:08d}"
+    aside = folder / f"{ASIDE}{target.name}-{os.getpid()}"
+    with disk(target, "the checkpoint before it is whole"):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            save_file(tensors, aside / "tensors.safetensors")
+            _write(aside / "state.json", json.dumps(skeleton, separators=(",", ":")).encode())
+            sums = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
+            _write(aside / "manifest.json", json.dumps({"step": step, "sha256": sums}).encode())
+            for path in (*aside.iterdir(), aside):
+                _fsync(path)
+            if target.exists():  # the same step again
+                os.replace(target, folder / f"{ASIDE}old-{target.name}-{os.getpid()}")
+            os.replace(aside, target)
+            _fsync(folder)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+    for old in _steps(folder)[:-keep]:
+        if old != best:  # renamed first: a death in the middle leaves no half of a checkpoint
+            os.replace(folder / f"step-{old:08d}", folder / f"{ASIDE}pruned-{old:08d}")
+    for left in folder.glob(f"{ASIDE}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return target
+
+
+def load_checkpoint(path: Path) -> tuple[int, State]:
+    """(step, state) of one checkpoint. Raises ValueError saying what is damaged."""
+    from safetensors.torch import load
+
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        if path.name != f"step-{manifest['step']:08d}":
+            raise ValueError(f"manifest.json says step {manifest['step']}")
+        data = {}
+        for name in ("tensors.safetensors", "state.json"):
+            data[name] = (path / name).read_bytes()  # not mapped: the sums are of what is used, and pruning frees the disk
+            if hashlib.sha256(data[name]).hexdigest() != manifest["sha256"][name]:
+                raise ValueError(f"{name} does not match its checksum")
+        return manifest["step"], _unpack(json.loads(data["state.json"]), load(data["tensors.safetensors"]))
+    except FileNotFoundError as error:
+        raise ValueError(f"{Path(error.filename or path).name} is missing") from error
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError("manifest.json or state.json cannot be read") from error
+
+
+def load_latest(folder: Path) -> Loaded:
+    """The newest checkpoint whose sums are right. A damaged one is named in `events`, set aside, and the one before it used."""
+    events: list[dict] = []
+    for left in folder.glob(f"{ASIDE}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    for step in reversed(_steps(folder)):
+        path = folder / f"step-{step:08d}"
+        try:
+            step, state = load_checkpoint(path)
+            return Loaded(step, state, events)
+        except ValueError as error:
+            events.append({"event": "damaged checkpoint", "checkpoint": str(path), "what": str(error)})
+            aside = folder / f"damaged-{step:08d}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)  # or it would count among the last k, and the next death would meet it again
+    return Loaded(0, None, events)

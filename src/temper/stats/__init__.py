@@ -1,0 +1,1 @@
+"""Statistics of what was measured. Floor 1: numpy and scipy only."""

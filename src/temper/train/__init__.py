@@ -1,0 +1,6 @@
+"""The training loop, its optimiser and schedules. Floor 3."""
+
+from temper.train.fit import Loss, State, Step, Term, TrainingError, fit
+from temper.train.optim import Optim, adamw, lr_at
+
+__all__ = ["Loss", "Optim", "State", "Step", "Term", "TrainingError", "adamw", "fit", "lr_at"]

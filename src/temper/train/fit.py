@@ -1,0 +1,319 @@
+"""The training loop. There is one, and every method uses it. Floor 3.
+
+A loss returns sums and the names of the weights that divide them; only this loop divides, by the weights of the whole
+optimiser step, counted from the data before the first backward. Packing, accumulation and sharding then never change a mean.
+"""
+
+import hashlib
+import math
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from temper.config import UserError
+from temper.forest import Forest
+from temper.runs import State
+from temper.train.optim import Optim, adamw, lr_at
+
+TIMINGS = ("seconds", "tokens_per_second")  # the only metrics that differ between two runs of the same seed
+HISTORY = 50  # gradient norms that the spike guard looks back on
+ENOUGH = 10  # before so many it lets everything pass
+
+
+class TrainingError(UserError):
+    """Training cannot go on: a loss or gradient that is no number, or a check before the first update that failed."""
+
+
+class Term(NamedTuple):
+    """A part of the loss: a sum, and the name of the weight (in `forest.weights`) that divides it."""
+
+    total: Tensor  # scalar
+    per: str  # "tokens", "pairs", ...
+    coefficient: float = 1.0
+
+
+class Loss(NamedTuple):
+    """What a loss returns for one micro-batch. Metrics are sums and weights too; one whose weight is 0 over the step is left out."""
+
+    terms: dict[str, Term]
+    metrics: dict[str, tuple[Tensor | float, Tensor | float]]
+
+
+class Step(NamedTuple):
+    """What `fit` yields after an update.
+
+    metrics: loss, the mean of each term, the loss's own metrics, grad_norm, lr, tokens, tokens_learned, seconds,
+    tokens_per_second, and what the source adds. snapshot(): the complete state to go on from here, not copied: save it, or
+    copy it, before the next step. events: what happened beside the numbers.
+    """
+
+    n: int  # 1-based
+    metrics: dict[str, float]
+    snapshot: Callable[[], State]
+    module: nn.Module
+    events: list[dict]
+
+
+class Source(Protocol):
+    """Where batches come from. It may also have state() and restore(state), and metrics(step) -> dict, asked after the update."""
+
+    def __call__(self, step: int, /) -> Sequence[Forest]:
+        """The micro-batches of the 0-based optimiser step."""
+        ...
+
+
+def all_sum(values: Mapping[str, float]) -> dict[str, float]:
+    """Sums over ranks, of which there is one: the only place that will know of more."""
+    return dict(values)
+
+
+def seed_everything(seed: int, step: int) -> None:
+    """Random states as a function of (seed, step), so that a resumed step draws what the uninterrupted one drew."""
+    digest = hashlib.sha256(f"{seed}|{step}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    random.seed(int.from_bytes(digest[8:16], "big"))
+    np.random.seed(int.from_bytes(digest[16:20], "big"))
+
+
+def random_states() -> State:
+    return {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": np.random.get_state()}
+
+
+def restore_random(states: State) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+
+
+def fit(
+    module: nn.Module,
+    source: Source,
+    loss: Callable[[Any, Forest], Loss],
+    *,
+    steps: int,
+    optim: Optim,
+    seed: int = 0,
+    resume: State | None = None,
+    check: Callable[[Any, Sequence[Forest]], None] | None = None,
+    multipliers: Mapping[str, float] | None = None,
+) -> Iterator[Step]:
+    """Yield a Step after every optimiser update. The caller logs, evaluates, saves or stops; there are no callbacks.
+
+    `source(step)` is asked only after the update before it: one that samples from `module` always samples from the current
+    weights. resume: a snapshot; the steps after it are bit-identical to those of the run it was taken from. A run resumed
+    after its last step yields that step once more, without metrics, so that its module can be had. check: run without
+    gradients on the first step's batches of a fresh run, before the first update; raises when something is wrong.
+    multipliers: see `adamw`. Dropout and train/eval modes are the caller's.
+
+    Raises TrainingError when a loss or gradient is not finite, before the weights are touched.
+    """
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError("no parameter requires a gradient: nothing to train")
+    device = next(iter(trainable.values())).device
+    optimizer = adamw(module, optim, multipliers)
+    norms: list[float] = []
+    done = 0
+
+    def snapshot_at(n: int) -> Callable[[], State]:
+        def snapshot() -> State:
+            if n != done:
+                raise RuntimeError(f"snapshot of step {n} asked for at step {done}: the weights have moved on")
+            state = {
+                "step": n,
+                "module": module.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "norms": list(norms),
+                "random": random_states(),
+            }
+            return state | ({"source": source.state()} if hasattr(source, "state") else {})
+
+        return snapshot
+
+    if resume is not None:
+        done = resume["step"]
+        module.load_state_dict(resume["module"])
+        optimizer.load_state_dict(resume["optimizer"])
+        norms = list(resume["norms"])
+        if hasattr(source, "restore"):
+            source.restore(resume["source"])
+        restore_random(resume["random"])
+        resume = None  # as large as the weights and the optimiser together
+        if done >= steps:
+            yield Step(done, {}, snapshot_at(done), module, [])
+            return
+
+    for step in range(done, steps):
+        began = time.perf_counter()
+        events: list[dict] = []
+        seed_everything(seed, step)
+        batches = [batch.to(device) for batch in source(step)]
+        if not batches:
+            raise ValueError(f"step {step + 1}: the source gave no batch")
+        weights = all_sum(_count(batches))
+        if step == 0 and check is not None:
+            _check(check, module, batches)
+
+        parts = [_backward(module, batch, loss, weights, step) for batch in batches]
+        metrics = _measure(parts, weights, step)
+
+        norm = _grad_norm(trainable, optim.max_grad_norm)
+        if not math.isfinite(norm):
+            raise TrainingError(_blame(module, batches, loss, weights, trainable, step))
+        rate = lr_at(optim, step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["multiplier"]
+
+        spike = optim.spike > 0 and len(norms) >= ENOUGH and norm > optim.spike * statistics.median(norms)
+        norms = [*norms, norm][-HISTORY:] if optim.spike > 0 else []
+        if spike:
+            events.append({"event": "spike", "grad_norm": norm, "median": statistics.median(norms[:-1]), "note": "the update was left out"})
+        else:
+            before = {name: p.detach().clone() for name, p in trainable.items()} if step == 0 else None
+            optimizer.step()
+            if before is not None:
+                events.append(_changed(trainable, before))
+        optimizer.zero_grad()
+        done = step + 1
+
+        learned = sum(int((batch.target != 0).sum()) for batch in batches)
+        tokens = all_sum({"tokens": sum(batch.T for batch in batches), "tokens_learned": learned})
+        metrics |= {"grad_norm": norm, "lr": rate, **tokens}
+        if optim.spike > 0:
+            metrics["skipped"] = float(spike)
+        if hasattr(source, "metrics"):
+            metrics = _join(metrics, source.metrics(step))
+        seconds = time.perf_counter() - began
+        metrics |= {"seconds": seconds, "tokens_per_second": tokens["tokens"] / seconds}
+        del batches, parts
+        yield Step(done, metrics, snapshot_at(done), module, events)
+
+
+def _count(batches: Sequence[Forest]) -> dict[str, float]:
+    """Weights by name over the step: the denominators."""
+    found: dict[str, float] = defaultdict(float)
+    for batch in batches:
+        for name, weight in batch.weights.items():
+            found[name] += float(weight)
+    return found
+
+
+def _terms(module: nn.Module, batch: Forest, loss: Callable, weights: Mapping[str, float], step: int) -> tuple[Loss, dict[str, Tensor]]:
+    """The loss of one micro-batch and its terms' shares of the step's loss. A term whose weight is 0 has no share."""
+    out = loss(module, batch)
+    for name, term in out.terms.items():
+        if term.per not in weights:
+            raise ValueError(f"step {step + 1}: loss term {name!r} is per {term.per!r}; the batches weigh {sorted(weights)}")
+    if all(weights[term.per] == 0 for term in out.terms.values()):
+        raise TrainingError(f"step {step + 1}: nothing to learn: the weights of all loss terms are 0; look at this step's records")
+    return out, {
+        name: term.total * (term.coefficient / weights[term.per])
+        for name, term in out.terms.items()
+        if weights[term.per] != 0 and term.total.requires_grad
+    }
+
+
+def _backward(module: nn.Module, batch: Forest, loss: Callable, weights: Mapping[str, float], step: int) -> Loss:
+    """Adds the micro-batch's gradients. Gives its loss back without the graph."""
+    out, shares = _terms(module, batch, loss, weights, step)
+    if shares:
+        cast(Tensor, sum(shares.values())).backward()
+    return Loss(
+        {name: term._replace(total=term.total.detach()) for name, term in out.terms.items()},
+        {name: (_detached(total), _detached(weight)) for name, (total, weight) in out.metrics.items()},
+    )
+
+
+def _detached(x: Tensor | float) -> Tensor | float:
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def _measure(parts: Sequence[Loss], weights: Mapping[str, float], step: int) -> dict[str, float]:
+    """Means over the step: each sum by its weight, once. Raises TrainingError naming the term that is not finite."""
+    sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, float] = defaultdict(float)
+    means: dict[str, float] = defaultdict(float)
+    total = 0.0
+    for i, part in enumerate(parts):
+        for name, term in part.terms.items():
+            value = float(term.total)
+            if not math.isfinite(value):
+                where = f"step {step + 1}: loss term {name!r} is {value} in micro-batch {i + 1} of {len(parts)}"
+                raise TrainingError(f"{where}; the weights are as before it; lower --lr or --max-grad-norm, or look at this step's records")
+            if weights[term.per] != 0:
+                means[name] += value / weights[term.per]
+                total += term.coefficient * value / weights[term.per]
+        for name, (value_sum, weight) in part.metrics.items():
+            sums[name] += float(value_sum)
+            counts[name] += float(weight)
+    sums, counts = all_sum(sums), all_sum(counts)
+    own = {name: sums[name] / counts[name] for name in sums if counts[name] != 0}
+    return _join(_join(all_sum({"loss": total}), all_sum(means)), own)
+
+
+def _join(metrics: dict[str, float], more: Mapping[str, float]) -> dict[str, float]:
+    taken = (metrics.keys() | set(TIMINGS) | {"grad_norm", "lr", "tokens", "tokens_learned"}) & more.keys()
+    if taken:
+        raise ValueError(f"two metrics of one name: {sorted(taken)}")
+    return {**metrics, **{name: float(value) for name, value in more.items()}}
+
+
+def _grad_norm(trainable: Mapping[str, nn.Parameter], limit: float) -> float:
+    """Global norm of the gradient; cuts the gradient to `limit` (0 = does not)."""
+    gradients = [p.grad for p in trainable.values() if p.grad is not None]
+    if not gradients:
+        raise TrainingError("the loss does not depend on any trainable parameter: there is nothing to train")
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit > 0 and math.isfinite(float(norm)):
+        torch.nn.utils.clip_grads_with_norm_(trainable.values(), limit, norm)
+    return float(norm)
+
+
+def _blame(module: nn.Module, batches: Sequence[Forest], loss: Callable, weights: Mapping, trainable: Mapping, step: int) -> str:
+    """Which term of which micro-batch makes a gradient that is not finite, and in which tensor: computed again, one at a time."""
+    advice = "the weights are as before it; lower --lr or --max-grad-norm, or look at this step's records"
+    for i, batch in enumerate(batches):
+        names = list(_terms(module, batch, loss, weights, step)[1])
+        for name in names:
+            share = _terms(module, batch, loss, weights, step)[1][name]
+            gradients = torch.autograd.grad(share, list(trainable.values()), allow_unused=True)
+            for tensor, gradient in zip(trainable, gradients, strict=True):
+                if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                    where = f"micro-batch {i + 1} of {len(batches)}"
+                    return f"step {step + 1}: the gradient of loss term {name!r} is not finite at {tensor} in {where}; {advice}"
+    return f"step {step + 1}: the gradient is not finite; {advice}"
+
+
+def _check(check: Callable[[Any, Sequence[Forest]], None], module: nn.Module, batches: Sequence[Forest]) -> None:
+    """Runs the check without gradients and without a trace in the random states."""
+    states = random_states()
+    try:
+        with torch.no_grad():
+            check(module, batches)
+    except AssertionError as error:
+        raise TrainingError(f"check before the first update: {error}") from error
+    finally:
+        restore_random(states)
+
+
+def _changed(trainable: Mapping[str, nn.Parameter], before: Mapping[str, Tensor]) -> dict:
+    """Which tensors the first update moved, against those declared trainable."""
+    unchanged = [name for name, p in trainable.items() if torch.equal(p.detach(), before[name])]
+    zero = [name for name, p in trainable.items() if p.grad is None or not bool(p.grad.any())]  # weight decay moves these too
+    event = {"event": "first update", "declared": len(trainable), "changed": len(trainable) - len(unchanged)}
+    still = list(dict.fromkeys([*unchanged, *zero]))
+    if still:
+        names = ", ".join(still[:4]) + (f" and {len(still) - 4} more" if len(still) > 4 else "")
+        event |= {
+            "unchanged": unchanged,
+            "zero_gradient": zero,
+            "note": f"{len(still)} of {len(trainable)} tensors did not move, or got no gradient: {names}",
+        }
+    return event

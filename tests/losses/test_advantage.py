@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from temper.losses.advantage import gae, kl_shaped_reward, whiten
+
+from .reference import VECTORS, close, t
+
+V = VECTORS["ppo_reward_gae"]
+LOGP, REF, VALUE = t(-1, -0.5, -2, -0.3), t(-1.2, -0.4, -1.5, -0.3), t(*V["values"])
+REWARD = t(*V["rewards"])
+
+
+def test_vectors():
+    close(kl_shaped_reward(0.8, LOGP, REF, 0.05), V["rewards"])
+    for key, gamma, lam in (("adv_l095", 1, 0.95), ("adv_l1", 1, 1), ("adv_l0", 1, 0), ("gamma0p9", 0.9, 0.95)):
+        close(gae(REWARD, VALUE, gamma=gamma, lam=lam), V[key])
+    advantage = gae(REWARD, VALUE, gamma=1, lam=0.95)
+    close(advantage + VALUE, V["returns_l095"])
+    close(whiten(advantage), V["whiten_pop"])
+    close(whiten(advantage, unbiased=True), V["whiten_bessel"])
+    close(whiten(REWARD, keep_mean=True, unbiased=True), V["rewards_whiten_noshift_bessel"])
+
+
+def test_the_score_lands_on_the_last_token_and_the_inputs_stay_as_they_are():
+    logp = LOGP.clone()
+    close(kl_shaped_reward(0.8, logp, logp, 0.05), [0, 0, 0, 0.8])
+    close(kl_shaped_reward(t(0.8)[0], logp, REF, 0.0), [0, 0, 0, 0.8])
+    assert torch.equal(logp, LOGP)
+
+
+def test_gae_is_the_sum_of_its_definition():
+    g = torch.Generator().manual_seed(0)
+    reward, value = torch.randn(7, generator=g).double(), torch.randn(7, generator=g).double()
+    delta = reward + 0.9 * torch.cat([value[1:], t(0)]) - value
+    want = [sum((0.9 * 0.8) ** (s - k) * float(delta[s]) for s in range(k, 7)) for k in range(7)]
+    close(gae(reward, value, gamma=0.9, lam=0.8), want)
+
+
+def test_gae_with_lambda_one_is_reward_to_go_minus_value():
+    close(gae(REWARD, VALUE, gamma=1, lam=1), REWARD.flip(0).cumsum(0).flip(0) - VALUE)
+
+
+def test_gae_refuses_what_does_not_belong_together():
+    with pytest.raises(ValueError, match=r"\[4\].*\[3\]"):
+        gae(REWARD, VALUE[:3], gamma=1, lam=1)
+
+
+def test_advantages_are_data():
+    value = VALUE.clone().requires_grad_()
+    assert not gae(REWARD, value).requires_grad
+    assert not kl_shaped_reward(0.8, LOGP.clone().requires_grad_(), REF, 0.05).requires_grad
+    assert gae(REWARD.float(), VALUE.float()).dtype == torch.float32
+
+
+def test_whitening():
+    x = t(1, 2, 3, 10)
+    close(whiten(x).mean(), 0)
+    close(whiten(x).var(correction=0), 1, atol=1e-7)
+    close(whiten(x, unbiased=True).var(), 1, atol=1e-7)
+    close(whiten(x, keep_mean=True).mean(), 4)
+    close(whiten(x + 5), whiten(x))  # a constant added to every reward changes nothing
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_whitening_of_equal_numbers_is_zero(unbiased):
+    assert whiten(t(3, 3, 3), unbiased=unbiased).tolist() == [0, 0, 0]
+    assert whiten(t(3), unbiased=unbiased).tolist() == [0]
