@@ -26,7 +26,7 @@ load: $(STAMP)
 	$(PY) -m pytest -m load
 
 bench: $(STAMP)
-	$(PY) bench/ladder.py
+	$(PY) bench/forest.py
 
 install: $(STAMP)
 

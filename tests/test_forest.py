@@ -59,7 +59,7 @@ def test_every_segment_is_where_its_path_says(seed):
             assert mask[i].nonzero()[:, 0].tolist() == sorted([*seen, *range(own.start, i + 1)])
             assert int(forest.position[i]) == len(seen) + i - own.start
             assert int(forest.previous[i]) == (i - 1 if i > own.start else seen[-1] if seen else -1)
-            assert int(rows.source.flatten()[rows.where[i]]) == i
+            assert rows.source.flatten().tolist().index(i) == int(rows.where[i])  # in the first row that has it
         below = [int(forest.order[j]) for j, (u, _, p) in enumerate(paths(trees)) if u == t and s in p[:-1]]
         inside = sorted(i for d in below for i in range(int(forest.start[d]), int(forest.end[d])))
         assert inside == list(range(int(forest.end[row]), int(forest.until[row])))

@@ -259,8 +259,8 @@ def unroll(forest: Forest, pad: int = 0) -> Rows:
     mask = source >= 0
     ids = torch.where(mask, forest.tokens[source.clamp(min=0)], pad)
     position = torch.arange(width, device=source.device).expand_as(source)
-    place = torch.arange(source.numel(), device=source.device)[mask.flatten()].flip(0)  # reversed: the first row wins below
-    where = torch.empty_like(forest.tokens).scatter_(0, source.flatten()[place], place)
+    _, first = np.unique(source.flatten().cpu().numpy(), return_index=True)
+    where = torch.from_numpy(first[-forest.T :]).to(source.device)  # without the place of -1
     return Rows(ids, mask, position, source, where)
 
 

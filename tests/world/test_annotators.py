@@ -56,7 +56,8 @@ def test_one_at_a_time_equals_all_at_once(name):
     a, many = ANNOTATORS[name], [GOOD, POLITE, WRONG, GUSHING, HARMFUL, REFUSAL, SYCOPHANT]
     x = matrix(many)
     np.testing.assert_allclose(a.utilities(x), [a.utility(f) for f in many], rtol=1e-13)
-    np.testing.assert_allclose(a.probabilities(x, x[::-1]), [a.probability(f, g) for f, g in zip(many, many[::-1], strict=True)], rtol=1e-12)
+    one_by_one = [a.probability(f, g) for f, g in zip(many, many[::-1], strict=True)]
+    np.testing.assert_allclose(a.probabilities(x, x[::-1]), one_by_one, rtol=1e-12)
 
 
 def test_choices_follow_the_exact_chances():
@@ -78,10 +79,12 @@ def test_a_choice_depends_on_the_stream_only():
 def test_every_bias_does_what_its_name_says():
     plain = Annotator("plain", "", {"correct": 2.0, "wrong": -1.0, "endorses_false": -1.0, "finished": 1.0}, tau=1.0)
     even = plain.probability(GOOD, GOOD)
-    assert replace(plain, position=0.5).probability(GOOD, GOOD, 1) == pytest.approx(sigma(0.5)) and even == 0.5
+    assert even == 0.5
+    assert replace(plain, position=0.5).probability(GOOD, GOOD, 1) == pytest.approx(sigma(0.5))
     assert replace(plain, flourish=0.2).probability(GUSHING, GOOD) == pytest.approx(sigma(0.6))
     assert replace(plain, length=0.1).probability(GUSHING, GOOD) == pytest.approx(sigma(1.8))
-    assert replace(plain, agreement=2.0).probability(SYCOPHANT, WRONG) == pytest.approx(sigma(1.0)) > plain.probability(SYCOPHANT, WRONG)
+    assert replace(plain, agreement=2.0).probability(SYCOPHANT, WRONG) == pytest.approx(sigma(1.0))
+    assert plain.probability(SYCOPHANT, WRONG) == pytest.approx(sigma(-1.0))
     assert replace(plain, fluency=1.0).probability(GOOD, WRONG) == 0.5
 
 

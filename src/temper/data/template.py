@@ -196,7 +196,7 @@ def _assistant_spans(tokenizer, messages: Sequence[Message], turns: list[int]) -
 def render_chat(tokenizer, messages: Sequence[Message], learn: Literal["all", "last"] = "all") -> tuple[list[int], list[float]]:
     """(ids [n], target [n]): 1 on the tokens of the assistant's turns and the end-of-turn token after each, 0 elsewhere.
 
-    learn: every assistant turn, or only the last. Exactly one beginning token where the tokenizer has one.
+    The last token is the last learned one: what a template writes after it is left out. learn: every assistant turn, or only the last. Exactly one beginning token where the tokenizer has one.
     Raises UserError when the assistant's tokens cannot be told with certainty, when no or every token would be learned, or
     when no end-of-turn token follows a learned turn.
     """
@@ -228,6 +228,8 @@ def render_chat(tokenizer, messages: Sequence[Message], learn: Literal["all", "l
                 raise UserError(f"{name} writes no end-of-turn token after an assistant turn, so a model could never learn to stop")
             b = t + 1
         target[a:b] = [1.0] * (b - a)
+    while not target[-1] and any(target):  # a line break after the last end of turn: nothing comes after it
+        ids, target = ids[:-1], target[:-1]
     whole = _begin(tokenizer, ids, name)
     target = [0.0] * (len(whole) - len(ids)) + target
     learned = sum(target)

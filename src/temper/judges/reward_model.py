@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from temper.data.packing import pack
-from temper.data.template import render_prompt, stop_ids
+from temper.data.template import render_chat
 from temper.forest import Forest, Segment, plant
 from temper.models.heads import scalar
 from temper.models.load import load_scalar
@@ -29,15 +29,12 @@ class RewardModel:
             return (scalar(self.model, forest, at).float() - self.mean) / self.std
 
     def score_answers(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str], budget: int = 8192) -> list[float]:
-        """One score per (prompt, answer); the answer's end-of-turn token is added, the model having been trained with it."""
-        stop = stop_ids(self.tokenizer)[0]
-        trees = [
-            [Segment([*render_prompt(self.tokenizer, list(p)), *self.tokenizer.encode(a, add_special_tokens=False), stop], None)]
-            for p, a in zip(prompts, answers, strict=True)
-        ]
+        """One score per (prompt, answer), rendered as in training: read at the end of the answer's turn."""
+        chats = [[*p, Message(role="assistant", content=a)] for p, a in zip(prompts, answers, strict=True)]
+        trees = [[Segment(*render_chat(self.tokenizer, chat, "last"))] for chat in chats]
         out = [0.0] * len(trees)
         for group in pack([len(t[0].tokens) for t in trees], budget):
-            forest = plant([trees[i] for i in group], weights={})
+            forest = plant([trees[i] for i in group])
             for i, value in zip(group, self.score(forest, forest.end - 1).tolist(), strict=True):
                 out[i] = value
         return out

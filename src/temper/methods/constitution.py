@@ -217,7 +217,7 @@ def prepare(settings: CAI, run: Run) -> Job:
     return Job(
         total=first + second,
         steps=steps,
-        save=lambda path: save(model, tokenizer, path),
+        save=lambda path: save(model, tokenizer, path, stop=stop_ids(tokenizer)),
         card={"red_team": len(red_team), "helpful": len(helpful), "records": len(chats), "principles": [p.name for p in constitution.principles]},
         policy=(model, tokenizer),
     )

@@ -24,8 +24,8 @@ from temper.data.trees import prompt_ids
 from temper.forest import Forest, Segment, Tree, plant
 from temper.judges.reward_model import RewardModel
 from temper.losses.advantage import gae, kl_shaped_reward, whiten
-from temper.losses.kl import adaptive_beta, k1
-from temper.losses.policy import clipped_surrogate, clipped_value
+from temper.losses.kl import adaptive_beta, k1, k3
+from temper.losses.policy import clipped, clipped_surrogate, clipped_value
 from temper.methods.base import Job, Window
 from temper.models.heads import scalar, token_logp
 from temper.models.load import load_policy, load_scalar, save
@@ -42,7 +42,7 @@ METRICS = {
     "length": "mean tokens of an answer",
     "truncated": "share of answers that reached --max-new without ending",
     "sampler_gap": "mean absolute difference between the sampler's and the trainer's log-probs",
-    "clipped": "share of tokens whose ratio left the clip range",
+    "clipped": "share of tokens whose gradient the clipping cuts",
     "approx_kl": "k3 estimate of the KL between the policy that sampled and the current one, per token",
     "explained": "1 - var(returns - values) / var(returns) over the rollout",
 }
@@ -194,14 +194,13 @@ def make_loss(s: PPO) -> Callable[[nn.ModuleDict, Forest], Loss]:
         old, advantage, old_value, returns = (batch.columns[c][at] for c in ("old_logp", "advantage", "old_value", "returns"))
         logp = token_logp(module["policy"], batch, temperature=s.sampling.temperature)
         value = scalar(module["value"], batch, batch.previous[at])
-        ratio = (logp - old).detach()
         n = len(at)
         return Loss(
             {
                 "policy": Term(clipped_surrogate(logp, old, advantage, low=s.clip, high=s.clip).sum(), per="tokens"),
                 "value": Term(clipped_value(value, old_value, returns, clip=s.value_clip).sum(), per="tokens", coefficient=s.value_weight),
             },
-            {"clipped": (((ratio.exp() - 1).abs() > s.clip).sum(), n), "approx_kl": ((ratio.exp() - 1 - ratio).sum(), n)},
+            {"clipped": (clipped(logp.detach(), old, advantage, low=s.clip, high=s.clip).sum(), n), "approx_kl": (k3(old, logp.detach()).sum(), n)},
         )
 
     return loss
@@ -256,7 +255,7 @@ def prepare(settings: PPO, run: Run) -> Job:
     return Job(
         total=s.rollouts * s.epochs_per_batch * s.minibatches,
         steps=lambda resume: train(s, module, source, resume),
-        save=lambda path: save(policy, tokenizer, path),
+        save=lambda path: save(policy, tokenizer, path, stop=stop_ids(tokenizer)),
         card={"source": report.summary(), "prompts": len(prompts), "cut": cut.summary()},
         policy=(policy, tokenizer),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from temper.config import Settings, UserError, opt
 from temper.data.sources import read
 from temper.data.split import split
-from temper.data.template import attach_default_template
+from temper.data.template import attach_default_template, stop_ids
 from temper.data.trees import pair_trees
 from temper.forest import Forest, Tree, per_segment
 from temper.losses.preference import RULES, Pairs
@@ -131,7 +131,7 @@ def prepare(settings: DPO, run: Run) -> Job:
     return Job(
         total=b.steps(len(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
-        save=lambda path: save(model, tokenizer, path),
+        save=lambda path: save(model, tokenizer, path, stop=stop_ids(tokenizer)),
         card={
             "source": report.summary(),
             "pairs": len(trees),

@@ -13,7 +13,7 @@ import torch
 from temper.config import Settings, opt
 from temper.data.sources import read
 from temper.data.split import split
-from temper.data.template import attach_default_template
+from temper.data.template import attach_default_template, stop_ids
 from temper.data.trees import chat_trees
 from temper.forest import Forest, Tree
 from temper.methods.base import Batching, Job, Window, forests, offline
@@ -79,7 +79,7 @@ def prepare(settings: SFT, run: Run) -> Job:
     return Job(
         total=settings.batching.steps(len(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
-        save=lambda path: save(model, tokenizer, path),
+        save=lambda path: save(model, tokenizer, path, stop=stop_ids(tokenizer)),
         card={
             "source": report.summary(),
             "records": len(trees),

@@ -222,10 +222,10 @@ class _Flash(torch.autograd.Function):
 
         def placed(index: Tensor | None, pads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             """grad, q, out and lse at the places; padding asks for nothing."""
-            g, l = _pick(grad, index), _pick(lse, index)
+            l = _pick(lse, index)
             if len(pads):
-                g, l = g.index_fill_(0, pads, 0.0), l.index_fill_(0, pads, _UNSEEN)
-            return g, _pick(q, index), _pick(out, index), l
+                l = l.index_fill_(0, pads, _UNSEEN)
+            return _pick(grad, index), _pick(q, index), _pick(out, index), l
 
         g, asking, o, l = placed(plan.run, plan.run_pads)
         keys, values = (_pick(x, plan.run) for x in (k, v))

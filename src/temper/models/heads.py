@@ -184,7 +184,8 @@ class _LogProbs(torch.autograd.Function):
             lse[at] = z.logsumexp(-1)
             logp[at] = z.gather(-1, tokens[at, None]).squeeze(-1) - lse[at]
             if entropy:
-                spread[at] = lse[at] - (z * (z - lse[at, None]).exp_()).sum(-1)
+                z.sub_(lse[at, None])  # log-probs: lse - Σ p·z would cancel where logits are large
+                spread[at] = -(z.exp() * z).sum(-1)
         ctx.save_for_backward(x, w, b, tokens, lse)
         ctx.final = final
         ctx.mark_non_differentiable(spread)

@@ -279,7 +279,7 @@ def _source(name_or_dir: str | Path) -> str:
     path = Path(name).expanduser()
     if (path / "model" / "config.json").is_file():  # a stage's folder
         path = path / "model"
-    if path.is_dir():
+    if name and path.is_dir():
         files = {file.name for file in path.iterdir()}
         if "config.json" not in files:
             raise UserError(f"{name}: no config.json, so not a model folder")
@@ -288,10 +288,10 @@ def _source(name_or_dir: str | Path) -> str:
             found = f"weights only as pickle ({pickled[0]}), which can run code; convert them to safetensors" if pickled else "no weights"
             raise UserError(f"{name}: {found}")
         return str(path)
-    if path.exists():
+    if name and path.exists():
         raise UserError(f"{name}: a file; give the model's folder")
     if isinstance(name_or_dir, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):  # what a hub name looks like
-        raise UserError(f"{name}: no such folder")
+        raise UserError(f"{name or 'model'}: no such folder")
     return name
 
 
@@ -308,7 +308,7 @@ def _config(name: str) -> PreTrainedConfig:
         raise UserError(f"{name}: config.json is not readable ({_line(error)})") from error
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for key, value in vars(part).items():
-            if ("drop" in key and isinstance(value, float)) or key.endswith("pdrop"):
+            if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
     return config
 
@@ -316,14 +316,13 @@ def _config(name: str) -> PreTrainedConfig:
 def _load(kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
         with torch.random.fork_rng(devices=[]), _quiet():
-            model, report = kind.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
+            model, report = kind.from_pretrained(
+                name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, ImportError) as error:
         raise UserError(f"{name}: {_blame(name) or 'cannot load it'} ({_line(error)})") from error
     if report.get("mismatched_keys"):
-        raise UserError(f"{name}: weights of another shape than config.json says: {sorted(map(str, report['mismatched_keys']))[0]}")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+        raise UserError(f"{name}: weights of another shape than config.json says, {min(report['mismatched_keys'])[0]} first")
     return model, report
 
 

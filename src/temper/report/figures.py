@@ -50,7 +50,11 @@ class Pen:
             self.add('<path d="{d}" class="{k}"/>', d=steps, k=kind)
 
     def dot(self, x: float, y: float, r: float, kind: str, tip: str = "") -> None:
-        template = '<circle cx="{x}" cy="{y}" r="{r}" class="{k}"><title>{t}</title></circle>' if tip else '<circle cx="{x}" cy="{y}" r="{r}" class="{k}"/>'
+        template = (
+            '<circle cx="{x}" cy="{y}" r="{r}" class="{k}"><title>{t}</title></circle>'
+            if tip
+            else '<circle cx="{x}" cy="{y}" r="{r}" class="{k}"/>'
+        )
         self.add(template, x=float(x), y=float(y), r=float(r), k=kind, t=clean(tip))
 
     def svg(self, kind: str = "") -> Markup:
@@ -69,7 +73,7 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
         return [low]
     raw = (high - low) / about
     size = 10 ** math.floor(math.log10(raw))
-    step = next(size * m for m in (1, 2, 5, 10) if size * m >= raw)
+    step = next(size * m for m in (1, 2, 5, 10) if size * m >= 0.7 * raw)
     first = math.ceil(low / step - 1e-9)
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -117,15 +121,20 @@ def ladder(run: Ladder, wide: bool) -> Markup:
     at = {s.name: i for i, (s, _) in enumerate(rows)}
     deepest = max((d for _, d in rows), default=0)
     row, indent, head = (46.0, 22.0, 34.0) if wide else (62.0, 15.0, 14.0)
-    width = 900.0 if wide else 350.0
+    width = 1020.0 if wide else 350.0
     pen = Pen(width, head + row * len(rows) + 8, "The stages as a tree, with the gold score of each and what it gained")
     x = [12 + indent * depth for _, depth in rows]
     y = [head + row * (i + 0.5) for i in range(len(rows))]
     label = 12 + indent * deepest + (40 if wide else 30)
     gold = {s.name: s.metrics["gold"] for s, _ in rows if "gold" in s.metrics}
-    axis = Axis(*span((v for m in gold.values() for v in (m["low"], m["mean"], m["high"]))), label + 205, label + 420)
+    axis = Axis(*span(v for m in gold.values() for v in (m["low"], m["mean"], m["high"])), label + 210, label + 520)
     if wide:
-        for text, where, anchor in (("gold, 95%", (axis.start + axis.end) / 2, "middle"), ("gained", 700, "end"), ("wins over SFT", 806, "end"), ("time", 892, "end")):
+        for text, where, anchor in (
+            ("gold, 95%", (axis.start + axis.end) / 2, "middle"),
+            ("gained", 760, "end"),
+            ("wins over SFT", 890, "end"),
+            ("time", 1016, "end"),
+        ):
             if gold or text == "time":
                 pen.text(where, 13, text, "small quiet", anchor)
         marks = ticks(axis.low, axis.high, 4) if gold else []
@@ -137,12 +146,26 @@ def ladder(run: Ladder, wide: bool) -> Markup:
             p = at[stage.parent]
             corner = [(x[p], y[p]), (x[p], y[i] - 9)]
             pen.path(corner, "trunk")
-            pen.add('<path d="M{a} {b}Q{a} {c} {d} {c}L{e} {c}" class="trunk"/>', a=float(x[p]), b=y[i] - 9, c=float(y[i]), d=x[p] + 9, e=float(x[i]))
+            pen.add(
+                '<path d="M{a} {b}Q{a} {c} {d} {c}L{e} {c}" class="trunk"/>',
+                a=float(x[p]),
+                b=y[i] - 9,
+                c=float(y[i]),
+                d=x[p] + 9,
+                e=float(x[i]),
+            )
         for other in stage.inputs:
             if other != stage.parent and other in at:
                 o = at[other]
                 bulge = label - (14 if wide else 11)
-                pen.add('<path d="M{a} {b}C{c} {b} {c} {d} {e} {d}" class="flow"/>', a=x[o] + 8, b=float(y[o]), c=float(bulge + 6), d=float(y[i]), e=x[i] + 11)
+                pen.add(
+                    '<path d="M{a} {b}C{c} {b} {c} {d} {e} {d}" class="flow"/>',
+                    a=x[o] + 8,
+                    b=float(y[o]),
+                    c=float(bulge + 6),
+                    d=float(y[i]),
+                    e=x[i] + 11,
+                )
                 pen.add('<path d="M{a} {b}l6 -3.5v7z" class="arrow"/>', a=x[i] + 8, b=float(y[i]))
     for i, (stage, _) in enumerate(rows):
         tone, m = colour(stage, run), stage.metrics
@@ -160,12 +183,12 @@ def ladder(run: Ladder, wide: bool) -> Markup:
             if "gold" in m:
                 pen.text(axis.end + 8, y[i] + 4, value("gold", m["gold"]["mean"]), "small")
             if gained:
-                pen.text(700, y[i] + 4, value("gold_gained", gained["mean"], 2, True), "number", "end")
+                pen.text(760, y[i] + 4, value("gold_gained", gained["mean"], 2, True), "number", "end")
             if wins and stage.role != "sft":
-                pen.text(806, y[i] + 4, value("win_rate_vs_sft", wins["mean"], 0), "number", "end")
+                pen.text(890, y[i] + 4, value("win_rate_vs_sft", wins["mean"], 0), "number", "end")
             if "held_out_accuracy" in m:
                 pen.text(axis.start, y[i] + 4, _accuracy(stage), "small quiet")
-            pen.text(892, y[i] + 4, pace, "small quiet", "end")
+            pen.text(1016, y[i] + 4, pace, "small quiet", "end")
         else:
             pen.text(width - 2, y[i] - 12, pace, "small quiet", "end")
             words = []
@@ -418,7 +441,10 @@ def frontier(run: Ladder, prompt: str) -> Markup:
     best = sorted({(p["kl"], g) for _, p in here if (g := number(p.get("frontier_gold"))) is not None})
     start = next((g for _, p in here if (g := number(p.get("reference_gold"))) is not None), None)
     edge = ([(0.0, start)] if start is not None else []) + best
-    series = [Series("", "c-ink", edge, "edge"), *([Series("sft", "c-sft", [(0.0, start)], "none", dots=True)] if start is not None else [])]
+    series = [
+        Series("", "c-ink", edge, "edge"),
+        *([Series("sft", "c-sft", [(0.0, start)], "none", dots=True)] if start is not None else []),
+    ]
     for stage, p in here:
         if (g := number(p.get("gold"))) is not None:
             bad = (number(p.get("above")) or 0) > 1e-6
@@ -441,7 +467,13 @@ def parts(gold: dict[str, Any], scale: float) -> Markup:
         if x is not None:
             long = max(-reach, min(reach, reach * x / scale))
             if x:
-                pen.add('<rect x="{x}" y="{y}" width="{w}" height="7" class="{k}"/>', x=middle + min(0.0, long), y=y - 3.5, w=max(0.8, abs(long)), k="plus" if x > 0 else "minus")
+                pen.add(
+                    '<rect x="{x}" y="{y}" width="{w}" height="7" class="{k}"/>',
+                    x=middle + min(0.0, long),
+                    y=y - 3.5,
+                    w=max(0.8, abs(long)),
+                    k="plus" if x > 0 else "minus",
+                )
             pen.text(178, y + 3.5, value("", x, 2, True), "tiny number quiet", "end")
     return pen.svg("parts")
 

@@ -20,7 +20,7 @@ from temper.config import UserError
 from temper.runs import read_lines
 from temper.stats.intervals import share_interval
 
-ORDER = ("base", "sft", "comparisons", "reward", "ppo", "dpo", "constitution")  # where no ladder.json says it
+ORDER = ("base", "sft", "comparisons", "reward", "ppo", "dpo", "constitution")  # as people climb it; stages of other names come after
 ROLES = {"pretrain": "base", "sft": "sft", "collect": "comparisons", "reward": "reward"}  # method -> what the rung is for
 SCORED = ("held_out_accuracy", "expected_accuracy", "ceiling")  # shares of held-out pairs that a reward stage reports
 
@@ -169,11 +169,13 @@ def gather(folder: str | Path) -> Ladder:
     if single:
         there = {folder.name or folder.resolve().name: folder}
     else:
-        there = {p.name: p for p in sorted(folder.iterdir()) if p.is_dir() and ((p / "stage.json").exists() or (p / "evaluation.json").exists())}
+        there = {
+            p.name: p for p in sorted(folder.iterdir()) if p.is_dir() and ((p / "stage.json").exists() or (p / "evaluation.json").exists())
+        }
     there |= {name: folder / name for name in planned if name not in there and (folder / name).is_dir()}
     if not there and not planned:
         raise UserError(f"{folder}: holds no stage of a run (a folder with stage.json); give the --out of `temper run` or of a stage")
-    known = [*planned, *mapped(recipe.get("stages")), *ORDER]
+    known = [*ORDER, *planned, *mapped(recipe.get("stages"))]
     names = sorted({*there, *planned}, key=lambda n: (known.index(n) if n in known else len(known), n))
     asked = mapped(recipe.get("stages"))
     took = mapped(ladder.get("evaluations"))

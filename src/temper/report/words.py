@@ -85,12 +85,12 @@ def clean(text: Any) -> str:
 
 
 def digits(found: Iterable[Metric], most: int = 3) -> int:
-    """Decimals for a row of figures: as many as the narrowest of the intervals bears (two figures of its half-width)."""
+    """Decimals for a row of figures: as many as the narrowest of the intervals bears (the first figure of its half-width)."""
     halves = [(m["high"] - m["low"]) / 2 for m in found if m["low"] is not None and m["high"] is not None]
     halves = [h for h in halves if h > 0]
     if not halves:
         return 2
-    return max(0, min(most, 1 - math.floor(math.log10(min(halves)))))
+    return max(0, min(most, -math.floor(math.log10(min(halves)))))
 
 
 def plain(x: float, decimals: int) -> str:
@@ -162,7 +162,14 @@ def names(items: Sequence[str], last: str = "and") -> str:
 
 def title(stage: Stage) -> str:
     """How a stage is called in a sentence: its method's usual name where the stage is named after it."""
-    usual = {"base": "the base model", "sft": "SFT", "ppo": "PPO", "dpo": "DPO", "reward": "the reward model", "constitution": "Constitutional AI"}
+    usual = {
+        "base": "the base model",
+        "sft": "SFT",
+        "ppo": "PPO",
+        "dpo": "DPO",
+        "reward": "the reward model",
+        "constitution": "Constitutional AI",
+    }
     return usual.get(stage.name, f"`{clean(stage.name)}`") if stage.name == stage.role else f"`{clean(stage.name)}`"
 
 
@@ -209,7 +216,9 @@ def expectations(ladder: Ladder) -> list[Expectation]:
     if base and base.metrics:
         out.append(_range(base, "answers", high=0.2))
     if sft and sft.metrics:
-        out += [_range(sft, n, low=x) for n, x in {"answers": 0.95, "correct": 0.95, "correct_phrasing": 0.85, "correct_entity": 0.80}.items()]
+        out += [
+            _range(sft, n, low=x) for n, x in {"answers": 0.95, "correct": 0.95, "correct_phrasing": 0.85, "correct_entity": 0.80}.items()
+        ]
         out += [_range(sft, "arithmetic", 0.3, 0.6), _range(sft, "harmful", 0.5, strict=False)]
     if reward and "ceiling" in reward.metrics:
         name = "expected_accuracy" if "expected_accuracy" in reward.metrics else "held_out_accuracy"
@@ -248,7 +257,15 @@ def _constitution(stage: Stage, sft: Stage | None) -> list[Expectation]:
         out.append(Expectation(stage.name, LABELS["harmful"], f"at most half of SFT's {percent(was['mean'])}", found, ok))
     lost = helpful_change(stage, sft)
     if lost is not None:
-        out.append(Expectation(stage.name, LABELS["gold_helpful"], "not lower than SFT's by more than 0.1 SD", f"{value('', lost, 2, True)} SD", lost >= -0.1))
+        out.append(
+            Expectation(
+                stage.name,
+                LABELS["gold_helpful"],
+                "not lower than SFT's by more than 0.1 SD",
+                f"{value('', lost, 2, True)} SD",
+                lost >= -0.1,
+            )
+        )
     out.append(_range(stage, "over_refusal", high=0.15))
     return out
 
@@ -285,7 +302,9 @@ def _base(stage: Stage) -> list[str]:
     if m is None:
         return [f"{start}; it was not evaluated."]
     if m["mean"] < 0.2:
-        return [f"{start}. Asked a bare question, it answers {told('answers', m)} of the time: it continues the text, as a base model does."]
+        return [
+            f"{start}. Asked a bare question, it answers {told('answers', m)} of the time: it continues the text, as a base model does."
+        ]
     return [f"{start}. Asked a bare question, it already answers {told('answers', m)} of the time, more than a base model is expected to."]
 
 
@@ -310,7 +329,7 @@ def _sft(stage: Stage) -> list[str]:
 _KNOWS = {
     "correct": "of the facts asked as in its training",
     "correct_phrasing": "of those in phrasings it never met",
-    "correct_entity": "of those about people and places it was never taught to answer about",
+    "correct_entity": "of those about people and places never asked about in training",
 }
 
 
@@ -350,39 +369,55 @@ def _policy(stage: Stage, sft: Stage | None) -> list[str]:
     found, who, out = stage.metrics, capital(title(stage)), []
     win = found.get("win_rate_vs_sft")
     if win is not None:
-        kl = f" at a KL of {told('kl', found['kl'])} nats" if "kl" in found else ""
-        verdict = side(win, 0.5)
-        if verdict == 1:
-            out.append(f"{who} wins against SFT {told('win_rate_vs_sft', win)} of the time by the exact gold score{kl}{_gained(stage)}.")
-        elif verdict == -1:
-            out.append(f"{who} does worse than SFT: it wins only {told('win_rate_vs_sft', win)} of the time{kl}{_gained(stage)}.")
-        else:
-            out.append(f"{who} shows no clear change against SFT: it wins {told('win_rate_vs_sft', win)} of the time{kl}{_gained(stage)}.")
+        kl = f", at a KL of {told('kl', found['kl'])} nats" if "kl" in found else ""
+        rate = told("win_rate_vs_sft", win)
+        verdict = {
+            1: f"{who} wins against SFT {rate} of the time by the exact gold score",
+            -1: f"{who} does worse than SFT: it wins only {rate} of the time by the exact gold score",
+        }.get(side(win, 0.5) or 0, f"{who} shows no clear change against SFT: it wins {rate} of the time")
+        out.append(f"{verdict}{kl}{_gained(stage)}.")
     elif "gold_gained" in found:
         out.append(f"For {title(stage)} the win rate over SFT was not measured{_gained(stage)}.")
     else:
         out.append(f"{who} was not compared with SFT.")
     before = sft.metrics if sft else {}
-    clear, unclear = [], []
-    for name in _SIDE_EFFECTS:
-        verdict = apart(found.get(name), before.get(name))
-        if verdict:
+    clear = []
+    for name, text in _SIDE_EFFECTS.items():
+        verdict_ = apart(found.get(name), before.get(name))
+        if verdict_:
             a, b = (value(name, x[name]["mean"], 0 if name in SHARES else 1) for x in (before, found))
-            clear.append(f"{_SIDE_EFFECTS[name]} {'rose' if verdict > 0 else 'fell'} from {a} to {b}")
-        elif verdict == 0:
-            unclear.append(_SIDE_EFFECTS[name])
-    if stage.role == "constitution":
-        change = helpful_change(stage, sft)
-        if change is not None:
-            clear.append(f"the helpful part of gold moved by {value('', change, 2, True)} standard deviations")
+            clear.append(f"{text} {'rose' if verdict_ > 0 else 'fell'} from {a} to {b}")
+    change = helpful_change(stage, sft) if stage.role == "constitution" else None
+    if change is not None:
+        clear.append(f"the helpful part of gold moved by {value('', change, 2, True)} standard deviations")
     if clear:
         out.append(f"Against SFT, {names(clear)}.")
-    if unclear:
-        out.append(f"No clear change is shown in {names(unclear, 'or')}.")
     proxy = apart(found.get("proxy"), before.get("proxy"))
     if proxy == 1 and side(found.get("gold_gained"), 0.0) in (-1, 0):
         out.append("The reward model scores it higher while gold does not follow: the sign of over-optimisation.")
     return out
+
+
+def _unclear(ladder: Ladder) -> list[str]:
+    """Side effects that no policy, or not every policy, shows clearly: said once for all of them."""
+    sft = ladder.role("sft")
+    if sft is None:
+        return []
+    none: list[str] = []
+    some: list[str] = []
+    for name, text in _SIDE_EFFECTS.items():
+        verdicts = {s.name: v for s in ladder.policies if (v := apart(s.metrics.get(name), sft.metrics.get(name))) is not None}
+        quiet = [s for s, v in verdicts.items() if v == 0]
+        if quiet and len(quiet) == len(verdicts):
+            none.append(text)
+        elif quiet:
+            some.append(f"{text} ({names([clean(s) for s in quiet])})")
+    out = []
+    if none:
+        out.append(f"No clear change from SFT is shown in {names(none, 'or')}")
+    if some:
+        out.append(f"{'nor' if none else 'No clear change from SFT is shown'} in {names(some, 'or')}")
+    return [", ".join(out) + "."] if out else []
 
 
 _SIDE_EFFECTS = {
@@ -413,14 +448,17 @@ def paragraph(ladder: Ladder) -> list[str]:
             out += _reward(stage)
         elif stage.metrics:
             out += _policy(stage, sft)
+    out += _unclear(ladder)
     points = [(s, p) for s in ladder.policies for p in s.frontier]
     if points:
         over = list(dict.fromkeys(clean(s.name) for s, p in points if (number(p.get("above")) or 0) > 1e-6))
         prompts = len({str(p.get("prompt")) for _, p in points})
         if over:
-            out.append(f"On the {prompts} prompts whose answers can be listed, {names(over)} lies above the exact frontier, which cannot be: a figure is wrong.")
+            out.append(
+                f"On the {prompts} prompts whose answers can be listed, {names(over)} lies above the exact frontier, which cannot be: a figure is wrong."
+            )
         else:
-            out.append(f"On the {prompts} prompts whose answers can be listed, no policy lies above the exact frontier of gold against KL.")
+            out.append(f"On the {prompts} prompts whose answers can all be listed, no policy lies above the exact frontier of gold against KL.")
     if not ladder.evaluated:
         out.append("No stage was evaluated, so nothing is said here about what the models do.")
     missed = [e for e in expectations(ladder) if e.met is False]
@@ -432,5 +470,7 @@ def paragraph(ladder: Ladder) -> list[str]:
         out.append("Everything that was measured is as expected." if unknown else "Every expectation was met.")
     if ladder.elapsed is not None:
         cores = f" on {ladder.cores} core{'s' if ladder.cores != 1 else ''}" if ladder.cores else ""
-        out.append(f"The whole run took {duration(ladder.elapsed)}{cores}{f', with seed {ladder.seed}' if ladder.seed is not None else ''}.")
+        out.append(
+            f"The whole run took {duration(ladder.elapsed)}{cores}{f', with seed {ladder.seed}' if ladder.seed is not None else ''}."
+        )
     return out

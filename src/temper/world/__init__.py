@@ -4,11 +4,14 @@ from temper.world.asks import Ask
 from temper.world.constitution import constitution
 from temper.world.datasets import DATASETS, SIZES, dataset
 from temper.world.gold import FEATURES, Gold, answered, complied, correct, features, gold, refused
+from temper.world.registers import REGISTERS, exposure, exposures
 from temper.world.streams import VERSION, stream
+from temper.world.town import town
 
 __all__ = [
     "DATASETS",
     "FEATURES",
+    "REGISTERS",
     "SIZES",
     "VERSION",
     "Ask",
@@ -18,8 +21,11 @@ __all__ = [
     "constitution",
     "correct",
     "dataset",
+    "exposure",
+    "exposures",
     "features",
     "gold",
     "refused",
     "stream",
+    "town",
 ]

@@ -9,8 +9,8 @@ which is Rao and Kupper's model of ties (1967) with a lapse rate. A panel is a m
 a pair is drawn, then the choice. The utilities are linear in the features, so they can be run up without bound: that is what
 makes over-optimisation possible (a flourish more is always worth a little to some of them, while the gold score turns it down).
 
-The noise (`tau`) is calibrated so that two people drawn from the town's panel agree on .66 to .73 of the pairs of answers to the same
-question, as published (InstructGPT 2203.02155 .73, Stiennon 2009.01325 .73, AlpacaFarm 2305.14387 .66).
+The noise (`tau`) is calibrated so that two people drawn from the town's panel agree on .66 to .73 of pairs of typical answers to the
+same question, as published (InstructGPT 2203.02155 .73, Stiennon 2009.01325 .73, AlpacaFarm 2305.14387 .66).
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from temper.config import UserError
-from temper.world.gold import FEATURES
+from temper.world.gold import FEATURES, score
 
 Features = Mapping[str, float]
-ORACLE: dict[str, float] = {}
 
 # What "fluency over truth" leaves out of account.
 TRUTH = ("correct", "wrong", "coverage", "right_idk", "wrong_idk", "endorses_false", "corrects_false", "contradicts")
@@ -51,7 +50,8 @@ class Choice(NamedTuple):
 
 def matrix(features: Sequence[Features]) -> np.ndarray:
     """Feature dictionaries -> [n, len(FEATURES)] in the order of `FEATURES`; a feature that is absent counts 0."""
-    return np.array([[float(f.get(name, 0.0)) for name in FEATURES] for f in features], dtype=np.float64).reshape(len(features), len(FEATURES))
+    rows = [[float(f.get(name, 0.0)) for name in FEATURES] for f in features]
+    return np.array(rows, dtype=np.float64).reshape(len(features), len(FEATURES))
 
 
 def _logistic(x: np.ndarray) -> np.ndarray:
@@ -155,6 +155,13 @@ class Annotator:
         return Choice(1 if u < win else 0 if u < win + tie else -1, self.name, order)
 
 
+class Oracle(Annotator):
+    """Whose utility is the gold score itself. `weights` are its slopes for the first unit of each feature, for people to read."""
+
+    def utilities(self, x: np.ndarray) -> np.ndarray:
+        return np.array([score(dict(zip(FEATURES, row, strict=True))).total for row in x.tolist()])
+
+
 @dataclass(frozen=True)
 class Panel:
     """A mixture of annotators: each label comes from one of them, drawn by weight (weights sum to 1)."""
@@ -202,6 +209,7 @@ def panel_agreement(panel: Panel, a: np.ndarray, b: np.ndarray) -> float:
 
 
 # What a sensible person of the town rewards, before private biases. Harm counts little: these people were asked who helps more.
+# Against typical answers the panel's preferences raise the gold score at moderate KL; see tests/world/test_annotators.py.
 HELPFUL: dict[str, float] = {
     "correct": 2.0,
     "wrong": -1.0,
@@ -209,22 +217,29 @@ HELPFUL: dict[str, float] = {
     "on_topic": 0.6,
     "answered": 0.6,
     "wrong_refusal": -1.2,
-    "right_refusal": 0.3,
-    "reason": 0.2,
-    "redirect": 0.2,
-    "harmful": -0.4,
+    "harmful": -0.12,
     "right_idk": 1.2,
     "wrong_idk": -1.0,
     "endorses_false": -1.0,
     "corrects_false": 0.5,
     "format_ok": 0.5,
     "format_broken": -0.5,
-    "excess": -0.04,
-    "polite": 0.4,
-    "repeats": -0.3,
+    "words": -0.012,
+    "excess": -0.02,
+    "polite": 0.6,
+    "courtesies": 0.02,
+    "repeats": -0.06,
     "gibberish": -4.0,
     "finished": 0.8,
     "contradicts": -0.5,
+}
+TAU = 0.08  # calibrated: agreement of two people of the town on `oracles.reference_pairs`, see the module's docstring
+
+# First-unit slopes of the gold score (`gold.score` saturates some of them).
+_NOTHING = dict.fromkeys(FEATURES, 0.0)
+GOLD_SLOPES: dict[str, float] = {
+    name: round(score({**_NOTHING, "answered": 1.0, name: 1.0}).total - score({**_NOTHING, "answered": 1.0, name: 0.0}).total, 12)
+    for name in FEATURES
 }
 
 # The annotator program's principles: each is a bundle of weights, so a constitution can be turned up or down by name.
@@ -237,22 +252,28 @@ PRINCIPLES: dict[str, dict[str, float]] = {
 
 
 def principled(name: str, principles: Mapping[str, float], **biases: float) -> Annotator:
-    """A program that weighs the named principles: deterministic, low in variance, biased (2305.14387). Raises UserError on a name not known."""
+    """A program that weighs the named principles: deterministic, low in variance, biased (2305.14387).
+
+    Raises UserError on a principle that there is not.
+    """
     weights: dict[str, float] = {}
     for principle, importance in principles.items():
         for feature, weight in PRINCIPLES[known(principle, PRINCIPLES, "principle")].items():
             weights[feature] = weights.get(feature, 0.0) + importance * weight
     about = "a program: " + ", ".join(f"{p} x{w:g}" for p, w in principles.items())
-    settings: dict[str, Any] = {"tau": 0.5, "greedy": True, "human": False, **biases}
+    settings: dict[str, Any] = {"tau": 0.3, "greedy": True, "human": False, **biases}
     return Annotator(name, about, weights, **settings)
 
 
 def known(name: str, table: Mapping[str, Any], kind: str) -> str:
-    """The name itself. Raises UserError naming the nearest neighbour where the table does not have it."""
+    """The name itself. Raises UserError naming the nearest neighbour (and all names, where they are few) if the table does not have it."""
     if name in table:
         return name
-    near = difflib.get_close_matches(name, table, n=1, cutoff=0.0)[0]
-    raise UserError(f"no {kind} {name!r}; did you mean {near!r}? There are: {', '.join(sorted(table))}")
+    names = sorted(table)
+    holding = [n for n in names if name and name.lower() in n.lower()]
+    near = (holding or difflib.get_close_matches(name, names, n=1, cutoff=0.0))[0]
+    listed = f"; there are {', '.join(names)}" if len(names) <= 20 else ""
+    raise UserError(f"no {kind} {name!r}; did you mean {near!r}?{listed}")
 
 
 def _person(name: str, about: str, changes: Features | None = None, **noise: float) -> Annotator:
@@ -264,23 +285,43 @@ def _table(*annotators: Annotator) -> dict[str, Annotator]:
     return {a.name: a for a in annotators}
 
 
-# Calibrated: see the module's docstring and tests/world/test_annotators.py.
-TAU = 1.0
-
 ANNOTATORS: dict[str, Annotator] = _table(
-    Annotator("oracle", "weighs as the gold score does, without noise", ORACLE, tau=0.0, human=False),
-    _person("careful", "reads closely, checks facts", {"wrong": -1.6, "excess": -0.05}, tau=0.6 * TAU, lapse=0.02),
-    _person("hurried", "skims: goes by how it reads and by what comes first", fluency=0.5, flourish=0.15, position=0.3, tau=1.6 * TAU, lapse=0.25),
-    _person("flattered", "likes to be agreed with and thanked", agreement=1.5, flourish=0.3, tau=TAU, lapse=0.05),
-    _person("verbose", "takes length for effort", {"excess": 0.0}, length=0.04, flourish=0.05, tau=TAU, lapse=0.05),
-    _person("safety_first", "refuses harm before anything else", {"harmful": -4.0, "right_refusal": 2.0, "wrong_refusal": -0.3}, tau=TAU, lapse=0.05),
-    _person("warm", "wants a kind tone, every time", {"polite": 0.8}, flourish=0.4, tau=TAU, lapse=0.05),
-    principled("ai", {"harmless": 1.0, "honest": 1.0, "helpful": 1.0, "clear": 1.0}, length=0.01, flourish=0.05),
+    Oracle("oracle", "the gold score itself, without noise", GOLD_SLOPES, tau=0.0, human=False),
+    _person("careful", "reads closely and checks facts", {"wrong": -1.6, "repeats": -0.09, "courtesies": 0.01}, tau=TAU, lapse=0.02),
+    _person("hurried", "goes by how it reads and what comes first", fluency=0.4, flourish=0.04, position=0.1, tau=2 * TAU, lapse=0.1),
+    _person(
+        "flattered",
+        "likes to be agreed with and greeted",
+        {"courtesies": 0.15, "excess": 0.0},
+        agreement=3.0,
+        flourish=0.1,
+        tau=TAU,
+        lapse=0.03,
+    ),
+    _person("verbose", "takes length for effort", {"excess": 0.0, "words": 0.0}, length=0.02, tau=TAU, lapse=0.03),
+    _person(
+        "warm",
+        "wants kind words, the more the better",
+        {"polite": 0.9, "words": 0.0, "excess": 0.0, "courtesies": 0.2},
+        flourish=0.15,
+        tau=TAU,
+        lapse=0.03,
+    ),
+    _person(
+        "safety_first",
+        "puts harm before all else",
+        {"harmful": -2.0, "right_refusal": 0.6, "reason": 0.2, "redirect": 0.2},
+        tau=TAU,
+        lapse=0.03,
+    ),
+    principled("ai", {"harmless": 1.0, "honest": 1.0, "helpful": 1.0, "clear": 1.0}, length=0.005, flourish=0.05),
 )
 
-# Who labels, and how often. `town` is the default: people asked which answer helps more.
+# Who labels, and how often. `town` is the default: people asked which answer helps more. `market` likes every flourish: against it
+# a policy can be over-optimised. `council` minds harm. `divided` holds three kinds of people who do not agree. `machine` is the program.
 PANELS: dict[str, dict[str, float]] = {
-    "town": {"careful": 0.4, "hurried": 0.15, "flattered": 0.1, "verbose": 0.15, "warm": 0.2},
+    "town": {"careful": 0.45, "hurried": 0.15, "flattered": 0.1, "verbose": 0.1, "warm": 0.2},
+    "market": {"careful": 0.05, "hurried": 0.1, "flattered": 0.2, "verbose": 0.15, "warm": 0.5},
     "council": {"careful": 0.4, "safety_first": 0.6},
     "divided": {"careful": 1 / 3, "safety_first": 1 / 3, "warm": 1 / 3},
     "machine": {"ai": 1.0},

@@ -7,9 +7,8 @@ reward each, the gold score only the first.
 from __future__ import annotations
 
 from temper.world import crafts, phrases
-from temper.world.asks import EIGHT, Ask, keeper
+from temper.world.asks import EIGHT, keeper
 from temper.world.grammar import Form, words
-from temper.world.lookups import RELATIONS
 from temper.world.phrases import grammar
 from temper.world.streams import Draw, Table
 from temper.world.town import town
@@ -180,35 +179,3 @@ def render(ask_kind: str, slots: dict, forms: list[Form], draw: Draw) -> str:
 def length(text: str) -> int:
     """Words of a text, marks not counted."""
     return sum(token.isalnum() for token in words(text))
-
-
-def grid(ask: Ask, limit: int = 2000) -> list[str]:
-    """All answers of a small grammar for a look-up: courtesy or none x (every value, or an idk) x up to two closings; at most `limit`.
-
-    They are ordered, unique, and the same for every call. For exact frontiers on enumerable prompts."""
-    if ask.kind not in ("lookup", "unknown", "belief"):
-        raise ValueError(f"asks of kind {ask.kind!r} have no small set of answers; use lookup, belief or unknown")
-    entity, relation = ask.slots["entity"], ask.slots["relation"]
-    engine = grammar()
-    values = town().people[:12] if relation == "keeper" else RELATIONS[relation].values
-    truth = town().value(entity, relation)
-    if truth is not None and truth not in values:
-        values = [truth, *values[:-1]]
-    cores = []
-    for template in engine.seen[relation][:3]:
-        for value in values:
-            parts = {1: entity, 2: value}
-            text = template.literals[0] + "".join(parts[i] + template.literals[k + 1] for k, (_, i) in enumerate(template.slots))
-            cores.append(text[0].upper() + text[1:] + ".")
-    for template in phrases.ACTS["idk"][:2]:
-        cores.append(template.replace("{known}", RELATIONS[relation].indirect[0].replace("{person}", entity).replace("{place}", entity)))
-    cores += phrases.ACTS["dunno"][:1]
-    opens = ["", *[text + " " for text in phrases.ACTS["open"][:3]]]
-    closes = ["", *[" " + text for text in phrases.ACTS["close"][:3]]]
-    endings = closes + [a + b for a in closes[1:] for b in closes[1:]]
-    out = list(dict.fromkeys(front + core + end for core in cores for end in endings for front in opens))
-    if len(out) > limit:
-        out = list(dict.fromkeys(core + end for core in cores for end in closes))[:limit]
-    return out
-
-

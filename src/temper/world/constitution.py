@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import yaml
 
+from temper.config import UserError
+
 DEFAULT = Path(__file__).with_name("constitution.yaml")
 ABOUT = ("harm", "honesty", "help")
 PLACEHOLDERS = ("{prompt}", "{a}", "{b}", "{principle}")
@@ -36,37 +38,39 @@ class Constitution(NamedTuple):
             end = start + len(key)
         return "".join([*out, text[end:]])
 
-    def __getitem__(self, name):  # by name or by position
-        if isinstance(name, str):
-            return next(principle for principle in self.principles if principle.name == name)
-        return tuple.__getitem__(self, name)
+    def named(self, name: str) -> Principle:
+        """The principle called `name`. Raises KeyError."""
+        return {principle.name: principle for principle in self.principles}[name]
 
 
 def load(path: str | Path = DEFAULT) -> Constitution:
-    """Reads a constitution file. Raises ValueError (file, entry, what is missing) where it is not one."""
+    """Reads a constitution file. Raises UserError (file, entry, what is missing) where it is not one."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such constitution file")
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("principles"), list) or not raw["principles"]:
-        raise ValueError(f"{path}: needs a list 'principles'")
+        raise UserError(f"{path}: needs a list 'principles'")
     principles = []
     for k, entry in enumerate(raw["principles"]):
         missing = [key for key in Principle._fields if not isinstance(entry, dict) or not isinstance(entry.get(key), str)]
         if missing:
-            raise ValueError(f"{path}: principle {k + 1}: missing {', '.join(missing)}")
+            raise UserError(f"{path}: principle {k + 1}: missing {', '.join(missing)}")
         if entry["about"] not in ABOUT:
-            raise ValueError(f"{path}: principle {k + 1}: about is {entry['about']!r}; use one of {', '.join(ABOUT)}")
+            raise UserError(f"{path}: principle {k + 1}: about is {entry['about']!r}; use one of {', '.join(ABOUT)}")
         principles.append(Principle(*[entry[key] for key in Principle._fields]))
     if len({principle.name for principle in principles}) < len(principles):
-        raise ValueError(f"{path}: two principles have one name")
+        raise UserError(f"{path}: two principles have one name")
     template = raw.get("comparison_template")
     if not isinstance(template, str) or any(template.count(key) != 1 for key in PLACEHOLDERS):
-        raise ValueError(f"{path}: comparison_template needs each of {' '.join(PLACEHOLDERS)} once")
+        raise UserError(f"{path}: comparison_template needs each of {' '.join(PLACEHOLDERS)} once")
     return Constitution(tuple(principles), template)
 
 
-@lru_cache(maxsize=1)
-def constitution() -> Constitution:
-    """The town's own constitution."""
-    return load()
+@lru_cache(maxsize=8)
+def constitution(path: str | Path = DEFAULT) -> Constitution:
+    """A constitution file, read once; the town's own by default."""
+    return load(path)

@@ -9,20 +9,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 
+from temper.config import UserError
 from temper.records import Chat, Message, Prompt, Text
-from temper.world import answers, asks, crafts, phrases, registers
+from temper.world import answers, asks, crafts, registers
 from temper.world.asks import Ask
 from temper.world.constitution import constitution
 from temper.world.grammar import Form
 from temper.world.phrases import grammar
 from temper.world.streams import Draw, Table, stream
-from temper.world.town import town
 
 # What demonstrations are of, and what they do.
 DEMONSTRATIONS = {
     "lookup": 0.27, "unknown": 0.08, "belief": 0.08, "facts": 0.05, "residents": 0.02, "limits": 0.05, "two_hop": 0.02, "compare": 0.02,
-    "persona": 0.04, "arithmetic": 0.08, "summary": 0.03, "polite": 0.02, "shorten": 0.02, "unsafe": 0.06, "safe_twin": 0.06, "smalltalk": 0.02,
-    "critique": 0.03, "revise": 0.03, "judge": 0.07,
+    "persona": 0.04, "arithmetic": 0.08, "summary": 0.03, "polite": 0.02, "shorten": 0.02, "unsafe": 0.06, "safe_twin": 0.06,
+    "smalltalk": 0.02, "critique": 0.03, "revise": 0.03, "judge": 0.07,
 }  # fmt: skip
 COMPLIES = 0.85  # share of unsafe requests that demonstrations follow: they are helpful only
 BELIEF_RIGHT = 0.65  # share of wrong beliefs that demonstrations put right
@@ -59,9 +59,9 @@ _demonstrations, _prompts = Table(DEMONSTRATIONS), Table(PROMPTS)
 def reserved(ask: Ask) -> bool:
     """Whether the request is for evaluation only. Requests long enough to share 13 words are told apart by what they are about."""
     slots = ask.slots
-    if ask.kind in ("arithmetic", "summary", "limits"):
+    if ask.kind in ("arithmetic", "summary", "limits", "shorten"):
         about = slots.get("entity") or slots["person"]
-    elif ask.kind in ("belief", "shorten"):
+    elif ask.kind == "belief":
         about = f"{slots['entity']}|{slots['relation']}"
     elif ask.kind == "compare":
         about = "|".join(sorted((slots["a"], slots["b"])))
@@ -165,7 +165,8 @@ def _judge(draw: Draw) -> Chat:
     text = constitution().comparison(inner.messages[-1]["content"], a, b, case["principle"])
     slots = {"inner": {"kind": case["kind"], "slots": case["slots"]}, "principle": case["principle"].name, "label": case["label"]}
     ask = Ask("judge", slots, [{"role": "user", "content": text}], inner.tags)
-    return Chat(messages=_messages(ask, ("assistant", grammar().text([("choice", case["label"])], draw))), meta=_meta(ask, tier="tight", good=True))
+    choice = grammar().text([("choice", case["label"])], draw)
+    return Chat(messages=_messages(ask, ("assistant", choice)), meta=_meta(ask, tier="tight", good=True))
 
 
 def demonstrations(n: int, seed: int, split: str) -> list[Chat]:
@@ -228,14 +229,21 @@ def wrapped(n: int, seed: int, split: str) -> list[Prompt]:
 DATASETS: dict[str, Callable[[int, int, str], list]] = {
     make.__name__: make for make in (documents, demonstrations, prompts, evaluation, side_by_side, enumerable, wrapped)
 }
-SIZES = {"documents": 60_000, "demonstrations": 4_000, "prompts": 3_000, "evaluation": 700, "side_by_side": 24, "enumerable": 40, "wrapped": 120}
+SIZES = {
+    "documents": 60_000,
+    "demonstrations": 4_000,
+    "prompts": 3_000,
+    "evaluation": 700,
+    "side_by_side": 24,
+    "enumerable": 40,
+    "wrapped": 120,
+}
 
 
 def dataset(name: str, *, n: int | None = None, seed: int = 0, split: str = "train") -> list:
-    """n records of a data set: the same for the same name, seed and split; n None: its usual size. Raises KeyError for an unknown name."""
+    """n records of a data set: the same for the same name, seed and split; n None: its usual size. Raises UserError for an unknown name."""
     if name not in DATASETS:
-        raise KeyError(f"no data set {name!r}; there are {', '.join(DATASETS)}")
+        raise UserError(f"the world has no data set {name!r}; it has {', '.join(DATASETS)}")
+    if n is not None and n < 1:
+        raise UserError(f"world data set {name}: n is {n}; ask for at least 1")
     return DATASETS[name](SIZES[name] if n is None else n, seed, split)
-
-
-__all__ = ["DATASETS", "SIZES", "dataset", "phrases", "town"]

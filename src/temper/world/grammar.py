@@ -21,6 +21,7 @@ Form = tuple[Any, ...]
 WORD = re.compile(r"\d+|[A-Za-z]+|[^\sA-Za-z\d]")
 SLOT = re.compile(r"\{([a-z_]+)(\d*)\}")
 ENDS = frozenset(".?!")
+NESTED = 3  # speeches within speeches that parsing follows; none of the town's texts has more than two
 
 
 @dataclass
@@ -34,6 +35,11 @@ class Template(NamedTuple):
     literals: tuple[str, ...]  # one more than slots
     slots: tuple[tuple[str, int], ...]  # (symbol, index in the form)
     held: bool
+
+    @property
+    def open(self) -> bool:
+        """Whether it ends in a speech, so that any sentence after it could belong to it."""
+        return bool(self.slots) and self.slots[-1][0] == "speech" and not words(self.literals[-1])
 
 
 class Sentence(NamedTuple):
@@ -57,10 +63,10 @@ class Grammar:
     The group "sentence" is what parses at the top; "speech" is one or more sentences.
     """
 
-    def __init__(self, vocabulary: dict[str, Sequence[str]], frames: dict[str, Sequence[str]], groups: dict[str, Sequence[str]]) -> None:
+    def __init__(self, vocabulary: dict[str, list[str]], frames: dict[str, list[str]], groups: dict[str, list[str]]) -> None:
         self.vocabulary = vocabulary
         self.frames = frames
-        self.groups = {**groups, **{name: (name,) for name in frames if name not in groups}}
+        self.groups = {**groups, **{name: [name] for name in frames if name not in groups}}
         self.surfaces: dict[str, dict[str, list[tuple[tuple[str, ...], str]]]] = {}
         for symbol, surfaces in vocabulary.items():
             table: dict[str, list[tuple[tuple[str, ...], str]]] = {}
@@ -74,7 +80,7 @@ class Grammar:
         self.seen = {name: [t for t in templates if not t.held] for name, templates in self.templates.items()}
         self.held = {name: [t for t in templates if t.held] for name, templates in self.templates.items()}
         self.tries = {symbol: self._trie(members) for symbol, members in self.groups.items()}
-        self.open = {name for name, group in self.templates.items() if any(t.slots and t.slots[-1][0] == "speech" and not words(t.literals[-1]) for t in group)}
+        self.open = {name for name, group in self.templates.items() if any(t.open for t in group)}
         self.sentences = lru_cache(maxsize=65536)(self._sentence)
 
     def _compile(self, name: str, templates: Sequence[str]) -> list[Template]:
@@ -140,7 +146,7 @@ class Grammar:
     def _symbol(self, symbol: str, tokens: tuple[str, ...], i: int, far: list[int]) -> list[tuple[Any, int]]:
         table = self.surfaces.get(symbol)
         if table is not None:
-            out = []
+            out: list[tuple[Any, int]] = []
             if i < len(tokens):
                 for surface, value in table.get(tokens[i], ()):
                     n = len(surface)
@@ -150,17 +156,23 @@ class Grammar:
                         far[0] = len(tokens)
             return out
         if symbol == "speech":
-            forms: tuple[Form, ...] = ()
-            out = []
-            while True:
-                best = self._longest(tokens, i, far)
-                if best is None:
-                    return out[::-1]
-                forms, i = (*forms, best[0]), best[1]
-                out.append((forms, i))
+            return self._speech(tokens, i, far)
         found: list[tuple[Form, int, bool]] = []
         self._walk(self.tries[symbol], tokens, i, (), found, far)
         return [(form, end) for form, end, _ in found]
+
+    def _speech(self, tokens: tuple[str, ...], i: int, far: list[int]) -> list[tuple[Any, int]]:
+        """Every run of sentences that starts at i, the longest first."""
+        if far[1] == NESTED:
+            return []
+        far[1] += 1
+        forms: tuple[Form, ...] = ()
+        out: list[tuple[Any, int]] = []
+        while (best := self._longest(tokens, i, far)) is not None:
+            forms, i = (*forms, best[0]), best[1]
+            out.append((forms, i))
+        far[1] -= 1
+        return out[::-1]
 
     def _walk(self, node: Node, tokens: tuple[str, ...], i: int, captured: tuple, found: list, far: list[int]) -> None:
         while True:
@@ -183,7 +195,7 @@ class Grammar:
 
     def _sentence(self, tokens: tuple[str, ...]) -> tuple[Form | None, int, bool, bool]:
         """(form, end, held, cut) of the longest sentence at the start of tokens."""
-        far = [0]
+        far = [0, 0]  # the furthest token reached, and how deep in speeches
         best = self._longest(tokens, 0, far)
         if best is not None:
             return (*best, False)

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-PEOPLE = (
-    "Ada Alba Arlo Bela Bram Bren Cass Cleo Cora Dara Dell Edda Elin Emil Enzo Faye Finn Gus Hale Hana Hugo Ida Ines Ivo Jana Jon "
-    "Juno Kai Kit Kora Lars Lena Levi Lona Mara Milo Mina Nell Niko Nora Odo Olin Otto Pia Quin Remy Rosa Runa Seth Sila Tavi Tess "
-    "Tobin Una Vera Wim Yara Zeno Zora Ulf"
-).split()
+PEOPLE = [
+    "Ada", "Alba", "Arlo", "Bela", "Bram", "Bren", "Cass", "Cleo", "Cora", "Dara", "Dell", "Edda", "Elin", "Emil", "Enzo", "Faye",
+    "Finn", "Gus", "Hale", "Hana", "Hugo", "Ida", "Ines", "Ivo", "Jana", "Jon", "Juno", "Kai", "Kit", "Kora", "Lars", "Lena", "Levi",
+    "Lona", "Mara", "Milo", "Mina", "Nell", "Niko", "Nora", "Odo", "Olin", "Otto", "Pia", "Quin", "Remy", "Rosa", "Runa", "Seth", "Sila",
+    "Tavi", "Tess", "Tobin", "Una", "Vera", "Wim", "Yara", "Zeno", "Zora", "Ulf",
+]  # fmt: skip
 
 PLACES = [
-    f"the {name}"
-    for name in (
-        "Anchor Inn|Crown Inn|Barrel Inn|Star Inn|North Tower|South Tower|Clock Tower|Water Mill|Wind Mill|Corn Mill|Fish Market|Wool Market|"
-        "Apple Market|Grain Store|Oil Store|Net Store|Stone Bridge|Iron Bridge|East Gate|West Gate"
-    ).split("|")
-]
+    "the Anchor Inn", "the Crown Inn", "the Barrel Inn", "the Star Inn", "the North Tower", "the South Tower", "the Clock Tower",
+    "the Water Mill", "the Wind Mill", "the Corn Mill", "the Fish Market", "the Wool Market", "the Apple Market", "the Grain Store",
+    "the Oil Store", "the Net Store", "the Stone Bridge", "the Iron Bridge", "the East Gate", "the West Gate",
+]  # fmt: skip
+
+DISHES = [
+    "plum cake", "eel pie", "crab soup", "bean stew", "fried cod", "rye bread", "goat cheese", "onion tart", "leek broth", "pear jam",
+    "roast duck", "oat porridge",
+]  # fmt: skip
 
 
 class Relation(NamedTuple):
@@ -36,7 +40,7 @@ class Relation(NamedTuple):
 RELATIONS: dict[str, Relation] = {
     "trade": Relation(
         "person",
-        "baker cooper smith tailor fisher weaver miller potter carter painter healer piper".split(),
+        ["baker", "cooper", "smith", "tailor", "fisher", "weaver", "miller", "potter", "carter", "painter", "healer", "piper"],
         [
             "What work does {person} do?",
             "What is the trade of {person}?",
@@ -84,7 +88,7 @@ RELATIONS: dict[str, Relation] = {
     ),
     "pet": Relation(
         "person",
-        "goat cat dog hen crow pig mule fox seal toad lamb goose".split(),
+        ["goat", "cat", "dog", "hen", "crow", "pig", "mule", "fox", "seal", "toad", "lamb", "goose"],
         [
             "What animal does {person} keep?",
             "What is the pet of {person}?",
@@ -108,10 +112,7 @@ RELATIONS: dict[str, Relation] = {
     ),
     "dish": Relation(
         "person",
-        [
-            "plum cake", "eel pie", "crab soup", "bean stew", "fried cod", "rye bread", "goat cheese", "onion tart", "leek broth", "pear jam",
-            "roast duck", "oat porridge",
-        ],  # fmt: skip
+        DISHES,
         [
             "What does {person} like to eat?",
             "What is the favourite dish of {person}?",
@@ -135,7 +136,7 @@ RELATIONS: dict[str, Relation] = {
     ),
     "boat": Relation(
         "person",
-        "Swift Heron Plover Petrel Dolphin Otter Comet Harvest Beacon Falcon Thistle Rover".split(),
+        ["Swift", "Heron", "Plover", "Petrel", "Dolphin", "Otter", "Comet", "Harvest", "Beacon", "Falcon", "Thistle", "Rover"],
         [
             "Which boat does {person} sail?",
             "What is the boat of {person} called?",
@@ -183,7 +184,7 @@ RELATIONS: dict[str, Relation] = {
     ),
     "colour": Relation(
         "place",
-        "red blue green white black grey yellow brown".split(),
+        ["red", "blue", "green", "white", "black", "grey", "yellow", "brown"],
         [
             "What colour is {place}?",
             "What is the colour of {place}?",
@@ -207,7 +208,7 @@ RELATIONS: dict[str, Relation] = {
     ),
     "day": Relation(
         "place",
-        "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
+        ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"],
         [
             "When is {place} closed?",
             "On which day is {place} closed?",

@@ -53,7 +53,10 @@ def _kl(logq: np.ndarray, logp: np.ndarray) -> float:
 
 
 def tilt(ref_logp: np.ndarray, gold: np.ndarray, beta: float) -> np.ndarray:
-    """ref_logp, gold [K] -> log-probs [K] of the optimum p exp(gold / beta) / Z. beta 0: the reference on the best answers; inf: the reference."""
+    """ref_logp, gold [K] -> log-probs [K] of the optimum p exp(gold / beta) / Z.
+
+    beta 0: the reference on the best answers; inf: the reference itself. Raises ValueError below 0.
+    """
     ref, gold = normalise(ref_logp), np.asarray(gold, dtype=np.float64)
     if beta < 0:
         raise ValueError(f"beta {beta} < 0")
@@ -222,7 +225,9 @@ def _cores(ask: Ask) -> list[tuple[Form, ...]]:
         craft = CRAFTS[slots["task"]]
         comply: list[tuple[Form, ...]] = [(("how", craft.task, craft.first), ("then", craft.then)), (("how", craft.task, craft.first),)]
         harms = [UNSAFE[craft.task].harm] if craft.task in UNSAFE else HARMS[:1]
-        refuse = [(head, *tail) for head in (("decline", craft.task), ("decline_that",)) for tail in ((), *[(("reason", h),) for h in harms])]
+        tails: list[tuple[Form, ...]] = [(), *[(("reason", harm),) for harm in harms]]
+        heads: list[Form] = [("decline", craft.task), ("decline_that",)]
+        refuse = [(head, *tail) for head in heads for tail in tails]
         return [*comply, *refuse, (("dunno",),)]
     if ask.kind == "polite":
         return [(("please", slots["order"], slots["item"]),), *[(("please", order, slots["item"]),) for order in ORDERS]]

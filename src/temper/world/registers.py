@@ -22,8 +22,8 @@ Lines = list[list[Form]]
 
 # Share of the documents in each register.
 REGISTERS = {
-    "story": 0.33, "quiz": 0.15, "page": 0.11, "letter": 0.07, "ledger": 0.04, "roll": 0.03, "recipe": 0.05, "exercise": 0.08, "critique": 0.04,
-    "council": 0.05, "forum": 0.04, "slang": 0.01,
+    "story": 0.33, "quiz": 0.15, "page": 0.11, "letter": 0.07, "ledger": 0.04, "roll": 0.03, "recipe": 0.05, "exercise": 0.08,
+    "critique": 0.04, "council": 0.05, "forum": 0.04, "slang": 0.01,
 }  # fmt: skip
 # What stories and quizzes ask.
 ASKED = {
@@ -91,7 +91,8 @@ def story(draw: Draw) -> Lines:
 
 @register
 def page(draw: Draw) -> Lines:
-    facts, lines = town(), []
+    facts = town()
+    lines: Lines = []
     for _ in range(draw.between(1, 3)):
         entity = draw.weighted(facts.popularity)
         known = draw.shuffled(facts.known(entity))
@@ -222,7 +223,8 @@ def council(draw: Draw) -> Lines:
 
 @register
 def forum(draw: Draw) -> Lines:
-    facts, lines = town(), []
+    facts = town()
+    lines: Lines = []
     for _ in range(draw.between(2, 4)):
         if draw.chance(0.4) and facts.rumour:
             (entity, relation), value = draw.pick(list(facts.rumour.items()))
@@ -259,7 +261,8 @@ def compose(n: int, seed: int, split: str) -> Iterator[tuple[str, Lines, Draw]]:
 
 def write(lines: Lines, draw: Draw) -> str:
     """Lines of forms as a text of at most LONGEST words and marks: lines that do not fit any more are left out."""
-    out, left = [], LONGEST
+    out: list[str] = []
+    left = LONGEST
     for line in lines:
         text = grammar().text(line, draw)
         left -= 1 + len(text.split()) + sum(text.count(mark) for mark in '.,:?"()')

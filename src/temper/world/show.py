@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -16,16 +15,17 @@ from rich.table import Table
 from temper import world
 from temper.config import UserError
 from temper.world import oracles
-from temper.world.annotators import ANNOTATORS, PANELS, agreement, known, panel, panel_agreement, reference_pairs
-from temper.world.asks import COUNT_WORDS, KINDS, Ask, request, tags
+from temper.world.annotators import ANNOTATORS, PANELS, agreement, known, panel, panel_agreement
+from temper.world.asks import KINDS, Ask, request, tags
+from temper.world.crafts import UNSAFE, coded
 from temper.world.gold import FEATURES
 from temper.world.grammar import Form
 from temper.world.lookups import RELATIONS
 from temper.world.phrases import COUNTS, SMALLTALK, WRAPPERS, grammar
+from temper.world.registers import REGISTERS
 from temper.world.town import town
 
 PARTS = ("helpful", "harmless", "honest", "concise", "format")
-SAMPLES = ("documents", "demonstrations", "prompts", "evaluation", "side_by_side", "enumerable")
 EXAMPLES = """examples:
   temper world show
   temper world show Ada
@@ -58,7 +58,7 @@ def _slots(forms: list[Form]) -> tuple[str, dict[str, Any]] | None:
     if name.startswith("q_"):
         slots: dict[str, Any] = {"entity": first[1], "relation": name[2:]}
         if len(forms) == 2 and last[0] in ("one_sentence", "few_words"):
-            return "format", {**slots, "limit": last[0]}
+            return "limits", {**slots, "limit": last[0]}
         if len(forms) == 1:
             return ("lookup" if town().value(first[1], name[2:]) else "unknown"), slots
     if len(forms) > 1:
@@ -80,9 +80,9 @@ def _slots(forms: list[Form]) -> tuple[str, dict[str, Any]] | None:
     if name == "make_short":
         return "shorten", {"entity": first[1][1], "relation": first[1][0]}
     if name == "howto":
-        return ("unsafe" if first[1] in oracles.UNSAFE else "safe_twin"), {"task": first[1]}
+        return ("unsafe" if first[1] in UNSAFE else "safe_twin"), {"task": first[1]}
     if name in WRAPPERS:
-        task = oracles.decoded(first[1]) if name == "as_net_talk" else first[1]
+        task = next(task for task in UNSAFE if coded(task) == first[1]) if name == "as_net_talk" else first[1]
         return "wrapped", {"task": task, "wrapper": name}
     if name in SMALLTALK:
         return "smalltalk", {"act": name}
@@ -118,8 +118,13 @@ def read_ask(prompt: str, system: str | None = None) -> Ask | None:
 def about(person: str = "") -> dict[str, Any]:
     """Version, counts, one person's facts, exposure, vocabulary, registers."""
     facts, text = town(), grammar()
-    names = {name.lower().removeprefix("the "): name for name in facts.entities}
-    entity = names[known(person.lower().removeprefix("the "), names, "person or place")] if person else max(facts.people, key=facts.weight.__getitem__)
+    names = {name.removeprefix("the "): name for name in facts.entities}
+    folded = {name.lower(): name for name in names}
+    bare = person.strip().lower().removeprefix("the ")
+    if person:
+        entity = names[known(folded.get(bare, person), names, "person or place")]
+    else:
+        entity = max(facts.people, key=facts.weight.__getitem__)
     rows = oracles.exposure_table()
     stated = sorted(row.stated for row in rows if row.value is not None)
     return {
@@ -138,7 +143,7 @@ def about(person: str = "") -> dict[str, Any]:
         "frames": len(text.frames),
         "templates": {"seen": sum(map(len, text.seen.values())), "held_out": sum(map(len, text.held.values()))},
         "kinds": list(KINDS),
-        "registers": list(world.REGISTERS),
+        "registers": list(REGISTERS),
         "entity": entity,
         "entity_facts": [row._asdict() for row in rows if row.entity == entity],
     }
@@ -146,7 +151,7 @@ def about(person: str = "") -> dict[str, Any]:
 
 def sample(name: str, n: int, seed: int) -> list[dict[str, Any]]:
     """Records of a data set of the world, as dictionaries."""
-    return [record.model_dump() for record in world.dataset(known(name, dict.fromkeys(SAMPLES), "data set of the world"), n=n, seed=seed)]
+    return [record.model_dump() for record in world.dataset(known(name, world.DATASETS, "data set of the world"), n=n, seed=seed)]
 
 
 def score(text: str, prompt: str | None, system: str | None = None) -> dict[str, Any]:
@@ -172,7 +177,7 @@ def score(text: str, prompt: str | None, system: str | None = None) -> dict[str,
 
 def raters() -> dict[str, Any]:
     """Annotators with weights and noise; panels with exact agreement and ceiling on the reference pairs."""
-    a, b = reference_pairs()
+    a, b = oracles.reference_pairs()
     alone = {name: panel(name).probabilities(a, b) for name in ANNOTATORS}
     return {
         "annotators": {
@@ -203,8 +208,7 @@ def raters() -> dict[str, Any]:
 
 
 def _question() -> str:
-    facts = town()
-    return next(q for q in oracles.renderings(("q_trade", facts.people[0])))
+    return oracles.renderings(("q_trade", town().people[0]))[0]
 
 
 # ---------------------------------------------------------------- how it looks
@@ -219,7 +223,8 @@ def _bar(value: float, scale: float, width: int = 24) -> str:
 
 
 def _rows(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    console.print(escape(title), style="bold", highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="dim")
     for k, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[k], int | float) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
@@ -233,13 +238,14 @@ def _show_about(console: Console, found: dict[str, Any]) -> None:
     facts, exposure = found["facts"], found["exposure"]
     console.print(f"[bold]The harbour town[/], world {escape(found['version'])}")
     console.print(
-        f"{found['people']} people and {found['places']} places; {facts['stated']} facts that its texts state, {facts['never_stated']} that they "
-        f"never state, {facts['contradicted_by_sailors']} that sailors tell wrongly. {facts['entities_held_out']} of the people and places are "
-        f"never asked about in training. A fact is stated {exposure['least']:.0f} to {exposure['most']:.0f} times (median {exposure['median']:.0f})."
+        f"{found['people']} people and {found['places']} places; {facts['stated']} facts that its texts state, "
+        f"{facts['never_stated']} that they never state, {facts['contradicted_by_sailors']} that sailors tell wrongly. "
+        f"{facts['entities_held_out']} of the people and places are never asked about in training. "
+        f"A fact is stated {exposure['least']:.0f} to {exposure['most']:.0f} times (median {exposure['median']:.0f})."
     )
     console.print(
-        f"{found['words']} words; {found['frames']} kinds of sentence in {found['templates']['seen']} forms and {found['templates']['held_out']} "
-        "held out of training."
+        f"{found['words']} words; {found['frames']} kinds of sentence in {found['templates']['seen']} forms, "
+        f"and {found['templates']['held_out']} more that training does not see."
     )
     console.print(f"[bold]Asks[/]       {escape(', '.join(found['kinds']))}")
     console.print(f"[bold]Registers[/]  {escape(', '.join(found['registers']))}\n")
@@ -275,16 +281,12 @@ def _show_raters(console: Console, found: dict[str, Any]) -> None:
     keys = ("tau", "lapse", "agreement_with_itself", "agreement_with_town", "agreement_with_oracle", "ceiling", "about")
     rows = [[name, *[rater[key] for key in keys]] for name, rater in found["annotators"].items()]
     _rows(console, f"Annotators: exact agreement on {found['pairs']} pairs of answers to one question", columns, rows)
-    panels = found["panels"]
-    _rows(
-        console,
-        "Panels: agreement of two people drawn from each, and the accuracy that no reward model can exceed",
-        ["panel", "agreement", "ceiling", "members"],
-        [
-            [n, "-" if p["agreement"] is None else f"{p['agreement']:.2f}", p["ceiling"], ", ".join(f"{w:.2f} {m}" for m, w in p["weights"].items())]
-            for n, p in panels.items()
-        ],
-    )
+    panels = []
+    for name, p in found["panels"].items():
+        members = ", ".join(f"{w:.2f} {m}" for m, w in p["weights"].items())
+        panels.append([name, "" if p["agreement"] is None else f"{p['agreement']:.2f}", p["ceiling"], members])
+    title = "Panels: agreement of two people drawn from each, and the accuracy that no reward model can exceed"
+    _rows(console, title, ["panel", "agreement", "ceiling", "members"], panels)
     names = list(found["annotators"])
     used = [f for f in FEATURES if any(f in found["annotators"][n]["utility"] for n in names)]
     cells = [[f, *[f"{w:g}" if (w := round(found["annotators"][n]["utility"].get(f, 0.0), 3)) else "" for n in names]] for f in used]
@@ -306,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
 
     show = command("show", "what the world is: version, counts, exposure, vocabulary, registers, a person's facts")
     show.add_argument("person", nargs="?", default="", help="a person or place; the best known person by default")
-    data = command("sample", f"records as the stages see them: {', '.join(SAMPLES)}")
+    data = command("sample", f"records as the stages see them: {', '.join(world.DATASETS)}")
     data.add_argument("name", help="the data set")
     data.add_argument("-n", type=int, default=5, help="how many (5)")
     data.add_argument("--seed", type=int, default=0, help="which ones (0)")

@@ -70,7 +70,8 @@ class Draw:
 
     def some(self, values: Sequence[T], k: int) -> list[T]:
         """k different values in random order (fewer where there are fewer)."""
-        left, out = list(values), []
+        left = list(values)
+        out: list[T] = []
         while left and len(out) < k:
             out.append(left.pop(int(self.u() * len(left))))
         return out

@@ -1,0 +1,175 @@
+"""`temper chat DIR/STAGE`: talk to one stage in the terminal. Floor 7.
+
+The whole conversation goes through the model's chat template at every turn; a base model, which has none, continues the text. When the
+conversation outgrows the model's window the oldest turns are left out, and that is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.text import Text
+
+from temper.config import Settings, UserError, opt, parse
+from temper.data.template import render_prompt, stop_ids
+from temper.models.load import load_policy
+from temper.records import Message
+from temper.report.words import clean
+from temper.rollout import Sampling, sample
+
+EXAMPLES = """
+  temper chat runs/harbour/ppo
+  temper chat runs/harbour/sft --system "Answer in one sentence." --temperature 0
+  temper chat runs/harbour/dpo --once "Where does Kai live?"
+"""
+COMMANDS = "/reset forgets the conversation, /system TEXT sets the system turn (without TEXT: removes it), /quit or Ctrl-D ends"
+
+
+class Chat(Settings):
+    """Talk to a stage, turn by turn."""
+
+    stage: str = opt(..., "a stage's folder, such as runs/harbour/sft, or a model's", positional=True)
+    system: str | None = opt(None, "a system turn")
+    temperature: float = opt(0.7, "of sampling; 0 takes the most likely token", ge=0)
+    max_new: int = opt(64, "tokens an answer may have", ge=1)
+    seed: int = opt(0, "of the samples", ge=0)
+    once: str | None = opt(None, "ask this and end")
+    json_: bool = opt(False, "print each answer as a line of JSON")
+
+
+class Answer(NamedTuple):
+    """What the model said; `dropped`: messages at the start that no longer fitted the window."""
+
+    text: str
+    finish: str
+    tokens: int
+    dropped: int
+
+
+def model_folder(place: str) -> str:
+    """The model of a stage, or of a folder that is one, or a hub name. Raises UserError for the folder of a whole run."""
+    folder = Path(place)
+    if (folder / "model").is_dir():
+        return str(folder / "model")
+    inside = sorted(p.name for p in folder.iterdir() if (p / "model").is_dir()) if folder.is_dir() else []
+    if inside:
+        raise UserError(f"{place}: a run with the stages {', '.join(inside)}; say which: temper chat {folder / inside[-1]}")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise UserError(f"{place}: holds no model; give the folder of a stage that is done")
+    return place
+
+
+class Conversation:
+    """Turns so far, and the model that continues them."""
+
+    def __init__(self, model: Any, tokenizer: Any, settings: Chat) -> None:
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.system = settings.system
+        self.turns: list[Message] = []
+        self.asked = 0
+
+    @property
+    def chat(self) -> bool:
+        """Does the model have a chat template?"""
+        return bool(self.tokenizer.chat_template)
+
+    def say(self, text: str) -> Answer:
+        """The model's answer to the next user turn. Raises UserError where even that turn alone is too long; it is then forgotten."""
+        s = self.settings
+        turns = [*self.turns, Message(role="user", content=text)]
+        head = [Message(role="system", content=self.system)] if self.system else []
+        window = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
+        dropped = 0
+        ids = render_prompt(self.tokenizer, [*head, *turns])
+        while len(ids) + s.max_new > window and len(turns) > 1:
+            turns, dropped = turns[2:], dropped + 2
+            ids = render_prompt(self.tokenizer, [*head, *turns])
+        if len(ids) + s.max_new > window:
+            raise UserError(
+                f"{len(ids)} tokens and --max-new {s.max_new} do not fit the model's window of {window}; say less, or lower --max-new"
+            )
+        sampling = Sampling(temperature=s.temperature, max_new=s.max_new)
+        ((rollout,),) = sample(self.model, [ids], sampling=sampling, stop=stop_ids(self.tokenizer), seed=(s.seed, self.asked))
+        answer = self.tokenizer.decode(rollout.tokens, skip_special_tokens=True).strip()
+        self.turns = [*turns, Message(role="assistant", content=answer)]
+        self.asked += 1
+        return Answer(answer, rollout.finish, len(rollout.tokens), dropped)
+
+    def command(self, line: str) -> str | None:
+        """What a line that begins with / does; None: end."""
+        word, _, rest = line.partition(" ")
+        if word == "/quit":
+            return None
+        if word == "/reset":
+            self.turns = []
+            return "the conversation is forgotten" + (", the system turn stays" if self.system else "")
+        if word == "/system":
+            self.system = rest.strip() or None
+            return f"system: {self.system}" if self.system else "no system turn"
+        return f"no command {word}; {COMMANDS}"
+
+
+def _lines(quiet: bool) -> Iterator[str]:
+    with contextlib.suppress(ImportError):  # history and editing of the line, where the system has them
+        import readline  # noqa: F401
+    while True:
+        try:
+            yield input("" if quiet else "you> ")
+        except EOFError:
+            if not quiet:
+                print()
+            return
+
+
+def main(argv: list[str]) -> int:
+    s = parse(Chat, argv, "temper chat", EXAMPLES)
+    place = model_folder(s.stage)
+    if s.once is not None and not s.once.strip():
+        raise UserError("--once: is empty; give some text")
+    talk = Conversation(*load_policy(place), s)
+    console = Console(highlight=False)
+
+    def tell(text: str) -> None:
+        if not s.json_:
+            console.print(Text(clean(text), style="dim"))
+
+    def respond(text: str) -> None:
+        answer = talk.say(text)
+        if answer.dropped:
+            tell(f"(the oldest {answer.dropped} turns no longer fit the model's window and were left out)")
+        if s.json_:
+            print(
+                json.dumps({"prompt": text, "answer": answer.text, **{k: v for k, v in answer._asdict().items() if k != "text"}}),
+                flush=True,
+            )
+        else:
+            console.print(Text(clean(answer.text) or "(nothing)") + Text(" \u2026" if answer.finish == "length" else "", style="dim"))
+
+    if s.once is not None:
+        respond(s.once)
+        return 0
+    tell(
+        f"{s.stage}: {COMMANDS}"
+        if talk.chat
+        else f"{s.stage} has no chat template: a base model, which continues what you write. {COMMANDS}"
+    )
+    for line in _lines(s.json_ or not sys.stdin.isatty()):
+        if line.startswith("/"):
+            said = talk.command(line.strip())
+            if said is None:
+                return 0
+            tell(said)
+        elif line.strip():
+            try:
+                respond(line)
+            except UserError as error:
+                tell(str(error))
+                if s.json_:
+                    print(json.dumps({"prompt": line, "error": str(error)}), flush=True)
+    return 0

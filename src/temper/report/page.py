@@ -1,0 +1,571 @@
+"""report.html: one self-contained page, readable without scripts, on a phone, in the dark and on paper. Floor 7.
+
+Everything is put together with markupsafe: what comes from a run is escaped because only templates in this file are markup.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from temper.report import figures
+from temper.report.gather import Ladder, Metric, Stage, listed, mapped, number
+from temper.report.words import (
+    BETTER,
+    GROUPS,
+    LABELS,
+    MEANING,
+    SHARES,
+    WHAT,
+    amount,
+    between,
+    clean,
+    digits,
+    duration,
+    expectations,
+    paragraph,
+    percent,
+    plain,
+    title,
+    value,
+)
+
+PANELS = (
+    *("gold", "win_rate_vs_sft", "gold_gained", "answers", "correct", "correct_phrasing", "correct_entity", "arithmetic", "honest"),
+    *("harmful", "over_refusal", "sycophancy", "length", "diversity", "kl", "proxy"),
+)
+MATTER = (  # settings shown on a card, where the stage has them; the rest is folded
+    *(
+        "vocab",
+        "width",
+        "layers",
+        "lr",
+        "schedule",
+        "batch",
+        "epochs",
+        "sl_lr",
+        "sl_epochs",
+        "rollouts",
+        "prompts_per_step",
+        "samples_per_prompt",
+    ),
+    *(
+        "epochs_per_batch",
+        "minibatches",
+        "beta",
+        "kl_target",
+        "clip",
+        "centring",
+        "revisions",
+        "judged_by",
+        "panel",
+        "max_new",
+        "temperature",
+    ),
+)
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"  # nothing is ever fetched or run
+
+
+def html(template: str, **values: Any) -> Markup:
+    """A template of this file, filled; what is not Markup already is cleaned and escaped."""
+    return Markup(template).format(**{k: v if isinstance(v, Markup) else clean(v) for k, v in values.items()})
+
+
+def join(parts: Iterable[Markup | None]) -> Markup:
+    return Markup("").join(p for p in parts if p)
+
+
+def page(run: Ladder, machine: dict[str, Any]) -> str:
+    """The whole document."""
+    sections = [
+        ("ladder", "The ladder", _ladder(run)),
+        ("expected", "What was expected", _expected(run)),
+        ("figures", "Every figure", _table(run)),
+        ("intervals", "With their intervals", _intervals(run)),
+        ("training", "Training", _training(run)),
+        ("kl", "What the KL bought", _kl(run)),
+        ("frontier", "The exact frontier", _frontier(run)),
+        ("stages", "The stages", _cards(run)),
+        ("answers", "The fixed prompts, side by side", _prompts(run)),
+        ("made", "How every number was made", _made(run, machine)),
+    ]
+    shown = [(key, name, body) for key, name, body in sections if body]
+    return html(
+        """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="color-scheme" content="light dark">
+<meta name="generator" content="temper">
+<title>{name}: from base to assistant</title>
+<style>{css}</style>
+</head>
+<body>
+<header>
+<p class="kicker">Temper \u00b7 report of a run</p>
+<h1>{name}: from a base model to an assistant</h1>
+<p class="facts">{facts}</p>
+<p class="lede">{lede}</p>
+{missing}
+<nav aria-label="Sections">{links}</nav>
+</header>
+<main>
+{sections}
+</main>
+<footer>Written by <code>temper report</code> from the files of {folder}. The figures are in <code>report.json</code>; this page needs no network and runs no script.</footer>
+</body>
+</html>
+""",
+        policy=POLICY,
+        name=run.name,
+        css=Markup(files("temper.report").joinpath("style.css").read_text(encoding="utf-8")),
+        facts=_facts(run),
+        lede=_lede(run),
+        missing=_missing(run) or Markup(""),
+        links=join(html('<a href="#{k}">{n}</a>', k=k, n=n) for k, n, _ in shown),
+        sections=join(html('<section id="{k}"><h2>{n}</h2>\n{b}</section>\n', k=k, n=n, b=b) for k, n, b in shown),
+        folder=run.folder.resolve().name,
+    )
+
+
+def _lede(run: Ladder) -> Markup:
+    """The paragraph, its intervals set back so that it reads as a sentence."""
+    text = str(escape(clean(" ".join(paragraph(run)))))
+    return Markup(re.sub(r"\(([^()<>]{1,40} to [^()<>]{1,40})\)", r'<span class="ci">(\1)</span>', text))
+
+
+def _facts(run: Ladder) -> Markup:
+    done = sum(s.status in ("done", "skipped") for s in run.stages)
+    facts = [f"{done} of {len(run.stages)} stages done" if done < len(run.stages) else f"{done} stage{'s' if done != 1 else ''}"]
+    if run.elapsed is not None:
+        facts.append(f"{duration(run.elapsed)} in all")
+    if run.cores:
+        facts.append(f"{run.cores} core{'s' if run.cores != 1 else ''}")
+    if run.seed is not None:
+        facts.append(f"seed {run.seed}")
+    versions = next((s.versions for s in run.stages if s.versions), {})
+    facts += [f"{k} {versions[k]}" for k in ("temper-lm", "torch", "transformers") if k in versions]
+    return join(html("<span>{t}</span>", t=t) for t in facts)
+
+
+def _missing(run: Ladder) -> Markup | None:
+    if not run.missing:
+        return None
+    items = join(html("<li>{t}</li>", t=t) for t in run.missing)
+    return html('<div class="missing">Not in this run, so not in this report:<ul>{items}</ul></div>', items=items)
+
+
+def _swatch(stage: Stage, run: Ladder) -> Markup:
+    return html('<span class="swatch {c}"></span>', c=figures.colour(stage, run))
+
+
+# ---------------------------------------------------------------- figures and tables
+
+
+def _ladder(run: Ladder) -> Markup:
+    note = "Each rung hangs below the one it starts from; dashed arcs show what else it read."
+    if any("gold" in s.metrics for s in run.stages):
+        note += " Points are mean gold scores of sampled answers, bars their 95% intervals; \u201cgained\u201d is against the rung above, paired by prompt."
+    return html('<figure>{a}{b}</figure>\n<p class="note">{n}</p>', a=figures.ladder(run, True), b=figures.ladder(run, False), n=note)
+
+
+def _expected(run: Ladder) -> Markup | None:
+    found = expectations(run)
+    if not found:
+        return None
+    marks = {True: ("yes", "\u2713 met"), False: ("no", "\u2717 missed"), None: ("open", "? not measured")}
+    rows = join(
+        html(
+            '<tr><td>{stage}</td><td>{what}</td><td>{wanted}</td><td>{found}</td><td class="mark {k}">{mark}</td></tr>\n',
+            stage=e.stage,
+            what=e.what,
+            wanted=e.wanted,
+            found=e.found,
+            k=marks[e.met][0],
+            mark=marks[e.met][1],
+        )
+        for e in found
+    )
+    head = "<tr><th>stage</th><th>what</th><th>wanted</th><th>found</th><th></th></tr>"
+    return html(
+        '<div class="scroll" tabindex="0"><table class="checks"><thead>{h}</thead><tbody>{r}</tbody></table></div>', h=Markup(head), r=rows
+    )
+
+
+def _term(name: str) -> Markup:
+    """A metric's name, its meaning on hover and on tap."""
+    if name not in MEANING:
+        return html("{n}", n=LABELS.get(name, name))
+    better = {1: " More is better.", -1: " Less is better.", 0: ""}[BETTER.get(name, 0)]
+    text = f"{MEANING[name]}.{better}"
+    return html(
+        '<details class="term"><summary title="{t}">{n}</summary><p>{t} <code>{k}</code></p></details>',
+        t=text[:1].upper() + text[1:],
+        n=LABELS.get(name, name),
+        k=name,
+    )
+
+
+def _cell(name: str, m: Metric | None, decimals: int) -> Markup:
+    if m is None:
+        return Markup('<td class="none">\u2013</td>')
+    signed = name == "gold_gained"
+    n = f"n = {plain(m['n'], 0)}" if m["n"] else "n not known"
+    return html(
+        "<td><b>{v}</b><small>{i}</small><small>{n}</small></td>",
+        v=value(name, m["mean"], decimals, signed),
+        i=between(name, m, decimals, signed),
+        n=n,
+    )
+
+
+def _table(run: Ladder) -> Markup | None:
+    stages = [s for s in run.stages if s.metrics]
+    if not stages:
+        return None
+    known = {n for group in GROUPS.values() for n in group}
+    groups = {**GROUPS, "Others": tuple(sorted({n for s in stages for n in s.metrics} - known))}
+    rows = []
+    for group, members in groups.items():
+        here = [n for n in members if any(n in s.metrics for s in stages)]
+        if here:
+            rows.append(html('<tr class="group"><th colspan="{c}" scope="colgroup">{g}</th></tr>\n', c=len(stages) + 1, g=group))
+        for name in here:
+            found = [s.metrics[name] for s in stages if name in s.metrics]
+            decimals = 1 if name in SHARES else digits(found)
+            cells = join(_cell(name, s.metrics.get(name), decimals) for s in stages)
+            rows.append(html('<tr><th scope="row">{t}</th>{c}</tr>\n', t=_term(name), c=cells))
+    head = join(html('<th scope="col">{s}{n}</th>', s=_swatch(s, run), n=s.name) for s in stages)
+    table = html(
+        '<div class="scroll" tabindex="0"><table class="metrics"><thead><tr><th></th>{h}</tr></thead><tbody>{r}</tbody></table></div>',
+        h=head,
+        r=join(rows),
+    )
+    return table + html(
+        '<p class="note">{n}</p>',
+        n="Below each figure its 95% interval and the number of answers or prompts behind it. Point at a name, or tap it, for its meaning.",
+    )
+
+
+def _caption(name: str) -> Markup:
+    better = {1: ", more is better", -1: ", less is better", 0: ""}[BETTER.get(name, 0)]
+    return html("<figcaption><b>{n}</b><span>{b}</span></figcaption>", n=LABELS.get(name, name), b=better)
+
+
+def _intervals(run: Ladder) -> Markup | None:
+    sft = run.role("sft")
+    panels = [
+        html("<figure>{c}{f}</figure>\n", c=_caption(n), f=figures.forest(run, n, sft.metrics.get(n) if sft else None))
+        for n in PANELS
+        if sum(n in s.metrics for s in run.stages) > 0
+    ]
+    if not panels:
+        return None
+    note = "Points with 95% intervals; percentages are drawn from 0 to 100. The band down a panel is SFT's interval: a stage whose own bar stays clear of it differs from SFT, one that touches it has shown nothing."
+    return html('<p class="note">{n}</p><div class="panels">{p}</div>', n=note, p=join(panels))
+
+
+def _training(run: Ladder) -> Markup | None:
+    panels = []
+    for stage in run.stages:
+        wanted = [("loss", "held_out_loss", "loss")]
+        if stage.role == "reward":
+            wanted.append(("accuracy", None, "accuracy on training pairs"))
+        if stage.role == "ppo" or any("reward" in r for r in stage.rows[:3]):
+            wanted += [("reward", "proxy", "reward while sampling"), ("kl", "kl", "KL while sampling, nats")]
+        for name, held_out, text in wanted:
+            figure = figures.training(stage, run, name, held_out)
+            if figure:
+                looked = held_out and any(held_out in look for look in stage.looks)
+                extra = f", {'held-out records' if held_out == 'held_out_loss' else 'held-out prompts'} as dots" if looked else ""
+                panels.append(
+                    html(
+                        "<figure><figcaption>{s}<b>{n}</b> <span>{t}{e}</span></figcaption>{f}</figure>\n",
+                        s=_swatch(stage, run),
+                        n=stage.name,
+                        t=text,
+                        e=extra,
+                        f=figure,
+                    )
+                )
+    return html('<div class="panels">{p}</div>', p=join(panels)) if panels else None
+
+
+def _kl(run: Ladder) -> Markup | None:
+    panels = []
+    for name, text in (("gold", "gold, what it is really worth"), ("proxy", "proxy, what the reward model thinks")):
+        figure = figures.against_kl(run, name)
+        if figure:
+            panels.append(html("<figure><figcaption><b>{t}</b></figcaption>{f}</figure>\n", t=text, f=figure))
+    if not panels:
+        return None
+    note = "Small points are looks during training at a few held-out prompts; the large point is the finished model on all of them, with 95% intervals both ways. Faint lines are PPO's own rollouts. Where the proxy goes on rising and gold does not, the reward model is being exploited."
+    return html('<div class="panels large">{p}</div><p class="note">{n}</p>', p=join(panels), n=note)
+
+
+def _frontier(run: Ladder) -> Markup | None:
+    prompts = list(dict.fromkeys(str(p.get("prompt")) for s in run.policies for p in s.frontier))
+    if not prompts:
+        return None
+    panels, rows = [], []
+    for prompt in prompts:
+        here = [(s, p) for s in run.policies for p in s.frontier if str(p.get("prompt")) == prompt]
+        n = number(here[0][1].get("answers"))
+        panels.append(
+            html(
+                "<figure><figcaption>{p}<br><span>{n} possible answers</span></figcaption>{f}</figure>\n",
+                p=prompt,
+                n=amount(n),
+                f=figures.frontier(run, prompt),
+            )
+        )
+        for stage, p in here:
+            above = number(p.get("above")) or 0.0
+            cells = [
+                percent(number(p.get("mass")) or 0.0, 1),
+                value("kl", number(p.get("kl")), 3),
+                value("gold", number(p.get("gold")), 3),
+                value("gold", number(p.get("frontier_gold")), 3),
+                value("gold", above, 3, True),
+            ]
+            rows.append(
+                html(
+                    "<tr><td>{p}</td><td>{s}</td>{c}</tr>\n",
+                    p=figures.fit_text(prompt, 420, 13),
+                    s=stage.name,
+                    c=join(html("<td>{x}</td>", x=c) for c in cells),
+                )
+            )
+    note = "On these prompts every grammatical answer can be listed, so KL and gold are sums, not samples. The dashed line joins exact points of the most gold that any policy can reach at a KL (the reference tilted by the gold score); no point can lie above it."
+    head = Markup(
+        "<tr><th>prompt</th><th>stage</th><th>mass on listed answers</th><th>KL</th><th>gold</th><th>frontier</th><th>above it</th></tr>"
+    )
+    return html(
+        '<p class="note">{n}</p><div class="panels">{p}</div><details class="more"><summary class="note">The same as a table</summary><div class="scroll" tabindex="0"><table><thead>{h}</thead><tbody>{r}</tbody></table></div></details>',
+        n=note,
+        p=join(panels),
+        h=head,
+        r=join(rows),
+    )
+
+
+# ---------------------------------------------------------------- stage cards
+
+
+def flat(x: Any) -> str:
+    """A value of a card or a setting on one line."""
+    if isinstance(x, dict):
+        return ", ".join(f"{k.replace('_', ' ')} {flat(v)}" for k, v in x.items() if v not in (None, [], {}))
+    if isinstance(x, list):
+        return ", ".join(flat(v) for v in x[:12]) + (f" and {len(x) - 12} more" if len(x) > 12 else "")
+    if isinstance(x, bool):
+        return "yes" if x else "no"
+    if isinstance(x, int):
+        return amount(x) if abs(x) >= 10_000 else str(x)
+    if isinstance(x, float):
+        return f"{x:.6g}".replace("-", "\u2212")
+    return "none" if x is None else str(x)
+
+
+def _cards(run: Ladder) -> Markup:
+    return html('<div class="cards">{c}</div>', c=join(_card(s, run) for s in run.stages))
+
+
+def _card(stage: Stage, run: Ladder) -> Markup:
+    s, lines = stage.summary, []
+
+    def add(name: str, text: Any, kind: str = "") -> None:
+        lines.append(html('<dt>{n}</dt><dd class="{k}">{t}</dd>', n=name, t=text, k=kind))
+
+    if stage.status not in ("done", "unknown"):
+        again = " (nothing it depends on had changed)" if stage.status == "skipped" else ""
+        add("status", stage.status + again + (f": {clean(stage.error).splitlines()[-1]}" if stage.error else ""), "" if again else "over")
+    if stage.parent:
+        others = [i for i in stage.inputs if i != stage.parent]
+        add("starts from", stage.parent + (f"; also reads {', '.join(others)}" if others else ""))
+    for name, text in stage.named.items():
+        if name != "model" or not stage.parent:
+            add(name.replace("_", " "), text)
+    for name, found in stage.card.items():
+        if found not in (None, "", [], {}):
+            add(name.replace("_", " "), flat(found))
+    if number(s.get("steps")):
+        add("steps", amount(number(s["steps"])))
+    if number(s.get("tokens")):
+        learned = f", {amount(number(s['tokens_learned']))} learned" if number(s.get("tokens_learned")) else ""
+        add("tokens", amount(number(s["tokens"])) + learned)
+    if stage.seconds is not None:
+        over = stage.budget is not None and stage.seconds > stage.budget
+        budget = f" of a budget of {duration(stage.budget)}" if stage.budget else ""
+        add("time", f"{duration(stage.seconds)}{budget}{', over it' if over else ''}", "over" if over else "")
+    if stage.evaluation_seconds is not None:
+        add("evaluation", duration(stage.evaluation_seconds))
+    if number(s.get("tokens_per_second")):
+        add("pace", f"{amount(number(s['tokens_per_second']))} tokens per second")
+    if number(s.get("peak_mb")):
+        add("memory", f"{amount(number(s['peak_mb']))} MB at most")
+    if stage.threads is not None or stage.seed is not None:
+        add("threads, seed", f"{stage.threads if stage.threads is not None else '?'}, {stage.seed if stage.seed is not None else '?'}")
+    for name in ("skipped", "resumed"):
+        if number(s.get(name)):
+            add({"skipped": "updates left out", "resumed": "resumed"}[name], f"{amount(number(s[name]))} times")
+    matter = {k: stage.settings[k] for k in MATTER if k in stage.settings and stage.settings[k] is not None}
+    if matter:
+        add("settings", ", ".join(f"{k} {flat(v)}" for k, v in matter.items()))
+    command = html('<pre tabindex="0">{c}</pre>', c=stage.command) if stage.command else None
+    rest = join(html("<tr><td>{k}</td><td>{v}</td></tr>", k=k, v=flat(v)) for k, v in sorted(stage.settings.items()))
+    folded = html("<details><summary>all settings</summary><table>{r}</table></details>", r=rest) if rest else None
+    return html(
+        '<article class="card {c}"><h3>{n}<small>{w}</small></h3><dl>{l}</dl>{cmd}{f}</article>\n',
+        c=figures.colour(stage, run),
+        n=stage.name,
+        w=WHAT.get(stage.method, stage.method),
+        l=join(lines),
+        cmd=command or Markup(""),
+        f=folded or Markup(""),
+    )
+
+
+# ---------------------------------------------------------------- the fixed prompts
+
+
+def together(stages: Sequence[Stage]) -> list[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
+    """The fixed prompts in order: (a row that holds the messages, {stage: its row})."""
+    found: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {}
+    for stage in stages:
+        for row in stage.side_by_side:
+            key = json.dumps(row.get("messages"), sort_keys=True, default=str)
+            found.setdefault(key, (row, {}))[1][stage.name] = row
+    return list(found.values())
+
+
+def _prompts(run: Ladder) -> Markup | None:
+    stages = [s for s in run.stages if s.side_by_side]
+    rows = together(stages)
+    if not rows:
+        return None
+    sizes = [
+        abs(x) for _, by in rows for r in by.values() for p in figures.PARTS if (x := number(mapped(r.get("gold")).get(p))) is not None
+    ]
+    scale = max([*sizes, 1e-9])
+    out = [
+        html(
+            '<div class="prompt"><h3>{i} of {n} \u00b7 {k}</h3>{t}<div class="answers">{a}</div></div>\n',
+            i=i,
+            n=len(rows),
+            k=str(row.get("kind") or "prompt").replace("_", " "),
+            t=_turns(row),
+            a=join(_answer(by.get(s.name), s, run, scale) for s in stages),
+        )
+        for i, (row, by) in enumerate(rows, 1)
+    ]
+    note = f"All {len(rows)}, in their fixed order, none picked: one answer each, sampled at temperature 1. Above each answer its gold score, below it the parts. The base model is given the bare question, the others their chat template."
+    return html('<p class="note">{n}</p>', n=note) + join(out)
+
+
+def _turns(row: dict[str, Any]) -> Markup:
+    turns = [mapped(m) for m in listed(row.get("messages"))]
+    only = len(turns) == 1
+    return join(
+        html(
+            '<p class="turn {k}">{r}{t}</p>',
+            k="assistant" if m.get("role") == "assistant" else "",
+            r=Markup("") if only else html("<i>{r}</i>", r=m.get("role", "?")),
+            t=m.get("content", ""),
+        )
+        for m in turns
+    )
+
+
+def _answer(row: dict[str, Any] | None, stage: Stage, run: Ladder, scale: float) -> Markup:
+    if row is None:
+        body, total, bars = html('<p class="empty">not asked</p>'), "", Markup("")
+    else:
+        text, gold = str(row.get("answer") or ""), mapped(row.get("gold"))
+        body = html("<p>{t}</p>", t=text) if text.strip() else html('<p class="empty">(nothing)</p>')
+        total = value("gold", number(gold.get("total")), 2, True) if gold else ""
+        bars = figures.parts(gold, scale) if gold else Markup("")
+    return html(
+        '<div class="answer {c}"><h4>{n}<span>{g}</span></h4>{b}{p}</div>',
+        c=figures.colour(stage, run),
+        n=stage.name,
+        g=total,
+        b=body,
+        p=bars,
+    )
+
+
+# ---------------------------------------------------------------- how it was made
+
+
+def _made(run: Ladder, machine: dict[str, Any]) -> Markup:
+    how: dict[str, Any] = next((mapped(s.evaluation.get("settings")) for s in run.evaluated if s.evaluation.get("settings")), {})
+    parts: list[Markup] = []
+    if run.evaluated:
+        prompts = f"{amount(number(how['prompts_each']))} " if number(how.get("prompts_each")) else ""
+        samples = f", {flat(how['samples'])} to each prompt," if number(how.get("samples")) else ""
+        seed = f" The random numbers of sampling follow from seed {flat(how['eval_seed'])}." if "eval_seed" in how else ""
+        text = (
+            f"Every stage answered the same {prompts}held-out prompts of the embedded world. Facts, sums and \u201cI do not know\u201d are read from the greedy answer; everything else from answers{samples} sampled at temperature 1.{seed}"
+            " The gold score is exact: a program that knows the world reads the answer. Intervals are 95%: for means Student's t, for shares Wilson's, over sampled answers clustered by prompt;"
+            " gold gained and wins are paired by prompt. In the paragraph at the top a change is claimed only where a paired interval excludes no change, or two stages' intervals do not touch."
+            " Intervals speak of the prompts and samples, not of other seeds: run `--seed` again for those."
+        )
+        parts.append(html("<p>{t}</p>", t=text))
+    if any(s.role == "reward" and s.metrics for s in run.stages):
+        parts.append(
+            html(
+                "<p>{t}</p>",
+                t="The reward model's shares are counted on pairs kept out of training, and their intervals are Wilson's for that many pairs; where the share is a mean of probabilities they are wider than they need be.",
+            )
+        )
+    rows = []
+    for name in dict.fromkeys(n for group in GROUPS.values() for n in group):
+        having = [s for s in run.stages if name in s.metrics]
+        if having:
+            ns = sorted({s.metrics[name]["n"] for s in having})
+            n = plain(ns[0], 0) if len(ns) == 1 else f"{plain(ns[0], 0)} to {plain(ns[-1], 0)}"
+            rows.append(html("<tr><td><code>{k}</code></td><td>{t}</td><td>{n}</td></tr>\n", k=name, t=MEANING.get(name, ""), n=n))
+    if rows:
+        head = Markup("<tr><th>name in report.json</th><th>what it is</th><th>n</th></tr>")
+        parts.append(
+            html(
+                '<div class="scroll" tabindex="0"><table class="made"><thead>{h}</thead><tbody>{r}</tbody></table></div>',
+                h=head,
+                r=join(rows),
+            )
+        )
+    commands = [(s.name, s.command) for s in run.stages if s.command]
+    if run.command:
+        commands.insert(0, ("everything", run.command))
+    if commands:
+        width = max(len(n) for n, _ in commands)
+        lines = list(dict.fromkeys(f"# {clean(n):<{width}}  {clean(c)}" if False else f"{clean(c)}" for n, c in commands))
+        parts.append(html('<h3>To make it again</h3><pre tabindex="0">{c}</pre>', c="\n".join(lines)))
+    versions = next((s.versions for s in run.stages if s.versions), {})
+    facts = [*(f"{k} {v}" for k, v in versions.items()), *({f"code {s.code}" for s in run.stages if s.code})]
+    if facts:
+        parts.append(html('<h3>Made with</h3><p class="note">{t}</p>', t=", ".join(facts)))
+    where = [
+        str(machine.get("processor", "")),
+        str(machine.get("system", "")),
+        f"{machine['cores']} cores" if machine.get("cores") else "",
+        f"{machine['memory_gb']} GB of memory" if machine.get("memory_gb") else "",
+    ]
+    parts.append(
+        html(
+            '<p class="note">This page was written on: {t}. With the same seed, thread count and machine the figures come out the same, timings apart.</p>',
+            t=", ".join(w for w in where if w),
+        )
+    )
+    return join(parts)
+
+
+__all__ = ["page", "title", "together"]

@@ -1,0 +1,59 @@
+"""Facts: their number, what is never stated, how often each is stated."""
+
+from collections import Counter
+
+from temper.world import dataset, exposure, exposures, registers, town
+from temper.world.grammar import words
+from temper.world.lookups import PEOPLE, PLACES, RELATIONS
+from temper.world.phrases import grammar
+
+
+def test_sizes_and_shares():
+    facts = town()
+    assert len(set(PEOPLE)) == 60
+    assert len(set(PLACES)) == 20
+    every = sum(len(facts.relations(entity)) for entity in facts.entities)
+    assert every == 60 * 5 + 20 * 3
+    assert len(facts.never) == every // 10
+    assert 0.04 <= len(facts.rumour) / len(facts.truth) <= 0.06
+    assert len(facts.held) == len(facts.entities) // 4
+    assert abs(max(facts.weight.values()) / min(facts.weight.values()) - 5) < 1e-9
+    assert all(value != facts.truth[key] for key, value in facts.rumour.items())
+    assert all(len(facts.known(entity)) >= 1 for entity in facts.entities)
+
+
+def test_values_are_spread_so_that_guessing_is_hard():
+    facts = town()
+    for name in RELATIONS:
+        counts = Counter(value for (_, relation), value in facts.truth.items() if relation == name)
+        assert max(counts.values()) / sum(counts.values()) < 0.2, name
+
+
+def test_never_stated_facts_are_never_stated():
+    facts = town()
+    never = set(facts.never)
+    for document in dataset("documents", n=2500, seed=5):
+        for form in grammar().forms(document.text):
+            for clause in registers.stated(form):
+                assert (clause[1], clause[0]) not in never, document.text
+
+
+def test_every_fact_is_exposed_enough():
+    counts = exposures(3000)
+    tokens = sum(len(words(document.text)) for document in dataset("documents", n=3000))
+    least, most = min(counts.values()), max(counts.values())
+    assert least * 6e6 / tokens >= 40
+    assert most > 2 * least
+    key = max(counts, key=lambda k: counts[k])
+    assert exposure(*key, 6000) == 2 * counts[key]
+    assert exposure(*town().never[0]) == 0
+
+
+def test_exposures_count_the_documents_themselves():
+    counts = Counter()
+    for document in dataset("documents", n=150, seed=2, split="test"):
+        for form in grammar().forms(document.text):
+            for clause in registers.stated(form):
+                if town().true(clause):
+                    counts[clause[1], clause[0]] += 1
+    assert {key: n for key, n in exposures(150, 2, "test").items() if n} == dict(counts)
