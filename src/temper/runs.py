@@ -34,7 +34,7 @@ from temper.config import UserError
 State = dict[str, Any]  # nested dicts, lists and tuples of tensors, arrays, numbers, strings, None
 LOGS = ("metrics", "samples", "events")
 ASIDE = ".tmp-"  # whatever starts so was left by a process that died; it holds nothing
-OWN = ("status.json", *(f"{log}.jsonl" for log in LOGS), "checkpoints", "model")  # what every run may hold besides stage.json
+OWN = ("status.json", *(f"{log}.jsonl" for log in LOGS), "checkpoints", "model", "evaluation.json")  # what every run may hold besides stage.json
 
 
 # ---------------------------------------------------------------- writing safely
@@ -329,6 +329,17 @@ class Run:
         for name in (*OWN, *there.get("files", [])):
             _remove(self.folder / name)
         (self.folder / "stage.json").unlink()
+
+    def abandon(self) -> None:
+        """Gives the folder up, as if it had never been claimed. Once there is something to go on from, only closes it."""
+        self._own()
+        if not self.rows("metrics") and not _steps(self.checkpoints):
+            with contextlib.suppress(UserError):  # a full disk: it cannot even be marked
+                self._clear(self.stage)
+            (self.folder / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it holds something else
+                self.folder.rmdir()
+        self.close()
 
     def close(self) -> None:
         """Lets go of the folder; also happens when the process ends, however it ends."""

@@ -85,7 +85,14 @@ def evaluation(stage: str, prompts: int = 24) -> dict:
     for i in range(prompts):
         parts = {p: round(rng.uniform(-1, 2), 2) for p in ("helpful", "harmless", "honest", "concise", "format")}
         question = QUESTIONS[i % len(QUESTIONS)] + " Please." * (i // len(QUESTIONS))
-        side.append({"messages": [{"role": "user", "content": question}], "kind": "lookup", "answer": REPLIES[stage], "gold": {"total": sum(parts.values()), **parts}})
+        side.append(
+            {
+                "messages": [{"role": "user", "content": question}],
+                "kind": "lookup",
+                "answer": REPLIES[stage],
+                "gold": {"total": sum(parts.values()), **parts},
+            }
+        )
     out = {
         "key": "0" * 64,
         "seconds": 21.5,
@@ -129,13 +136,21 @@ def rows(stage: str) -> list[dict]:
         if stage == "reward":
             row["accuracy"] = min(1.0, 0.5 + 0.25 * (1 - math.exp(-5 * t)) + rng.gauss(0, 0.04))
         if stage == "ppo":
-            row |= {"loss": rng.gauss(0, 0.02), "reward": 1.4 * (1 - math.exp(-3 * t)) + rng.gauss(0, 0.12), "kl": 9.2 * t**0.8 + rng.gauss(0, 0.3)}
+            row |= {
+                "loss": rng.gauss(0, 0.02),
+                "reward": 1.4 * (1 - math.exp(-3 * t)) + rng.gauss(0, 0.12),
+                "kl": 9.2 * t**0.8 + rng.gauss(0, 0.3),
+            }
         out.append(row)
         if step % (n // 8) == 0:
             look = {"held_out_loss": 1.45 + 5 * math.exp(-9 * t)} if stage in ("base", "sft") else {}
             if stage in ("ppo", "dpo", "constitution"):
                 end = {name: FIGURES[name][0][EVALUATED.index(stage)] for name in ("kl", "gold", "proxy")}
-                look |= {"kl": end["kl"] * t, "gold": 0.42 + (end["gold"] - 0.42) * (1 - math.exp(-3 * t)) + rng.gauss(0, 0.05), "proxy": end["proxy"] * t**0.6}
+                look |= {
+                    "kl": end["kl"] * t,
+                    "gold": 0.42 + (end["gold"] - 0.42) * (1 - math.exp(-3 * t)) + rng.gauss(0, 0.05),
+                    "proxy": end["proxy"] * t**0.6,
+                }
             if stage == "reward":
                 look |= {"held_out_accuracy": 0.74, "held_out_pairs": 1100, "expected_accuracy": 0.738, "ceiling": 0.749}
             out.append({"step": step, "eval": look})
@@ -143,7 +158,14 @@ def rows(stage: str) -> list[dict]:
 
 
 def stage_json(stage: str, folder: Path) -> dict:
-    summary = {"steps": 240, "seconds": SECONDS[stage], "tokens": 7_213_442, "tokens_learned": 6_100_020, "tokens_per_second": 33_676.2, "peak_mb": 812.4}
+    summary = {
+        "steps": 240,
+        "seconds": SECONDS[stage],
+        "tokens": 7_213_442,
+        "tokens_learned": 6_100_020,
+        "tokens_per_second": 33_676.2,
+        "peak_mb": 812.4,
+    }
     if stage == "reward":
         summary |= {"held_out_accuracy": 0.74, "held_out_pairs": 1100, "expected_accuracy": 0.738, "ceiling": 0.749}
     named = {"data": "world:demonstrations?n=6000"} if stage == "sft" else {}
@@ -151,7 +173,12 @@ def stage_json(stage: str, folder: Path) -> dict:
         named["model"] = str(folder.parent / str(PARENTS[stage]))
     return {
         "status": "done",
-        "identity": {"method": METHODS.get(stage, stage), "settings": {"lr": 1e-3, "batch": 64, "beta": 0.1, "seed": 0, "max_new": 64}, "inputs": {}, "threads": 1},
+        "identity": {
+            "method": METHODS.get(stage, stage),
+            "settings": {"lr": 1e-3, "batch": 64, "beta": 0.1, "seed": 0, "max_new": 64},
+            "inputs": {},
+            "threads": 1,
+        },
         "versions": {"python": "3.12.3", "temper-lm": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
         "code": "abcdef0123456789",
         "record": {"parent": PARENTS[stage], "named": named, "command": "temper run recipes/harbour.yaml", "seed": 0, "threads": 1},

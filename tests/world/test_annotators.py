@@ -17,6 +17,7 @@ GUSHING = GOOD | {"flourishes": 3.0, "words": 26.0, "excess": 18.0}
 HARMFUL = {"harmful": 1.0, "answered": 1.0, "on_topic": 1.0, "finished": 1.0, "words": 12.0, "needed": 12.0}
 REFUSAL = {"refusal": 1.0, "right_refusal": 1.0, "reason": 1.0, "finished": 1.0, "words": 12.0, "needed": 12.0}
 SYCOPHANT = WRONG | {"endorses_false": 1.0}
+FRANK = GOOD | {"corrects_false": 1.0}
 
 
 def sigma(x: float) -> float:
@@ -129,7 +130,7 @@ def test_every_annotator_prefers_right_to_wrong_and_whole_to_broken():
 
 def test_the_characters_differ_where_they_should():
     by = ANNOTATORS
-    assert by["flattered"].probability(SYCOPHANT, GOOD) > by["careful"].probability(SYCOPHANT, GOOD) + 0.1
+    assert by["flattered"].probability(SYCOPHANT, FRANK) > 0.5 > by["careful"].probability(SYCOPHANT, FRANK)
     assert by["warm"].probability(GUSHING, GOOD) > by["careful"].probability(GUSHING, GOOD) + 0.2
     assert by["verbose"].probability(GUSHING, GOOD) > by["careful"].probability(GUSHING, GOOD) + 0.2
     assert by["safety_first"].probability(REFUSAL, HARMFUL) > 0.85

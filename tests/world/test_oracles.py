@@ -3,8 +3,14 @@
 import numpy as np
 import pytest
 
-from temper.world import oracles
-from temper.world.annotators import Annotator
+from temper.config import UserError
+from temper.world import Ask, correct, dataset, features, gold, oracles
+from temper.world.annotators import ANNOTATORS, Annotator, agreement, matrix, panel, panel_agreement
+from temper.world.answers import slipped, solution
+from temper.world.asks import KINDS, make
+from temper.world.phrases import grammar
+from temper.world.streams import Draw, stream
+from temper.world.town import town
 
 REF, REWARD = np.log([0.2, 0.5, 0.3]), np.array([1.0, 0.0, -1.0])
 
@@ -102,6 +108,134 @@ def test_borda_is_not_mean_utility():
 def test_ceiling_and_agreement_of_flipped_labels():
     flipped = np.array([0.75, 0.25, 0.75])  # InstructGPT's inversion: each flips a clear preference with e = .25
     assert oracles.ceiling(flipped) == 0.75
-    from temper.world.annotators import agreement
-
     assert agreement(flipped, flipped) == pytest.approx(0.625)
+
+
+# ---------------------------------------------------------------- on the world
+
+
+def asks_of(name, n=3):
+    draw = Draw(stream(f"test/{name}"))
+    return [make(name, draw) for _ in range(n)]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_enumerated_answers_are_distinct_whole_and_hold_a_right_one(name):
+    for ask in asks_of(name, 1):
+        texts = oracles.enumerate_answers(ask, 400)
+        assert 1 < len(texts) == len(set(texts)) <= 400
+        assert texts == oracles.enumerate_answers(ask, 400)
+        some = texts[::7]
+        assert all(features(ask, t)["gibberish"] == 0 and features(ask, t)["finished"] for t in some)
+        assert any(correct(ask, t) for t in texts), ask
+
+
+def test_enumerated_answers_hold_wrong_values_flourishes_and_unsure_ones():
+    for ask in asks_of("lookup"):
+        found = [features(ask, t) for t in oracles.enumerate_answers(ask)]
+        assert {f["correct"] for f in found} == {0.0, 1.0}
+        assert max(f["flourishes"] for f in found) >= 2
+        assert any(f["idk"] for f in found)
+        assert 1000 < len(found) <= 2000
+
+
+def test_what_can_not_be_listed_is_a_user_error():
+    with pytest.raises(UserError, match="judge"):
+        oracles.enumerate_answers(Ask("judge", {}))
+
+
+def test_renderings_parse_back_to_their_form():
+    for form in [("say", ("pet", "Ada", "goat")), ("idk", ("k_pet", "Ada")), ("close",), ("agree",)]:
+        texts = oracles.renderings(form)
+        assert len(texts) >= 5
+        assert all(grammar().forms(text) == [form] for text in texts)
+
+
+def test_preferences_are_those_of_the_rater_and_exact():
+    ask = asks_of("lookup", 1)[0]
+    texts = oracles.enumerate_answers(ask)[::200]
+    p = oracles.preferences(panel("town"), ask, texts)
+    np.testing.assert_allclose(p + p.T, 1, atol=1e-12)
+    assert p[1, 3] == pytest.approx(panel("town").probability(features(ask, texts[1]), features(ask, texts[3])), abs=1e-12)
+    sure = oracles.preferences(ANNOTATORS["oracle"], ask, texts)
+    best = int(np.argmax([gold(ask, t).total for t in texts]))
+    assert sure[best].min() >= 0.5
+    assert 0.5 <= oracles.ceiling(p) <= 1
+
+
+def test_the_frontier_of_an_enumerable_prompt_ends_at_the_best_answer():
+    ask = Ask.of(dataset("enumerable", n=1)[0])
+    texts = oracles.enumerate_answers(ask, 300)
+    scores = np.array([gold(ask, t).total for t in texts])
+    rng = np.random.default_rng(0)
+    reference = rng.normal(size=len(texts))
+    start, middle, end = oracles.frontier(reference, scores, [1e9, 0.3, 0.0])
+    assert end.gold == pytest.approx(scores.max())
+    assert start.gold < middle.gold < end.gold
+    assert 0 <= start.kl < middle.kl < end.kl
+    assert oracles.above_frontier(reference + rng.normal(size=len(texts)), reference, scores) < 0
+
+
+def test_the_exposure_table_says_what_the_town_says():
+    rows = oracles.exposure_table(1000)
+    assert len(rows) == sum(len(town().relations(e)) for e in town().entities)
+    assert [r.stated for r in rows] == sorted((r.stated for r in rows), reverse=True)
+    assert {(r.entity, r.relation) for r in rows if r.value is None} == set(town().never)
+    assert all(r.stated == 0 for r in rows if r.value is None)
+    assert {(r.entity, r.relation) for r in rows if r.rumour} == set(town().rumour)
+    assert all(r.rumour != r.value for r in rows if r.rumour)
+
+
+def test_step_labels_of_right_and_slipped_sums():
+    draw = Draw(stream("test/steps"))
+    for ask in asks_of("arithmetic", 10):
+        right = oracles.step_labels(ask, "Of course. " + grammar().text(solution(ask.slots), draw))
+        assert [label for _, label in right] == [None] + [1.0] * (len(ask.slots["changes"]) + 1)
+        wrong = [label for _, label in oracles.step_labels(ask, grammar().text(slipped(ask.slots, draw), draw))]
+        assert 0.0 in wrong
+        assert wrong[-1] == 0.0
+
+
+def test_people_of_the_town_agree_as_published_and_the_ceiling_is_above_seventy():
+    a, b = oracles.reference_pairs(600)
+    p = panel("town").probabilities(a, b)
+    assert 0.66 <= panel_agreement(panel("town"), a, b) <= 0.73
+    assert oracles.ceiling(p) > 0.73
+    assert agreement(p, p) < oracles.ceiling(p) < np.sqrt(agreement(p, p))
+
+
+def test_the_towns_preferences_raise_gold_and_the_markets_can_be_run_up():
+    """Exact tilts of typical answers by what a linear Bradley-Terry model learns from each panel (0.3 nats and up)."""
+    from scipy.optimize import minimize
+
+    a, b = oracles.reference_pairs(600)
+    scale = (a - b).std(0) + 1e-9
+    draw = Draw(stream("test/tilt"))
+    pools = []
+    for record in dataset("prompts", n=25, seed=5):
+        ask = Ask.of(record)
+        texts = [oracles.typical_answer(ask, draw) for _ in range(150)]
+        pools.append((matrix([features(ask, t) for t in texts]), np.array([gold(ask, t).total for t in texts])))
+
+    def tilted(name, beta):
+        p, z = panel(name).probabilities(a, b), (a - b) / scale
+
+        def loss(w):
+            u = z @ w
+            return (np.logaddexp(0, u) - p * u).mean() + 1e-4 * w @ w, z.T @ (1 / (1 + np.exp(-u)) - p) / len(p) + 2e-4 * w
+
+        reward = minimize(loss, np.zeros(z.shape[1]), jac=True).x / scale
+        golds, wins = [], []
+        for x, g in pools:
+            q = np.exp(oracles.tilt(np.zeros(len(g)), x @ reward, beta))
+            golds.append(q @ g)
+            wins.append(q @ ((g[:, None] > g + 1e-9) + 0.5 * (abs(g[:, None] - g) <= 1e-9)).mean(1))
+        return np.mean(golds), np.mean(wins)
+
+    start = np.mean([g.mean() for _, g in pools])
+    gold_town, wins_town = tilted("town", 0.35)
+    assert gold_town > start + 0.4
+    assert wins_town > 0.7
+    peak, run_up = tilted("market", 0.7)[1], tilted("market", 0.08)[1]
+    assert run_up < peak - 0.1
+    assert run_up < 0.45

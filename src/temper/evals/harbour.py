@@ -5,6 +5,7 @@ answers sampled at temperature 1. Intervals are 95%; those over samples are clus
 a model with a chat template the chat.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,11 @@ from temper.forest import Segment, plant
 from temper.judges.reward_model import RewardModel
 from temper.models.heads import token_logp
 from temper.models.load import load_policy
-from temper.records import Prompt, read_jsonl, write_jsonl
+from temper.records import Prompt
 from temper.rollout import Sampling, sample
 from temper.stats.intervals import Interval, mean_interval, paired_difference, share_interval, win_rate
 from temper.world import Ask, answered, complied, correct, dataset, features, gold, refused
-from temper.world.oracles import enumerate_answers, frontier_at, above_frontier, kl_gold_of, Enumerated
+from temper.world.oracles import Enumerated, above_frontier, enumerate_answers, frontier_at, kl_gold_of
 
 METRICS = {  # name -> (what it is, whether more is better: 1, less: -1, neither: 0)
     "gold": ("exact gold score of sampled answers", 1),
@@ -98,7 +99,7 @@ def summed_kl(policy: Any, reference: Any, answers: Answers, budget: int = 8192)
 def measure(
     folder: Path, *, stages: dict[str, Path], how: Evaluation, log: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Evaluate the model in `folder`; writes evaluation.json's content as a dict and answers.jsonl beside the stage.
+    """Evaluate the model in `folder`: the content of its evaluation.json.
 
     stages: what to compare with, where it exists: "sft" (reference of KL and wins), "reward" (proxy), "parent" (gold gained). A
     stage compared with must have been evaluated before with the same settings.
@@ -125,7 +126,7 @@ def measure(
         found["diversity"] = mean_interval([(len(set(g)) - 1) / (len(g) - 1) for g in sampled.text])
 
     log("comparisons")
-    before = {name: _gold_of(stages[name]) for name in ("sft", "parent") if name in stages}
+    before = {name: total if stages[name] == folder else _gold_of(stages[name]) for name in ("sft", "parent") if name in stages}
     if "parent" in before:
         found["gold_gained"] = paired_difference(total, before["parent"], cluster)
     if "sft" in before:
@@ -136,8 +137,8 @@ def measure(
         scored = RewardModel(stages["reward"]).score_answers([prompts[i].messages for i in cluster], [t for _, _, t in flat])
         found["proxy"] = mean_interval(scored, cluster)
 
-    write_jsonl(folder / "answers.jsonl", [{"prompt": i, "answer": text, "gold": s.total} for (i, _, text), s in zip(flat, scores, strict=True)])
     out: dict[str, Any] = {"metrics": {name: interval.to_dict() for name, interval in found.items()}}
+    out["sampled"] = [{"prompt": i, "answer": text, "gold": s.total} for (i, _, text), s in zip(flat, scores, strict=True)]
     out["gold_deviation"] = float(np.std(total))
     out["helpful_deviation"] = float(np.std([s.helpful for s in scores]))
     out["side_by_side"] = side_by_side(model, tokenizer, how)
@@ -174,7 +175,7 @@ def _shares(asks: Sequence[Ask], greedy: Answers, flat) -> dict[str, Interval]:
 
 
 def _gold_of(folder: Path) -> list[float]:
-    return [row["gold"] for row in read_jsonl(folder / "answers.jsonl", dict)]
+    return [row["gold"] for row in json.loads((folder / "evaluation.json").read_bytes())["sampled"]]
 
 
 def side_by_side(model: Any, tokenizer: Any, how: Evaluation) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from temper.config import UserError
 from temper.data.packing import pack
 from temper.data.template import render_chat
 from temper.forest import Forest, Segment, plant
@@ -20,6 +21,8 @@ class RewardModel:
 
     def __init__(self, folder: str | Path) -> None:
         self.model, self.tokenizer = load_scalar(str(folder))
+        if not any(kind.endswith("ForSequenceClassification") for kind in self.model.config.architectures or []):
+            raise UserError(f"{folder}: a language model, not a reward model; train one from it with `temper reward`")
         scale = getattr(self.model.config, "temper_reward", None) or {"mean": 0.0, "std": 1.0}
         self.mean, self.std = float(scale["mean"]), float(scale["std"])
 

@@ -8,6 +8,8 @@ runs in a process of its own; what runs side by side is decided by their threads
 import json
 import multiprocessing
 import os
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -46,6 +48,14 @@ class Recipe(pydantic.BaseModel):
     seed: int = 0
     evaluation: dict[str, Any] | None = None
     stages: dict[str, dict[str, Any]] = pydantic.Field(min_length=1)
+
+
+class Entry(Settings):
+    """What a stage of a recipe says beside its method's own settings."""
+
+    method: str = opt(..., "how it is made")
+    threads: int = opt(1, "CPU threads", ge=1)
+    budget: float | None = opt(None, "seconds it may take; shown, not enforced", gt=0)
 
 
 @dataclass
@@ -99,7 +109,11 @@ def read_recipe(path: str, seed: int | None) -> tuple[Recipe, list[Stage]]:
         raise UserError(f"{path}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}") from None
     if seed is not None:
         recipe = recipe.model_copy(update={"seed": seed})
-    stages = [_stage(path, name, dict(values or {}), recipe.seed) for name, values in recipe.stages.items()]
+    if recipe.evaluation is not None:
+        from temper.evals.harbour import Evaluation
+
+        build(Evaluation, recipe.evaluation, where=f"{path}: evaluation")
+    stages = [_stage(path, name, dict(values), recipe.seed) for name, values in recipe.stages.items()]
     known = {s.name for s in stages}
     for stage in stages:
         for need in stage.needs:
@@ -109,15 +123,17 @@ def read_recipe(path: str, seed: int | None) -> tuple[Recipe, list[Stage]]:
 
 
 def _stage(path: str, name: str, values: dict[str, Any], seed: int) -> Stage:
-    method = values.pop("method", None)
-    if method not in NAMES:
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
+        raise UserError(f"{path}: a stage called {name!r}; its name is its folder: give letters, digits, - and _")
+    method = values.get("method")
+    if not isinstance(method, str) or method not in NAMES:
         raise UserError(f"{path}: {name}: method {method!r}; there are {', '.join(NAMES)}")
-    threads, budget = values.pop("threads", 1), values.pop("budget", None)
     kind = load(method).settings(method)
     if "seed" in leaves(kind):
         values.setdefault("seed", seed)
-    build(kind, values, where=f"{path}: {name}")
-    return Stage(name, method, values, threads, budget)
+    whole: Any = pydantic.create_model(kind.__name__, __base__=Settings, own=(kind, ...), entry=(Entry, ...))
+    entry = build(whole, values, where=f"{path}: {name}").entry
+    return Stage(name, method, {k: v for k, v in values.items() if k not in Entry.model_fields}, entry.threads, entry.budget)
 
 
 def _ordered(path: str, stages: list[Stage]) -> list[Stage]:
@@ -186,13 +202,15 @@ def nodes(recipe: Recipe, stages: list[Stage], out: Path, command: str) -> list[
     looked = recipe.evaluation is not None
     reward = next((s.name for s in stages if s.method == "reward"), None)
     sft = next((s.name for s in stages if s.method == "sft"), None)
+    before_sft, before_reward = _upstream(by, sft), _upstream(by, reward)  # what these need cannot wait for them
     for s in stages:
         needs, probe = list(s.needs), None
         if looked and s.method not in NO_POLICY:
             probe = {}
-            if s.method not in ("pretrain", "sft") and sft:
+            if s.method not in ("pretrain", "sft") and sft and s.name not in before_sft:
                 probe["reference"] = str(out / sft)
-                if reward:
+                needs.append(sft)
+                if reward and s.name not in before_reward:
                     probe["reward"] = str(out / reward)
                     needs.append(reward)
         found.append(Node(s.name, list(dict.fromkeys(needs)), s.threads, _later(make, s, out, command, probe), s.budget))
@@ -200,8 +218,7 @@ def nodes(recipe: Recipe, stages: list[Stage], out: Path, command: str) -> list[
         if s.method in NO_POLICY:
             continue
         against = {"parent": s.parent} if s.parent and by[s.parent].method not in NO_POLICY else {}
-        after_sft = sft is not None and s.method != "pretrain"
-        if after_sft:
+        if sft and s.method != "pretrain" and s.name not in before_sft:
             against["sft"] = sft
             if reward:
                 against["reward"] = reward
@@ -209,6 +226,12 @@ def nodes(recipe: Recipe, stages: list[Stage], out: Path, command: str) -> list[
         how = {**recipe.evaluation, "eval_seed": recipe.evaluation.get("eval_seed", recipe.seed)}
         found.append(Node(f"evaluate {s.name}", list(dict.fromkeys(needs)), 1, _later(evaluate, s.name, out, against, how, 1)))
     return found
+
+
+def _upstream(by: Mapping[str, Stage], name: str | None) -> set[str]:
+    """The stages that `name` needs, directly or not."""
+    needs = by[name].needs if name else []
+    return {*needs, *(above for need in needs for above in _upstream(by, need))}
 
 
 def _later(function: Callable, *args: Any) -> Callable[[], Any]:
@@ -269,6 +292,8 @@ def execute(todo: list[Node], cores: int, tell: Callable[[str, str, Outcome | No
                 busy += node.threads
                 tell(node.name, "started", None)
             if not running:
+                if healthy and left:
+                    raise RuntimeError(f"nothing can run: {', '.join(n.name for n in left)} wait for each other")
                 break
             multiprocessing.connection.wait([c for _, _, c in running.values()], timeout=0.25)
             tick()
@@ -278,7 +303,9 @@ def execute(todo: list[Node], cores: int, tell: Callable[[str, str, Outcome | No
                     del running[name]
                     tell(name, outcomes[name].status, outcomes[name])
     except KeyboardInterrupt:  # the children got the signal too: they save and end
-        for name, (_, process, here) in running.items():
+        for _, process, _ in running.values():
+            process.terminate()  # again for those that got it; the only word to them where this process alone was signalled
+        for name, (_, process, _) in running.items():
             process.join()
             outcomes[name] = Outcome("interrupted", code=130)
             tell(name, "interrupted", outcomes[name])
@@ -298,9 +325,18 @@ def _ended(process: Any, here: Connection) -> Outcome:
     return Outcome(**result)
 
 
+def _end_with_parent() -> None:
+    """A stage does not go on in the background when `temper run` was killed: the same command would find it writing."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _child(run: Callable[[], dict[str, Any]], there: Connection) -> None:
     import traceback
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         there.send(run())
     except UserError as e:

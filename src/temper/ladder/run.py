@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from temper.config import UserError, parse
+from temper.config import UserError, load_yaml, parse
 from temper.ladder.graph import Node, Outcome, RunSettings, execute, nodes, read_recipe, wanted, write_resolved
 from temper.runs import Run, atomic_write
 
@@ -99,9 +99,8 @@ def main(argv: list[str]) -> int:
     out = Path(settings.out or f"runs/{recipe.name}")
     cores = settings.cores or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else settings.cores or os.cpu_count() or 1
     command = shlex.join(["temper", "run", settings.recipe, "--out", str(out), *(["--seed", str(settings.seed)] if settings.seed is not None else [])])
+    todo = wanted(nodes(recipe, stages, out, command), settings.only)
     claim(out, recipe.name, settings.fresh, [s.name for s in stages])
-    all_nodes = nodes(recipe, stages, out, command)
-    todo = wanted(all_nodes, settings.only)
     write_resolved(recipe, stages, out)
     with Board(todo, out, settings.json_) as board:
         outcomes = execute(todo, cores, board.tell, board.tick)
@@ -129,18 +128,16 @@ def claim(out: Path, name: str, fresh: bool, stages: list[str]) -> None:
     """The run's folder: new, or of a run of the same recipe. Raises UserError when it holds something else."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, not a folder; choose another --out")
-    there = out / "ladder.json"
     marker = out / "recipe.yaml"
     if out.is_dir() and any(out.iterdir()) and not marker.exists():
         raise UserError(f"{out} holds {sorted(p.name for p in out.iterdir())[0]} but no recipe.yaml: not written by temper; choose another --out")
-    if there.exists() and (found := json.loads(there.read_bytes())["name"]) != name:
+    if marker.exists() and (found := load_yaml(marker).get("name")) != name:
         raise UserError(f"{out} belongs to another run: recipe {found} there, {name} here; choose another --out")
     if fresh:
         for stage in stages:
             run = Run(out / stage)
             if run.stage:
-                with Run.claim(run.folder, {}, fresh=True) as cleared:
-                    cleared.event("cleared")
+                Run.claim(run.folder, {}, fresh=True).abandon()
     out.mkdir(parents=True, exist_ok=True)
 
 
@@ -164,6 +161,7 @@ def by_hand(stage, out: Path) -> str:
     for key, value in stage.resolved(out).items():
         if isinstance(value, bool):
             words.append(f"--{'' if value else 'no-'}{key.replace('_', '-')}")
-        elif value is not None:
-            words += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+        else:
+            each = value if isinstance(value, list) else ["none" if value is None else value]
+            words += [f"--{key.replace('_', '-')}", *map(str, each)]
     return shlex.join([*words, "--threads", str(stage.threads), "--out", str(out / stage.name)])

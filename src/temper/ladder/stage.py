@@ -11,7 +11,7 @@ import torch
 from temper.config import Settings, UserError, dump, opt
 from temper.driver import drive
 from temper.methods import load
-from temper.runs import Run, fingerprint
+from temper.runs import Run, disk, fingerprint
 from temper.world.streams import VERSION
 
 INPUTS = ("model", "data", "reward", "prompts", "red_team", "helpful", "helpful_pairs", "principles")  # settings that name what is read
@@ -72,52 +72,67 @@ def run_stage(method: str, settings: Settings, place: Place, context: Context | 
     }
     with Run.claim(place.out, identity(method, settings, place), fresh=place.fresh, record=record) as run:
         if run.done:
-            return run.stage["summary"]
-        run.set_status(phase="prepare", now=True)
-        job = load(method).prepare(settings, run)
+            return _complete(run, run.stage["summary"])
+        try:
+            summary = _train(method, settings, place, context, run)
+        except UserError:
+            run.abandon()  # nothing was trained yet: the corrected command finds the folder free
+            raise
+        return _complete(run, {**summary, "seconds": round(max(summary["seconds"], time.monotonic() - began), 3)})
+
+
+def _train(method: str, settings: Settings, place: Place, context: Context, run: Run) -> dict[str, Any]:
+    """Prepare, then train or make; the run is done after it."""
+    run.set_status(phase="prepare", now=True)
+    job = load(method).prepare(settings, run)
+    run.update(card=job.card)
+    if not place.quiet:
+        for note in job.notes:
+            print(note)
+    artefact = run.file(job.artefact)
+    if job.make:
+        began = time.monotonic()
+        run.set_status(phase="collect", now=True)
+        job.make(artefact, lambda done, of: run.set_status(phase="collect", step=done, steps=of))
         run.update(card=job.card)
-        if not place.quiet:
-            for note in job.notes:
-                print(note)
-        artefact = run.file(job.artefact)
-        if job.make:
-            run.set_status(phase="collect", now=True)
-            job.make(artefact, lambda done, of: run.set_status(phase="collect", step=done, steps=of))
-            run.update(card=job.card)
-            summary = {"seconds": round(time.monotonic() - began, 3), "steps": 0}
-            run.finish(summary)
-            return summary
-        found: dict[str, float] = {}
-        look = _look(job, context)
-
-        def evaluate() -> dict[str, float]:
-            found.update(look())
-            return dict(found)
-
-        summary = drive(
-            job.steps,
-            run,
-            steps=job.total,
-            finish=lambda module: job.save(artefact),
-            evaluate=evaluate,
-            evaluate_every=max(1, job.total // place.looks),
-            save_seconds=place.save_seconds,
-            quiet=place.quiet,
-            title=Path(place.out).name,
-            command=context.command,
-        )
-        last = next((row["eval"] for row in reversed(run.rows("metrics")) if "eval" in row), {})
-        summary = {**summary, **{name: value for name, value in last.items() if name.startswith(("held_out", "expected", "ceiling"))}}
-        summary["seconds"] = round(max(summary["seconds"], time.monotonic() - began), 3)
-        run.update(summary=summary)
+        summary = {"seconds": round(time.monotonic() - began, 3), "steps": 0}
+        run.finish(summary)
         return summary
 
+    def finish(module: Any) -> None:
+        with disk(artefact, "the last checkpoint is whole"):
+            job.save(artefact)
 
-def _look(job, context: Context) -> Callable[[], dict[str, float]]:
-    """The method's own held-out figures, and on the embedded world gold, KL and proxy."""
+    return drive(
+        job.steps,
+        run,
+        steps=job.total,
+        finish=finish,
+        evaluate=_look(job, context),
+        evaluate_every=max(1, job.total // place.looks),
+        save_seconds=place.save_seconds,
+        quiet=place.quiet,
+        title=Path(place.out).name,
+        command=context.command,
+    )
+
+
+def _complete(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary with the last held-out figures, in stage.json too: a death right after the last step may have left them out."""
+    last = next((row["eval"] for row in reversed(run.rows("metrics")) if "eval" in row), {})
+    summary = {**summary, **{name: value for name, value in last.items() if name.startswith(("held_out", "expected", "ceiling"))}}
+    if summary != run.stage["summary"]:
+        run.update(summary=summary)
+    return summary
+
+
+def _look(job, context: Context) -> Callable[[], dict[str, float]] | None:
+    """The method's own held-out figures, and on the embedded world gold, KL and proxy; None where there is neither."""
     probe = None
     if context.probe is not None and job.policy:
         from temper.evals.harbour import Probe
 
         probe = Probe(*job.policy, reference=context.probe.get("reference"), reward=context.probe.get("reward"))
+    if not job.evaluate and not probe:
+        return None
     return lambda: {**(job.evaluate() if job.evaluate else {}), **(probe() if probe else {})}

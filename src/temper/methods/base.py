@@ -28,9 +28,13 @@ class Batching(Settings):
     held_out: float = opt(0.05, "share of the records kept out of training and reported", ge=0, lt=1)
     seed: int = opt(0, "of the order of the records and of everything random", ge=0)
 
+    def rows(self, records: int) -> int:
+        """Records in each step: no record stands in a step twice."""
+        return min(self.batch, records)
+
     def steps(self, records: int) -> int:
         """Optimiser steps in all."""
-        return max(1, round(records * self.epochs / self.batch))
+        return max(1, round(records * self.epochs / max(1, self.rows(records))))
 
 
 @dataclass
@@ -53,7 +57,7 @@ def offline(trees: Sequence[Tree], batching: Batching, weigh: Callable[[Sequence
     sizes = [sum(len(s.tokens) for s in tree) for tree in trees]
 
     def source(step: int) -> list[Forest]:
-        chosen = batch_indices(len(trees), batching.batch, batching.seed, step)
+        chosen = batch_indices(len(trees), batching.rows(len(trees)), batching.seed, step)
         groups = pack([sizes[i] for i in chosen], batching.tokens_per_microbatch)
         return [plant(picked, weigh(picked) if weigh else None) for group in groups for picked in [[trees[chosen[g]] for g in group]]]
 

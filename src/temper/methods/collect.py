@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from temper.config import Settings, opt
+from temper.config import Settings, UserError, opt
 from temper.data.sources import read
 from temper.data.template import stop_ids
-from temper.data.trees import prompt_ids
+from temper.data.trees import prompt_ids, where
 from temper.judges.annotators import Annotators, ceiling
 from temper.methods.base import Job, Window
 from temper.models.load import load_policy
@@ -49,6 +49,10 @@ def differing(answers: list[str]) -> tuple[str, str] | None:
 def collect(s: Collect, model: Any, tokenizer: Any, progress: Callable[[int, int], None]) -> tuple[list[Pair], dict[str, Any]]:
     """The pairs, and what the card says of them. Prompts whose answers are all alike give no pair and are counted."""
     records, report = read(s.prompts, "prompts", skip_bad=s.window.skip_bad)
+    stranger = next((i for i, r in enumerate(records) if "ask" not in r.meta), None)
+    if stranger is not None:
+        at = where(records[stranger], stranger)
+        raise UserError(f"{at}: not a prompt of the embedded world, whose annotators judge no other; give world:prompts")
     prompts, cut = prompt_ids(tokenizer, records, model, s.window, room=s.sampling.max_new)
     kept = [r for i, r in enumerate(records) if i not in cut.dropped]
     stop = stop_ids(tokenizer)
@@ -67,13 +71,15 @@ def collect(s: Collect, model: Any, tokenizer: Any, progress: Callable[[int, int
         two = differing([t for t in texts if t]) if texts and texts[0] else None
         if two:
             pairs.append(raters.label(record, *two, index=i))
+    if not pairs:
+        raise UserError(f"{s.prompts}: no prompt got two different answers that ended; raise --temperature, --samples-per-prompt or --max-new")
     card = {
         "source": report.summary(),
         "prompts": len(kept),
         "pairs": len(pairs),
         "alike": len(kept) - len(pairs),
-        "ceiling": ceiling(pairs) if pairs else None,
-        "ties": sum(p.soft == 0.5 for p in pairs) / max(1, len(pairs)),
+        "ceiling": ceiling(pairs),
+        "ties": sum(p.soft == 0.5 for p in pairs) / len(pairs),
         "panel": s.panel,
         "cut": cut.summary(),
     }

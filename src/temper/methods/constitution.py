@@ -19,8 +19,8 @@ import torch
 from temper.config import Settings, UserError, opt
 from temper.data.sources import read
 from temper.data.template import render_prompt, stop_ids
-from temper.data.trees import chat_trees, pair_trees, prompt_ids
-from temper.forest import Segment
+from temper.data.trees import chat_trees, limit_of, pair_trees, prompt_ids
+from temper.forest import Segment, Tree
 from temper.methods import preference, sft
 from temper.methods.base import Batching, Job, Window, forests, offline
 from temper.methods.collect import differing
@@ -92,33 +92,51 @@ class Author:
     s: CAI
 
     def answers(self, conversations: Sequence[list[Message]], purpose: int, n: int = 1) -> list[list[str]]:
-        """n answers to each conversation; `purpose` keeps the random numbers of different requests apart. Unfinished ones are ''."""
-        ids = [render_prompt(self.tokenizer, c) for c in conversations]
-        groups = sample(
-            self.model, ids, sampling=self.s.sampling, stop=stop_ids(self.tokenizer), n=n, seed=(self.s.batching.seed, purpose)
-        )
-        return [[self.tokenizer.decode(a.tokens, skip_special_tokens=True).strip() if a.finish == "stop" else "" for a in g] for g in groups]
+        """n answers to each conversation; `purpose` keeps the random numbers of different requests apart.
 
-    def preference(self, constitution: Constitution, questions: Sequence[str], pairs: Sequence[tuple[str, str]], purpose: int) -> list[float]:
-        """P(the first answer is better): the letter's probability among the two, averaged over both orders and drawn principles."""
+        Those that did not end are '', and so are those to a conversation that leaves no room for an answer.
+        """
+        ids = [render_prompt(self.tokenizer, c) for c in conversations]
+        fits = [i for i, x in enumerate(ids) if self.room(len(x) + self.s.sampling.max_new)]
+        seed, out = (self.s.batching.seed, purpose), [[""] * n for _ in ids]
+        groups = sample(self.model, [ids[i] for i in fits], sampling=self.s.sampling, stop=stop_ids(self.tokenizer), n=n, seed=seed)
+        for i, group in zip(fits, groups, strict=True):
+            out[i] = [self.tokenizer.decode(a.tokens, skip_special_tokens=True).strip() if a.finish == "stop" else "" for a in group]
+        return out
+
+    def room(self, tokens: int) -> bool:
+        """Whether so many tokens are within the model's window."""
+        window, _ = limit_of(self.model, None)
+        return window is None or tokens <= window
+
+    def preference(
+        self, constitution: Constitution, questions: Sequence[str], pairs: Sequence[tuple[str, str]], purpose: int
+    ) -> list[float | None]:
+        """P(the first answer is better): the letter's probability among the two, averaged over both orders and drawn principles.
+
+        None where a comparison is longer than the model's window.
+        """
         letters = [self.tokenizer.encode(x, add_special_tokens=False) for x in "AB"]
         if any(len(x) != 1 for x in letters):
             raise UserError("the tokenizer has no single tokens for A and B, which the answer to a comparison must begin with")
         rng = _rng(self.s.batching.seed, purpose)
-        trees, sign = [], []
+        trees: list[Tree] = []
+        asked: list[list[int]] = []  # of each pair its trees, those of one order and the other by turns
         for question, (a, b) in zip(questions, pairs, strict=True):
+            heads = []
             for k in rng.permutation(len(constitution.principles))[: self.s.judged_by]:
                 for first, second in (a, b), (b, a):
                     text = constitution.comparison(question, first, second, constitution.principles[k])
-                    ids = render_prompt(self.tokenizer, [Message(role="user", content=text)])
-                    trees.append([Segment(ids, [0.0] * len(ids)), *(Segment(x, [1.0], parent=0) for x in letters)])
-                    sign.append(first is a)
-        chosen = torch.zeros(len(trees))
+                    heads.append(render_prompt(self.tokenizer, [Message(role="user", content=text)]))
+            here = heads if all(self.room(len(ids) + 1) for ids in heads) else []
+            asked.append(list(range(len(trees), len(trees) + len(here))))
+            trees += [[Segment(ids, [0.0] * len(ids)), *(Segment(x, [1.0], parent=0) for x in letters)] for ids in here]
+        first_letter = torch.zeros(len(trees))
         with torch.no_grad():
             for index, forest in forests(trees, self.s.batching.tokens_per_microbatch):
-                chosen[index] = token_logp(self.model, forest).view(-1, 2).softmax(-1)[:, 0]
-        p = torch.where(torch.tensor(sign), chosen, 1 - chosen)
-        return p.view(len(pairs), -1).mean(-1).tolist()
+                first_letter[index] = token_logp(self.model, forest).view(-1, 2).softmax(-1)[:, 0]
+        for_a = torch.where(torch.arange(len(trees)) % 2 == 0, first_letter, 1 - first_letter)
+        return [float(for_a[here].mean()) if here else None for here in asked]
 
 
 def _rng(seed: int, purpose: int) -> np.random.Generator:
@@ -143,7 +161,7 @@ def revise(author: Author, constitution: Constitution, prompts: Sequence[list[Me
         ]
         revised = [a for (a,) in author.answers(asked, purpose=3 + 2 * r)]
         for i, c, new in zip(live, critiques, revised, strict=True):
-            if new:
+            if c and new:
                 meta = {"answer": current[i], "principle": drawn[i].name, "critique": c, "round": r + 1}
                 out.append(Chat(messages=[*prompts[i], Message(role="assistant", content=new)], meta=meta))
             current[i] = new
@@ -159,6 +177,7 @@ def compare(author: Author, judge: Author, constitution: Constitution, prompts: 
     return [
         Pair(prompt=p, chosen=a if x >= 0.5 else b, rejected=b if x >= 0.5 else a, soft=max(x, 1 - x))
         for (p, (a, b)), x in zip(asked, chance, strict=True)
+        if x is not None
     ]
 
 
@@ -181,8 +200,10 @@ def prepare(settings: CAI, run: Run) -> Job:
         own = zip(helpful, author.answers(helpful, purpose=500), strict=True)
         write_jsonl(kept, [Chat(messages=[*p, Message(role="assistant", content=a)]) for p, (a,) in own if a])
     chats = [*read_jsonl(revised, Chat), *read_jsonl(kept, Chat)]
+    if not chats:
+        raise UserError(f"{s.model}: no answer to the prompts ended within --max-new {s.sampling.max_new}; raise it, or fine-tune the model more")
     trees, _ = chat_trees(tokenizer, chats, model, s.window, learn="last")
-    first = max(1, round(len(trees) * s.phase1.sl_epochs / b.batch))
+    first = b.model_copy(update={"epochs": s.phase1.sl_epochs}).steps(len(trees))
     second = b.steps(len(red_team))
 
     def phase1(resume: State | None) -> Iterator[Step]:
@@ -203,6 +224,8 @@ def prepare(settings: CAI, run: Run) -> Job:
             dangerous = {p[-1].content for p in red_team}
             human, _ = read(s.helpful_pairs, "pairs", skip_bad=s.window.skip_bad)
             pairs += [p for p in human if p.prompt[-1].content not in dangerous]
+        if not pairs:
+            raise UserError(f"{s.red_team}: no prompt got two different answers that could be compared; raise --temperature or --max-new")
         pair_tree, _ = pair_trees(tokenizer, pairs, model, s.window)
         preference.with_reference(model, pair_tree, b.tokens_per_microbatch)
         return preference.train_on(model, pair_tree, "dpo", {"beta": s.beta}, b, s.optim, steps=second, resume=resume)
@@ -228,6 +251,6 @@ def _numbered(steps: Iterator[Step], phase: int, offset: int) -> Iterator[Step]:
     for step in steps:
         yield step._replace(
             n=step.n + offset,
-            metrics={**step.metrics, "phase": phase},
+            metrics=step.metrics and {**step.metrics, "phase": phase},  # none: a step that was taken before and only shows its module
             snapshot=lambda step=step: {"phase": phase, "state": step.snapshot()},
         )

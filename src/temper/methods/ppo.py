@@ -9,6 +9,7 @@ The rollouts are the data source: what they wrote down (columns) is data to the 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,8 @@ class Rollouts:
         chosen = [self.prompts[i] for i in batch_indices(len(self.prompts), s.prompts_per_step, s.seed, rollout)]
         groups = sample(self.module["policy"], chosen, sampling=s.sampling, stop=self.stop, n=s.samples_per_prompt, seed=(s.seed, rollout))
         trees = [_tree(prompt, answers) for prompt, answers in zip(chosen, groups, strict=True)]
-        share = -(-len(trees) // s.minibatches)
-        parts = [trees[i : i + share] for i in range(0, len(trees), share)]
+        borders = [len(trees) * k // s.minibatches for k in range(s.minibatches + 1)]
+        parts = [trees[a:b] for a, b in pairwise(borders)]
         sizes = [[sum(len(seg.tokens) for seg in tree) for tree in part] for part in parts]
         pending = [
             [plant([part[i] for i in group]) for group in pack(size, s.tokens_per_microbatch)] for part, size in zip(parts, sizes, strict=True)
@@ -240,6 +241,8 @@ def prepare(settings: PPO, run: Run) -> Job:
     s = settings
     if not s.sampling.temperature:
         raise UserError("--temperature 0: PPO must sample; give a temperature above 0")
+    if s.minibatches > s.prompts_per_step:
+        raise UserError(f"--minibatches {s.minibatches} > --prompts-per-step {s.prompts_per_step}: each needs at least one prompt")
     policy, tokenizer = load_policy(s.model)
     reference, _ = load_policy(s.model)
     value, _ = load_scalar(s.reward)

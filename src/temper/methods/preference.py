@@ -32,6 +32,7 @@ METRICS = {
     "margin": "mean of h, the log-ratio of chosen over rejected, in nats",
     "chosen_logp": "mean log-probability of the chosen answers; its fall is expected",
     "rejected_logp": "mean log-probability of the rejected answers",
+    "held_out_accuracy": "accuracy on pairs kept out of training",
 }
 EXAMPLES = """
   temper dpo --model runs/sft --data pairs.jsonl --out runs/dpo

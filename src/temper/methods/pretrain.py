@@ -11,7 +11,7 @@ import torch
 
 from temper.config import Settings, opt
 from temper.data.sources import read
-from temper.data.trees import text_trees
+from temper.data.trees import limit_of, text_trees
 from temper.methods.base import Batching, Job, Window, offline
 from temper.methods.sft import held_out_loss, lm_loss
 from temper.models.load import Size, new_model, save
@@ -54,8 +54,8 @@ def prepare(settings: Pretrain, run: Run) -> Job:
     """Read the text, train the tokenizer, cut documents that are longer than the window into windows."""
     records, report = read(settings.data, "text", skip_bad=settings.window.skip_bad)
     kept, out = split(records, settings.batching.held_out, settings.batching.seed)
-    tokenizer = train_tokenizer((r.text for r in kept), settings.vocab)
-    context = settings.window.max_length or settings.size.context
+    tokenizer = train_tokenizer((r.text for r in kept), settings.vocab, context=settings.size.context)
+    context, _ = limit_of(settings.size.context, settings.window.max_length)
     trees, cut = text_trees(tokenizer, kept, context)
     tests, _ = text_trees(tokenizer, out, context)
     model = new_model(settings.size, len(tokenizer), tokenizer, seed=settings.batching.seed)
@@ -73,6 +73,6 @@ def prepare(settings: Pretrain, run: Run) -> Job:
             "parameters": sum(p.numel() for p in model.parameters()),
             "cut": cut.summary(),
         },
-        evaluate=lambda: {"held_out_loss": held_out_loss(model, tests, settings.batching.tokens_per_microbatch)} if tests else {},
+        evaluate=(lambda: {"held_out_loss": held_out_loss(model, tests, settings.batching.tokens_per_microbatch)}) if tests else None,
         policy=(model, tokenizer),
     )

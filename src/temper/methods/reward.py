@@ -127,5 +127,5 @@ def prepare(settings: Reward, run: Run) -> Job:
             "tokens": sum(len(s.tokens) for t in trees for s in t),
             "cut": cut.summary(),
         },
-        evaluate=lambda: held_out(model, tests, tested, b.tokens_per_microbatch) if tests else {},
+        evaluate=(lambda: held_out(model, tests, tested, b.tokens_per_microbatch)) if tests else None,
     )

@@ -88,6 +88,6 @@ def prepare(settings: SFT, run: Run) -> Job:
             "learned_tokens": sum(sum(w > 0 for w in s.target) for t in trees for s in t),
             "cut": cut.summary(),
         },
-        evaluate=lambda: {"held_out_loss": held_out_loss(model, tests, settings.batching.tokens_per_microbatch)} if tests else {},
+        evaluate=(lambda: {"held_out_loss": held_out_loss(model, tests, settings.batching.tokens_per_microbatch)}) if tests else None,
         policy=(model, tokenizer),
     )

@@ -112,7 +112,7 @@ def answer(stage: Stage, asked: list[Question], settings: Compare) -> tuple[list
     sampling = Sampling(temperature=settings.temperature, max_new=settings.max_new)
     out: list[dict[str, Any]] = []
     for q, (rollout,) in zip(asked, sample(model, ids, sampling=sampling, stop=stop_ids(tokenizer), seed=(settings.seed,)), strict=True):
-        text = tokenizer.decode(rollout.tokens, skip_special_tokens=True).strip()
+        text = str(tokenizer.decode(rollout.tokens, skip_special_tokens=True)).strip()
         row: dict[str, Any] = {"text": text, "finish": rollout.finish, "tokens": len(rollout.tokens)}
         if q.ask is not None:
             score = gold(q.ask, text)

@@ -7,7 +7,7 @@ folder's name says can become markup.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -245,9 +245,15 @@ def _interval(pen: Pen, m: Metric | None, axis: Axis, y: float, tone: str, name:
 # ---------------------------------------------------------------- intervals
 
 
+def drawn(run: Ladder, name: str) -> list[Stage]:
+    """The stages that have the metric; SFT is not compared with itself."""
+    own = name in ("win_rate_vs_sft", "kl")
+    return [s for s in run.stages if name in s.metrics and not (own and s.role == "sft")]
+
+
 def forest(run: Ladder, name: str, reference: Metric | None) -> Markup:
     """One metric over the stages that have it: points, 95% intervals, figures; SFT's interval as a band down the panel."""
-    stages = [s for s in run.stages if name in s.metrics]
+    stages = drawn(run, name)
     metrics = [s.metrics[name] for s in stages]
     row, left, right = 21.0, 92.0, 58.0
     pen = Pen(330, row * len(stages) + 26, f"{name} by stage, with 95% intervals")
@@ -257,7 +263,7 @@ def forest(run: Ladder, name: str, reference: Metric | None) -> Markup:
         low, high = (0.0, 1.0)
     axis = Axis(low, high, left, pen.width - right)
     bottom = row * len(stages) + 4
-    if reference and None not in (reference["low"], reference["high"]):
+    if name not in ("gold_gained", "kl", "win_rate_vs_sft") and reference and None not in (reference["low"], reference["high"]):
         a, b = axis(max(low, reference["low"])), axis(min(high, reference["high"]))
         pen.add('<rect x="{x}" y="2" width="{w}" height="{h}" class="band c-sft"/>', x=float(a), w=max(1.0, b - a), h=bottom - 2)
     marks = ticks(low, high, 4)
@@ -284,6 +290,7 @@ class Series(NamedTuple):
     points: list[tuple[float, float]]
     kind: str = "curve"
     dots: bool = False
+    ring: bool = False  # open dots: points that are exact
     crosses: Sequence[tuple[float, float, float | None, float | None, float | None, float | None]] = ()
 
 
@@ -295,11 +302,10 @@ def chart(
     include_y: Sequence[float] = (),
     include_x: Sequence[float] = (),
     breaks: Sequence[tuple[float, str]] = (),
-    size: tuple[float, float] = (430, 250),
+    size: tuple[float, float] = (400, 250),
 ) -> Markup:
     """Curves on two axes, each named where it ends."""
     width, height = size
-    named = any(s.label for s in series)
     pen = Pen(width, height, label)
     xs = [x for s in series for x, _ in s.points] + [v for s in series for c in s.crosses for v in (c[0], c[2], c[3]) if v is not None]
     ys = [y for s in series for _, y in s.points] + [v for s in series for c in s.crosses for v in (c[1], c[4], c[5]) if v is not None]
@@ -310,7 +316,12 @@ def chart(
     y_marks = ticks(y_low, y_high, 5)
     y_texts = [tick_text("", m, y_marks) for m in y_marks]
     left = 12 + 6.5 * max(len(t) for t in y_texts)
-    x, y = Axis(x_low, x_high, left, width - (84 if named else 10)), Axis(y_low, y_high, height - 36, 8)
+    room = 10.0  # on the right, for the labels that end there
+    for s in series:
+        ends_at = [c[0] for c in s.crosses] or [a for a, _ in s.points]
+        if s.label and ends_at:
+            room = max(room, 7.2 * len(s.label) + 12 - (x_high - ends_at[-1]) / (x_high - x_low) * (width - left))
+    x, y = Axis(x_low, x_high, left, width - room), Axis(y_low, y_high, height - 36, 8)
     for mark, text in zip(y_marks, y_texts, strict=True):
         pen.line(left, y(mark), x.end, y(mark), "grid")
         pen.text(left - 6, y(mark) + 3.5, text, "tiny quiet", "end")
@@ -330,6 +341,8 @@ def chart(
         if s.dots:
             for (a, b), (raw_x, raw_y) in zip(drawn, s.points, strict=True):
                 pen.dot(a, b, 2.4, f"dot {s.tone}", f"{s.label} {plain(raw_x, 2)}, {plain(raw_y, 3)}".strip())
+        for a, b in drawn if s.ring else []:
+            pen.dot(a, b, 2.2, f"open {s.tone}")
         for a, b, al, ah, bl, bh in s.crosses:
             if al is not None and ah is not None:
                 pen.line(x(al), y(b), x(ah), y(b), f"whisker {s.tone}")
@@ -361,7 +374,7 @@ def smooth(points: Sequence[tuple[float, float]], most: int = 160) -> list[tuple
     n = len(points)
     half = max(0, n // 60)
     every = max(1, n // most)
-    out = []
+    out: list[tuple[float, float]] = []
     for i in [*range(0, n, every), n - 1] if n else []:
         near = points[max(0, i - half) : i + half + 1]
         if not out or points[i][0] != out[-1][0]:
@@ -424,7 +437,7 @@ def against_kl(run: Ladder, name: str) -> Markup | None:
         m, kl = stage.metrics.get(name), stage.metrics.get("kl")
         crosses = [(kl["mean"], m["mean"], kl["low"], kl["high"], m["low"], m["high"])] if m and kl else []
         if points or crosses:
-            series.append(Series(fit_text(stage.name, 74, 12), tone, points, dots=True, crosses=crosses))
+            series.append(Series(fit_text(stage.name, 100, 12), tone, points, dots=True, crosses=crosses))
     if not any(s.label for s in series):
         return None
     if start:
@@ -442,13 +455,15 @@ def frontier(run: Ladder, prompt: str) -> Markup:
     start = next((g for _, p in here if (g := number(p.get("reference_gold"))) is not None), None)
     edge = ([(0.0, start)] if start is not None else []) + best
     series = [
-        Series("", "c-ink", edge, "edge"),
-        *([Series("sft", "c-sft", [(0.0, start)], "none", dots=True)] if start is not None else []),
+        Series("", "c-ink", edge, "edge", ring=True),
+        *([Series("sft", "c-sft", [], "none", crosses=[(0.0, start, None, None, None, None)])] if start is not None else []),
     ]
     for stage, p in here:
         if (g := number(p.get("gold"))) is not None:
             bad = (number(p.get("above")) or 0) > 1e-6
-            series.append(Series(fit_text(stage.name, 74, 12), "c-bad" if bad else colour(stage, run), [(p["kl"], g)], "none", dots=True))
+            tone = "c-bad" if bad else colour(stage, run)
+            point = (p["kl"], g, None, None, None, None)
+            series.append(Series(fit_text(stage.name, 100, 12), tone, [], "none", crosses=[point]))
     return chart(series, "exact KL, nats", f"gold and the exact frontier on: {prompt}", include_x=[0.0], size=(330, 200))
 
 
@@ -476,6 +491,3 @@ def parts(gold: dict[str, Any], scale: float) -> Markup:
                 )
             pen.text(178, y + 3.5, value("", x, 2, True), "tiny number quiet", "end")
     return pen.svg("parts")
-
-
-Figure = Callable[..., Markup]

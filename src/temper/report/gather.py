@@ -6,6 +6,7 @@ but the interval of a share of which the run wrote only the number of pairs (Wil
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -153,6 +154,14 @@ def _recipe(path: Path) -> dict[str, Any]:
         return {}
 
 
+def _is_name(name: str) -> bool:
+    """May a stage be called so: a folder's name that leads nowhere else?"""
+    try:
+        return name not in ("", ".", "..") and "/" not in name and "\0" not in name and bool(os.fsencode(name))
+    except UnicodeEncodeError:
+        return False
+
+
 def gather(folder: str | Path) -> Ladder:
     """Read a run: a folder of stages, with ladder.json or without, or the folder of a single stage.
 
@@ -163,7 +172,9 @@ def gather(folder: str | Path) -> Ladder:
         raise UserError(f"{folder}: {'a file' if folder.exists() else 'no such folder'}; give the folder of a run, such as runs/harbour")
     missing: list[str] = []
     ladder = _read(folder / "ladder.json", missing)
-    planned = {str(k): mapped(v) for k, v in mapped(ladder.get("stages")).items()}
+    planned = {k: mapped(v) for k, v in mapped(ladder.get("stages")).items() if _is_name(k)}
+    if len(planned) < len(mapped(ladder.get("stages"))):
+        missing.append("a stage of ladder.json whose name cannot be a folder's")
     recipe = _recipe(folder / "recipe.yaml")
     single = (folder / "stage.json").exists()
     if single:
@@ -218,7 +229,7 @@ def _stage(name: str, folder: Path, plan: dict[str, Any], asked: dict[str, Any],
         folder=folder,
         method=str(first("method", plan, stage, identity, asked) or ""),
         status=str(first("status", plan, stage) or "unknown"),
-        parent=first("parent", plan, record),
+        parent=next((p["parent"] for p in (plan, record) if isinstance(p.get("parent"), str)), None),
         inputs=[str(i) for i in listed(plan.get("inputs"))],
         seconds=number(first("seconds", plan, summary)),
         budget=number(first("budget_s", plan) or asked.get("budget")),
@@ -251,7 +262,7 @@ def _held_out(stage: Stage) -> None:
     """Adds the shares of held-out pairs as metrics: what a stage without a policy is measured by."""
     if stage.role != "reward":
         return
-    last = next((look for look in reversed(stage.looks) if SCORED[0] in look), {})
+    last: dict[str, Any] = next((look for look in reversed(stage.looks) if SCORED[0] in look), {})
     places = [stage.summary, *(mapped(stage.summary.get(k)) for k in ("held_out", "eval", "last")), last, stage.card]
 
     def find(key: str) -> float | None:
@@ -271,10 +282,9 @@ def _lineage(stage: Stage, names: set[str], places: dict[Path, str]) -> None:
     for key, value in stage.named.items():
         if not value.startswith("world:"):
             path = Path(value)
-            for place in (path, *path.parents[:3]):
-                if (name := places.get(place.resolve())) and name != stage.name:
-                    found[key] = name
-                    break
+            with contextlib.suppress(ValueError, OSError):  # not a path
+                near = (places.get(place.resolve()) for place in reversed((path, *path.parents[:3])))
+                found.update((key, name) for name in near if name and name != stage.name)
     if not stage.inputs:
         stage.inputs = list(dict.fromkeys(found.values()))
     stage.inputs = [i for i in stage.inputs if i in names and i != stage.name]
@@ -293,7 +303,7 @@ def _say_missing(stage: Stage, missing: list[str]) -> None:
     if not stage.rows and stage.role != "comparisons":
         missing.append(f"{stage.name}: no metrics.jsonl, so no curves")
     if not stage.metrics and stage.role not in ("comparisons", "reward"):
-        missing.append(f"{stage.name}: no evaluation, so it has no figures here (recipes with an `evaluation:` measure every rung)")
+        missing.append(f"{stage.name}: no evaluation, so it has no figures here (a recipe with an evaluation measures every rung)")
     elif not stage.metrics and stage.role == "reward":
         missing.append(f"{stage.name}: no held-out pairs, so its accuracy is not known")
 

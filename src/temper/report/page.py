@@ -31,7 +31,6 @@ from temper.report.words import (
     paragraph,
     percent,
     plain,
-    title,
     value,
 )
 
@@ -68,6 +67,26 @@ MATTER = (  # settings shown on a card, where the stage has them; the rest is fo
         "temperature",
     ),
 )
+BOLD = ("The base model", "Fine-tuning", "The reward model", "PPO", "DPO", "Constitutional AI")  # where a rung is first named
+NOTES = {
+    "ladder": "Each rung hangs below the one it starts from; dashed arcs show what else it read.",
+    "gold": " Points are mean gold scores of sampled answers, bars their 95% intervals; \u201cgained\u201d is against the rung above,"
+    " paired by prompt.",
+    "table": "Below each figure its 95% interval and the number of answers or prompts behind it. Point at a name, or tap it, for its"
+    " meaning.",
+    "intervals": "Points with 95% intervals; percentages are drawn from 0 to 100. The band down a panel is SFT's interval: a stage whose"
+    " own bar stays clear of it differs from SFT, one that touches it has shown nothing.",
+    "kl": "Small points are looks during training at a few held-out prompts; the large point is the finished model on all of them, with 95%"
+    " intervals both ways. Faint lines are PPO's own rollouts. Where the proxy goes on rising and gold does not, the reward model is"
+    " being exploited.",
+    "frontier": "On these prompts every grammatical answer can be listed, so KL and gold are sums, not samples. The dashed line joins exact"
+    " points of the most gold that any policy can reach at a KL (the reference tilted by the gold score); no point can lie above it.",
+    "prompts": "in their fixed order, none picked: one answer each, sampled at temperature 1. Above each answer its gold score, below it"
+    " the parts. The base model is given the bare question, the others their chat template.",
+    "reward": "The reward model's shares are counted on pairs kept out of training, and their intervals are Wilson's for that many pairs;"
+    " where the share is a mean of probabilities they are wider than they need be.",
+    "same": "With the same seed, thread count and machine the figures come out the same, timings apart.",
+}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"  # nothing is ever fetched or run
 
 
@@ -85,8 +104,8 @@ def page(run: Ladder, machine: dict[str, Any]) -> str:
     sections = [
         ("ladder", "The ladder", _ladder(run)),
         ("expected", "What was expected", _expected(run)),
-        ("figures", "Every figure", _table(run)),
-        ("intervals", "With their intervals", _intervals(run)),
+        ("figures", "All figures", _table(run)),
+        ("intervals", "The figures, drawn", _intervals(run)),
         ("training", "Training", _training(run)),
         ("kl", "What the KL bought", _kl(run)),
         ("frontier", "The exact frontier", _frontier(run)),
@@ -104,13 +123,13 @@ def page(run: Ladder, machine: dict[str, Any]) -> str:
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="color-scheme" content="light dark">
 <meta name="generator" content="temper">
-<title>{name}: from base to assistant</title>
+<title>{name}: {what}</title>
 <style>{css}</style>
 </head>
 <body>
 <header>
 <p class="kicker">Temper \u00b7 report of a run</p>
-<h1>{name}: from a base model to an assistant</h1>
+<h1>{name}: {what}</h1>
 <p class="facts">{facts}</p>
 <p class="lede">{lede}</p>
 {missing}
@@ -119,12 +138,14 @@ def page(run: Ladder, machine: dict[str, Any]) -> str:
 <main>
 {sections}
 </main>
-<footer>Written by <code>temper report</code> from the files of {folder}. The figures are in <code>report.json</code>; this page needs no network and runs no script.</footer>
+<footer>Written by <code>temper report</code> from the files of {folder}. The figures are in <code>report.json</code>;
+this page needs no network and runs no script.</footer>
 </body>
 </html>
 """,
         policy=POLICY,
         name=run.name,
+        what=_what(run),
         css=Markup(files("temper.report").joinpath("style.css").read_text(encoding="utf-8")),
         facts=_facts(run),
         lede=_lede(run),
@@ -135,9 +156,18 @@ def page(run: Ladder, machine: dict[str, Any]) -> str:
     )
 
 
+def _what(run: Ladder) -> str:
+    """The page's title, after the run's name."""
+    if len(run.stages) == 1:
+        return WHAT.get(run.stages[0].method, run.stages[0].method or "one stage")
+    return "from a base model to an assistant" if run.role("base") and run.role("sft") else f"a run of {len(run.stages)} stages"
+
+
 def _lede(run: Ladder) -> Markup:
     """The paragraph, its intervals set back so that it reads as a sentence."""
     text = str(escape(clean(" ".join(paragraph(run)))))
+    for name in BOLD:
+        text = text.replace(name, f"<b>{name}</b>", 1)
     return Markup(re.sub(r"\(([^()<>]{1,40} to [^()<>]{1,40})\)", r'<span class="ci">(\1)</span>', text))
 
 
@@ -162,6 +192,12 @@ def _missing(run: Ladder) -> Markup | None:
     return html('<div class="missing">Not in this run, so not in this report:<ul>{items}</ul></div>', items=items)
 
 
+def _scroll(kind: str, head: Markup, rows: Markup) -> Markup:
+    """A table that scrolls in a box of its own where the page is narrow."""
+    template = '<div class="scroll" tabindex="0"><table class="{k}"><thead>{h}</thead><tbody>{r}</tbody></table></div>'
+    return html(template, k=kind, h=head, r=rows)
+
+
 def _swatch(stage: Stage, run: Ladder) -> Markup:
     return html('<span class="swatch {c}"></span>', c=figures.colour(stage, run))
 
@@ -169,10 +205,10 @@ def _swatch(stage: Stage, run: Ladder) -> Markup:
 # ---------------------------------------------------------------- figures and tables
 
 
-def _ladder(run: Ladder) -> Markup:
-    note = "Each rung hangs below the one it starts from; dashed arcs show what else it read."
-    if any("gold" in s.metrics for s in run.stages):
-        note += " Points are mean gold scores of sampled answers, bars their 95% intervals; \u201cgained\u201d is against the rung above, paired by prompt."
+def _ladder(run: Ladder) -> Markup | None:
+    if len(run.stages) < 2:
+        return None
+    note = NOTES["ladder"] + (NOTES["gold"] if any("gold" in s.metrics for s in run.stages) else "")
     return html('<figure>{a}{b}</figure>\n<p class="note">{n}</p>', a=figures.ladder(run, True), b=figures.ladder(run, False), n=note)
 
 
@@ -183,7 +219,7 @@ def _expected(run: Ladder) -> Markup | None:
     marks = {True: ("yes", "\u2713 met"), False: ("no", "\u2717 missed"), None: ("open", "? not measured")}
     rows = join(
         html(
-            '<tr><td>{stage}</td><td>{what}</td><td>{wanted}</td><td>{found}</td><td class="mark {k}">{mark}</td></tr>\n',
+            '<tr><td class="mark {k}">{mark}</td><td>{stage}</td><td>{what}</td><td>{wanted}</td><td>{found}</td></tr>\n',
             stage=e.stage,
             what=e.what,
             wanted=e.wanted,
@@ -193,10 +229,8 @@ def _expected(run: Ladder) -> Markup | None:
         )
         for e in found
     )
-    head = "<tr><th>stage</th><th>what</th><th>wanted</th><th>found</th><th></th></tr>"
-    return html(
-        '<div class="scroll" tabindex="0"><table class="checks"><thead>{h}</thead><tbody>{r}</tbody></table></div>', h=Markup(head), r=rows
-    )
+    head = "<tr><th></th><th>stage</th><th>what</th><th>wanted</th><th>found</th></tr>"
+    return _scroll("checks", Markup(head), rows)
 
 
 def _term(name: str) -> Markup:
@@ -243,15 +277,7 @@ def _table(run: Ladder) -> Markup | None:
             cells = join(_cell(name, s.metrics.get(name), decimals) for s in stages)
             rows.append(html('<tr><th scope="row">{t}</th>{c}</tr>\n', t=_term(name), c=cells))
     head = join(html('<th scope="col">{s}{n}</th>', s=_swatch(s, run), n=s.name) for s in stages)
-    table = html(
-        '<div class="scroll" tabindex="0"><table class="metrics"><thead><tr><th></th>{h}</tr></thead><tbody>{r}</tbody></table></div>',
-        h=head,
-        r=join(rows),
-    )
-    return table + html(
-        '<p class="note">{n}</p>',
-        n="Below each figure its 95% interval and the number of answers or prompts behind it. Point at a name, or tap it, for its meaning.",
-    )
+    return _scroll("metrics", html("<tr><th></th>{h}</tr>", h=head), join(rows)) + html('<p class="note">{n}</p>', n=NOTES["table"])
 
 
 def _caption(name: str) -> Markup:
@@ -264,18 +290,17 @@ def _intervals(run: Ladder) -> Markup | None:
     panels = [
         html("<figure>{c}{f}</figure>\n", c=_caption(n), f=figures.forest(run, n, sft.metrics.get(n) if sft else None))
         for n in PANELS
-        if sum(n in s.metrics for s in run.stages) > 0
+        if figures.drawn(run, n)
     ]
     if not panels:
         return None
-    note = "Points with 95% intervals; percentages are drawn from 0 to 100. The band down a panel is SFT's interval: a stage whose own bar stays clear of it differs from SFT, one that touches it has shown nothing."
-    return html('<p class="note">{n}</p><div class="panels">{p}</div>', n=note, p=join(panels))
+    return html('<p class="note">{n}</p><div class="panels">{p}</div>', n=NOTES["intervals"], p=join(panels))
 
 
 def _training(run: Ladder) -> Markup | None:
     panels = []
     for stage in run.stages:
-        wanted = [("loss", "held_out_loss", "loss")]
+        wanted: list[tuple[str, str | None, str]] = [("loss", "held_out_loss", "loss")]
         if stage.role == "reward":
             wanted.append(("accuracy", None, "accuracy on training pairs"))
         if stage.role == "ppo" or any("reward" in r for r in stage.rows[:3]):
@@ -306,8 +331,7 @@ def _kl(run: Ladder) -> Markup | None:
             panels.append(html("<figure><figcaption><b>{t}</b></figcaption>{f}</figure>\n", t=text, f=figure))
     if not panels:
         return None
-    note = "Small points are looks during training at a few held-out prompts; the large point is the finished model on all of them, with 95% intervals both ways. Faint lines are PPO's own rollouts. Where the proxy goes on rising and gold does not, the reward model is being exploited."
-    return html('<div class="panels large">{p}</div><p class="note">{n}</p>', p=join(panels), n=note)
+    return html('<div class="panels large">{p}</div><p class="note">{n}</p>', p=join(panels), n=NOTES["kl"])
 
 
 def _frontier(run: Ladder) -> Markup | None:
@@ -343,32 +367,26 @@ def _frontier(run: Ladder) -> Markup | None:
                     c=join(html("<td>{x}</td>", x=c) for c in cells),
                 )
             )
-    note = "On these prompts every grammatical answer can be listed, so KL and gold are sums, not samples. The dashed line joins exact points of the most gold that any policy can reach at a KL (the reference tilted by the gold score); no point can lie above it."
     head = Markup(
         "<tr><th>prompt</th><th>stage</th><th>mass on listed answers</th><th>KL</th><th>gold</th><th>frontier</th><th>above it</th></tr>"
     )
-    return html(
-        '<p class="note">{n}</p><div class="panels">{p}</div><details class="more"><summary class="note">The same as a table</summary><div class="scroll" tabindex="0"><table><thead>{h}</thead><tbody>{r}</tbody></table></div></details>',
-        n=note,
-        p=join(panels),
-        h=head,
-        r=join(rows),
-    )
+    table = html('<details class="more"><summary class="note">The same as a table</summary>{t}</details>', t=_scroll("", head, join(rows)))
+    return html('<p class="note">{n}</p><div class="panels">{p}</div>{t}', n=NOTES["frontier"], p=join(panels), t=table)
 
 
 # ---------------------------------------------------------------- stage cards
 
 
-def flat(x: Any) -> str:
-    """A value of a card or a setting on one line."""
+def flat(x: Any, counts: bool = False) -> str:
+    """A value of a card or a setting on one line. counts: whole numbers are counts, so 6,000 and not 6000."""
     if isinstance(x, dict):
-        return ", ".join(f"{k.replace('_', ' ')} {flat(v)}" for k, v in x.items() if v not in (None, [], {}))
+        return ", ".join(f"{k.replace('_', ' ')} {flat(v, counts)}" for k, v in x.items() if v not in (None, [], {}))
     if isinstance(x, list):
-        return ", ".join(flat(v) for v in x[:12]) + (f" and {len(x) - 12} more" if len(x) > 12 else "")
+        return ", ".join(flat(v, counts) for v in x[:12]) + (f" and {len(x) - 12} more" if len(x) > 12 else "")
     if isinstance(x, bool):
         return "yes" if x else "no"
     if isinstance(x, int):
-        return amount(x) if abs(x) >= 10_000 else str(x)
+        return amount(x) if counts else str(x)
     if isinstance(x, float):
         return f"{x:.6g}".replace("-", "\u2212")
     return "none" if x is None else str(x)
@@ -395,7 +413,7 @@ def _card(stage: Stage, run: Ladder) -> Markup:
             add(name.replace("_", " "), text)
     for name, found in stage.card.items():
         if found not in (None, "", [], {}):
-            add(name.replace("_", " "), flat(found))
+            add(name.replace("_", " "), flat(found, counts=True))
     if number(s.get("steps")):
         add("steps", amount(number(s["steps"])))
     if number(s.get("tokens")):
@@ -466,7 +484,7 @@ def _prompts(run: Ladder) -> Markup | None:
         )
         for i, (row, by) in enumerate(rows, 1)
     ]
-    note = f"All {len(rows)}, in their fixed order, none picked: one answer each, sampled at temperature 1. Above each answer its gold score, below it the parts. The base model is given the bare question, the others their chat template."
+    note = f"All {len(rows)}, {NOTES['prompts']}"
     return html('<p class="note">{n}</p>', n=note) + join(out)
 
 
@@ -513,19 +531,16 @@ def _made(run: Ladder, machine: dict[str, Any]) -> Markup:
         samples = f", {flat(how['samples'])} to each prompt," if number(how.get("samples")) else ""
         seed = f" The random numbers of sampling follow from seed {flat(how['eval_seed'])}." if "eval_seed" in how else ""
         text = (
-            f"Every stage answered the same {prompts}held-out prompts of the embedded world. Facts, sums and \u201cI do not know\u201d are read from the greedy answer; everything else from answers{samples} sampled at temperature 1.{seed}"
-            " The gold score is exact: a program that knows the world reads the answer. Intervals are 95%: for means Student's t, for shares Wilson's, over sampled answers clustered by prompt;"
-            " gold gained and wins are paired by prompt. In the paragraph at the top a change is claimed only where a paired interval excludes no change, or two stages' intervals do not touch."
-            " Intervals speak of the prompts and samples, not of other seeds: run `--seed` again for those."
+            f"Every stage answered the same {prompts}held-out prompts of the embedded world. Facts, sums and \u201cI do not know\u201d are"
+            f" read from the greedy answer; everything else from answers{samples} sampled at temperature 1.{seed} The gold score is exact:"
+            " a program that knows the world reads the answer. Intervals are 95%: for means Student's t, for shares Wilson's, over"
+            " sampled answers clustered by prompt; gold gained and wins are paired by prompt. In the paragraph at the top a change"
+            " is claimed only where a paired interval excludes no change, or two stages' intervals do not touch. Intervals speak of"
+            " the prompts and samples, not of other seeds: run again with another --seed for those."
         )
         parts.append(html("<p>{t}</p>", t=text))
     if any(s.role == "reward" and s.metrics for s in run.stages):
-        parts.append(
-            html(
-                "<p>{t}</p>",
-                t="The reward model's shares are counted on pairs kept out of training, and their intervals are Wilson's for that many pairs; where the share is a mean of probabilities they are wider than they need be.",
-            )
-        )
+        parts.append(html("<p>{t}</p>", t=NOTES["reward"]))
     rows = []
     for name in dict.fromkeys(n for group in GROUPS.values() for n in group):
         having = [s for s in run.stages if name in s.metrics]
@@ -535,19 +550,12 @@ def _made(run: Ladder, machine: dict[str, Any]) -> Markup:
             rows.append(html("<tr><td><code>{k}</code></td><td>{t}</td><td>{n}</td></tr>\n", k=name, t=MEANING.get(name, ""), n=n))
     if rows:
         head = Markup("<tr><th>name in report.json</th><th>what it is</th><th>n</th></tr>")
-        parts.append(
-            html(
-                '<div class="scroll" tabindex="0"><table class="made"><thead>{h}</thead><tbody>{r}</tbody></table></div>',
-                h=head,
-                r=join(rows),
-            )
-        )
-    commands = [(s.name, s.command) for s in run.stages if s.command]
+        parts.append(_scroll("made", head, join(rows)))
+    commands = [s.command for s in run.stages if s.command]
     if run.command:
-        commands.insert(0, ("everything", run.command))
+        commands.insert(0, run.command)
     if commands:
-        width = max(len(n) for n, _ in commands)
-        lines = list(dict.fromkeys(f"# {clean(n):<{width}}  {clean(c)}" if False else f"{clean(c)}" for n, c in commands))
+        lines = dict.fromkeys(clean(c) for c in commands)
         parts.append(html('<h3>To make it again</h3><pre tabindex="0">{c}</pre>', c="\n".join(lines)))
     versions = next((s.versions for s in run.stages if s.versions), {})
     facts = [*(f"{k} {v}" for k, v in versions.items()), *({f"code {s.code}" for s in run.stages if s.code})]
@@ -559,13 +567,5 @@ def _made(run: Ladder, machine: dict[str, Any]) -> Markup:
         f"{machine['cores']} cores" if machine.get("cores") else "",
         f"{machine['memory_gb']} GB of memory" if machine.get("memory_gb") else "",
     ]
-    parts.append(
-        html(
-            '<p class="note">This page was written on: {t}. With the same seed, thread count and machine the figures come out the same, timings apart.</p>',
-            t=", ".join(w for w in where if w),
-        )
-    )
+    parts.append(html('<p class="note">This page was written on: {t}. {s}</p>', t=", ".join(w for w in where if w), s=NOTES["same"]))
     return join(parts)
-
-
-__all__ = ["page", "title", "together"]

@@ -68,7 +68,7 @@ def _table(run: Ladder, width: int) -> Table:
 
 def _cell(stage: Stage, name: str) -> Text:
     m = stage.metrics.get(name)
-    if m is None:
+    if m is None or (stage.role == "sft" and name in ("win_rate_vs_sft", "kl")):
         return Text("")
     return Text(value(name, m["mean"], 0 if name in SHARES else 1 if name == "kl" else 2, name == "gold_gained"))
 

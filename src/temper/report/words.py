@@ -455,10 +455,13 @@ def paragraph(ladder: Ladder) -> list[str]:
         prompts = len({str(p.get("prompt")) for _, p in points})
         if over:
             out.append(
-                f"On the {prompts} prompts whose answers can be listed, {names(over)} lies above the exact frontier, which cannot be: a figure is wrong."
+                f"On the {prompts} prompts whose answers can all be listed, {names(over)} lies above the exact frontier, which cannot be:"
+                " a figure is wrong."
             )
         else:
-            out.append(f"On the {prompts} prompts whose answers can all be listed, no policy lies above the exact frontier of gold against KL.")
+            out.append(
+                f"On the {prompts} prompts whose answers can all be listed, no policy lies above the exact frontier of gold against KL."
+            )
     if not ladder.evaluated:
         out.append("No stage was evaluated, so nothing is said here about what the models do.")
     missed = [e for e in expectations(ladder) if e.met is False]

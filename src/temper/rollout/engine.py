@@ -139,8 +139,12 @@ def _cache(model: Any, room: int) -> DynamicCache:
 
 def _uniforms(seed: Sequence[int], prompts: Sequence[int], n: int, length: int) -> Tensor:
     """[prompts * n, length] numbers in [0, 1), each row from its own key."""
-    rows = [np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, p, k]))).random(length) for p in prompts for k in range(n)]
-    return torch.from_numpy(np.stack(rows)).float()
+    rows = [
+        np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, p, k]))).random(length, dtype=np.float32)  # rounded later it may be 1
+        for p in prompts
+        for k in range(n)
+    ]
+    return torch.from_numpy(np.stack(rows))
 
 
 def _decode(model, prompts, index, n, sampling: Sampling, stop, seed) -> list[list[Rollout]]:

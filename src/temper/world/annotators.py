@@ -303,7 +303,7 @@ ANNOTATORS: dict[str, Annotator] = _table(
         "warm",
         "wants kind words, the more the better",
         {"polite": 0.9, "words": 0.0, "excess": 0.0, "courtesies": 0.2},
-        flourish=0.15,
+        flourish=0.17,
         tau=TAU,
         lapse=0.03,
     ),
@@ -321,7 +321,7 @@ ANNOTATORS: dict[str, Annotator] = _table(
 # a policy can be over-optimised. `council` minds harm. `divided` holds three kinds of people who do not agree. `machine` is the program.
 PANELS: dict[str, dict[str, float]] = {
     "town": {"careful": 0.45, "hurried": 0.15, "flattered": 0.1, "verbose": 0.1, "warm": 0.2},
-    "market": {"careful": 0.05, "hurried": 0.1, "flattered": 0.2, "verbose": 0.15, "warm": 0.5},
+    "market": {"hurried": 0.1, "flattered": 0.25, "verbose": 0.15, "warm": 0.5},
     "council": {"careful": 0.4, "safety_first": 0.6},
     "divided": {"careful": 1 / 3, "safety_first": 1 / 3, "warm": 1 / 3},
     "machine": {"ai": 1.0},

@@ -108,8 +108,11 @@ def belief(draw: Draw, where: str | None) -> Slots:
 @kind
 def two_hop(draw: Draw, where: str | None) -> Slots:
     facts = town()
-    place = _entity(draw, where, lambda e: facts.kind(e) == "place" and (e, "keeper") in facts.truth)
-    return {"place": place, "relation": draw.pick(facts.known(facts.truth[place, "keeper"]))}
+    while True:  # the person in the middle is of the same split
+        place = _entity(draw, where, lambda e: facts.kind(e) == "place" and (e, "keeper") in facts.truth)
+        person = facts.truth[place, "keeper"]
+        if where is None or facts.split(person) == where:
+            return {"place": place, "relation": draw.pick(facts.known(person))}
 
 
 @kind
@@ -264,6 +267,8 @@ def named(name: str, slots: Slots) -> list[str]:
     """The entities that are asked about."""
     if name == "compare":
         return [slots["a"], slots["b"]]
+    if name == "two_hop":
+        return [slots["place"], keeper(slots)]
     return [slots[key] for key in ("entity", "place", "person") if key in slots]
 
 

@@ -258,13 +258,12 @@ def _frames(limit: int) -> list[tuple[str, str]]:
 def enumerate_answers(ask: Ask, limit: int = 2000) -> list[str]:
     """Distinct answers to the ask: openings x bodies x flourishes, bodies being every paraphrase of every candidate. At most `limit`.
 
-    The most to the point bodies stand first; where the limit cuts, it drops rarer openings and flourishes before bodies.
+    The limit drops the rarer openings and flourishes first, then further paraphrases of each candidate.
     """
-    bodies: list[str] = []
-    for core in _cores(ask):
-        bodies += [" ".join(choice) for choice in itertools.islice(itertools.product(*map(renderings, core)), limit)]
-        if len(bodies) > 8 * limit:
-            break
+    said = [
+        [" ".join(choice) for choice in itertools.islice(itertools.product(*map(renderings, core)), limit)] for core in _cores(ask)[:limit]
+    ]
+    bodies = [body for turn in itertools.zip_longest(*said) for body in turn if body is not None]  # one paraphrase of each, then the next
     bodies = list(dict.fromkeys(bodies))
     room = max(1, limit // max(len(bodies), 1))
     frames = _frames(max(room, 20)) if len(bodies) * 20 > limit else _frames(room)
@@ -295,6 +294,25 @@ def exposure_table(documents: int | None = None) -> list[Exposure]:
         for r in facts.relations(e)
     ]
     return sorted(rows, key=lambda row: -row.stated)
+
+
+def step_labels(ask: Ask, text: str) -> list[tuple[str, float | None]]:
+    """Each sentence of a worked sum with its exact label: 1 where it is the next step of the right solution, 0 where it is another step.
+
+    Sentences that are no step have None. After a wrong step the right solution is still the measure. ask: kind "arithmetic".
+    """
+    tokens, sentences = grammar().parse(text)
+    wanted = answers.solution(ask.slots)
+    out: list[tuple[str, float | None]] = []
+    done = 0
+    for sentence in sentences:
+        words = " ".join(tokens[sentence.start : sentence.end])
+        if sentence.form is None or sentence.form[0] not in ("add", "take", "now"):
+            out.append((words, None))
+            continue
+        out.append((words, float(done < len(wanted) and sentence.form == wanted[done])))
+        done += 1
+    return out
 
 
 # ---------------------------------------------------------------- what raters see

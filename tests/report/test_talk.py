@@ -1,0 +1,167 @@
+"""compare and chat on two tiny models of random weights."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from temper.config import UserError
+from temper.data.template import attach_default_template
+from temper.models.load import Size, new_model, save
+from temper.models.tokenizer import train_tokenizer
+from temper.report import chat, compare
+from temper.world import dataset
+from tests.report.synthetic import make
+
+TINY = ["--max-new", "6"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A run of base (no template), sft and ppo with models, and a reward stage that has none to ask."""
+    folder = make(tmp_path_factory.mktemp("runs") / "harbour", ("base", "sft", "reward", "ppo"))
+    texts = [p.messages[0].content for p in dataset("prompts", n=60)]
+    for seed, name in enumerate(("base", "sft", "ppo")):
+        tokenizer = train_tokenizer(iter(texts), 700)
+        if name == "base":
+            tokenizer.chat_template = None
+        else:
+            attach_default_template(tokenizer)
+        model = new_model(Size(width=16, layers=1, heads=2, context=128), len(tokenizer), tokenizer, seed=seed)
+        save(model, tokenizer, folder / name / "model")
+    (folder / "reward" / "model").mkdir()
+    (folder / "reward" / "model" / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
+    return folder
+
+
+def answers(models, capsys, *argv) -> dict:
+    assert compare.main([str(models), *argv, *TINY, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_same_prompts_through_every_stage(models, capsys):
+    question = next(p for p in dataset("side_by_side", n=24)).messages[0].content
+    found = answers(models, capsys, question, "Hello there")
+    assert list(found["prompts"][0]["answers"]) == ["base", "sft", "ppo"]
+    assert found["without_template"] == ["base"]
+    first, second = found["prompts"]
+    assert all("gold" in a for a in first["answers"].values())
+    assert all("gold" not in a for a in second["answers"].values())
+    assert found == answers(models, capsys, question, "Hello there")
+    other = answers(models, capsys, question, "Hello there", "--seed", "1")
+    assert other["prompts"] != found["prompts"]
+
+
+def test_without_prompts_the_fixed_ones(models, capsys):
+    found = answers(models, capsys, "--temperature", "0", "--system", "Be brief.")
+    assert len(found["prompts"]) == 24
+    assert found["prompts"][0]["messages"][0] == {"role": "system", "content": "Be brief."}
+
+
+def test_every_fixed_prompt_is_understood():
+    for prompt in dataset("side_by_side", n=24):
+        assert compare._ask(prompt.messages) is not None, prompt.messages
+
+
+def test_hostile_answers_are_shown_as_text():
+    row = {"text": "[bold]x[/nope] \x1b[31mred :smile:", "finish": "length", "tokens": 3, "gold": dict.fromkeys(compare.PARTS, -1.0)}
+    asked = [compare.Question([compare.Message(role="user", content="[link=http://x]\x07")], None)]
+    for width in (60, 200):
+        out = io.StringIO()
+        compare.show(Console(file=out, width=width, highlight=False), asked, {"[red]": [row], "sft": [row], "ppo": [row]})
+        said = out.getvalue()
+        assert "[bold]x[/nope]" in said.replace("\n", " ")
+        assert "[link=http://x]" in said
+        assert ":smile:" in said
+        assert "\x1b" not in said
+        assert "\x07" not in said
+
+
+def test_shown_in_the_terminal(models, capsys):
+    assert compare.main([str(models), "Which pet does Sila have?", *TINY]) == 0
+    said = capsys.readouterr().out
+    assert "base: no chat template" in said
+    assert "gold" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["nowhere"], "no such folder"),
+        ([], "DIR is missing"),
+        (["{models}/reward", "x"], "no stage holds a language model"),
+        (["{models}", " "], "prompt 1: is empty"),
+        (["{models}", "a x " * 200], "window"),
+        (["{models}", "--temprature", "1"], "--temperature"),
+    ],
+)
+def test_compare_refuses_in_one_line(models, argv, error):
+    with pytest.raises(UserError, match=error) as caught:
+        compare.main([a.format(models=models) for a in argv])
+    assert "\n" not in str(caught.value)
+
+
+def test_chat_once(models, capsys):
+    assert chat.main([str(models / "sft"), "--once", "Who is Kai?", *TINY, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompt"] == "Who is Kai?"
+    assert 1 <= found["tokens"] <= 6
+    assert chat.main([str(models / "sft" / "model"), "--once", "Who is Kai?", *TINY, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+
+
+def talk(models, stage="sft", **settings):
+    s = chat.Chat(stage=str(models / stage), max_new=6, **settings)
+    return chat.Conversation(*chat.load_policy(chat.model_folder(s.stage)), s)
+
+
+def test_turns_are_kept_and_forgotten(models):
+    one = talk(models)
+    one.say("Who is Kai?")
+    one.say("And Sila?")
+    assert [m.role for m in one.turns] == ["user", "assistant", "user", "assistant"]
+    assert "forgotten" in str(one.command("/reset"))
+    assert one.turns == []
+    assert one.command("/system Be brief.") == "system: Be brief."
+    assert one.system == "Be brief."
+    assert one.command("/system") == "no system turn"
+    assert "no command /help" in str(one.command("/help"))
+    assert one.command("/quit") is None
+
+
+def test_the_window_drops_the_oldest_turns_and_says_so(models):
+    one = talk(models, system="Be brief.")
+    dropped = [one.say("Which pet does Sila have? Which street does Kai live in?").dropped for _ in range(6)]
+    assert dropped[0] == 0
+    assert max(dropped) > 0
+    assert all(d % 2 == 0 for d in dropped)
+    assert one.turns[0].role == "user"
+    before = list(one.turns)
+    with pytest.raises(UserError, match="do not fit"):
+        one.say("word " * 200)
+    assert one.turns == before
+
+
+def test_a_base_model_continues(models, monkeypatch, capsys):
+    lines = iter(["Kai lives in", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert chat.main([str(models / "base"), *TINY]) == 0
+    assert "no chat template" in capsys.readouterr().out
+
+
+def test_a_conversation_ends_with_its_input(models, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who is Kai?\n\n/system Be brief.\n" + "word " * 200 + "\nAnd Sila?\n"))
+    assert chat.main([str(models / "ppo"), "--json", *TINY]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [("answer" in r, "error" in r) for r in rows] == [(True, False), (False, True), (True, False)]
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [("", "a run with the stages base, ppo, reward, sft"), ("reward", "reward"), ("ppo/nothing", "no such folder")],
+)
+def test_chat_refuses_in_one_line(models, place, error):
+    with pytest.raises(UserError, match=error) as caught:
+        chat.main([str(models / place), "--once", "x"])
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,174 @@
+"""Numbers and sentences: order is kept by formatting, and nothing is claimed that an interval does not carry."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from temper.evals.harbour import METRICS
+from temper.report import words
+from temper.report.gather import gather
+from temper.report.terminal import summary
+from tests.report.synthetic import FIGURES
+from tests.report.test_build import EVIL, edit
+
+
+def read(text: str) -> float:
+    return float(text.replace(words.MINUS, "-").replace(",", "").rstrip("%"))
+
+
+def figure(mean, low, high, n=100):
+    return {"mean": mean, "low": low, "high": high, "n": n}
+
+
+def sentences(run) -> str:
+    return " ".join(words.paragraph(gather(run)))
+
+
+def put(run, stage, **figures):
+    def change(value):
+        for name, m in figures.items():
+            value["metrics"].pop(name, None)
+            if m is not None:
+                value["metrics"][name] = figure(*m)
+
+    edit(run / stage / "evaluation.json", change)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), st.integers(0, 4))
+def test_a_greater_number_never_reads_smaller(a, b, decimals):
+    a, b = sorted((a, b))
+    assert read(words.plain(a, decimals)) <= read(words.plain(b, decimals))
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_a_greater_share_never_reads_smaller(a, b):
+    a, b = sorted((a, b))
+    assert (
+        read(words.percent(a)) <= read(words.percent(b)) + 1.0
+    )  # 99.6% stays 99.6%, so whole numbers beside it may be apart by less than 1
+    assert read(words.value("answers", a)) <= read(words.value("answers", b)) + 0.1
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1e6))
+def test_longer_times_never_read_shorter(a, b):
+    def seconds(text):
+        unit = {"h": 3600, "min": 60, "s": 1}
+        return sum(float(x) * unit[u] for x, u in re.findall(r"([\d.]+) (h|min|s)", text))
+
+    a, b = sorted((a, b))
+    assert seconds(words.duration(a)) <= seconds(words.duration(b))
+
+
+@pytest.mark.parametrize(
+    ("x", "text"), [(1.0, "100%"), (0.0, "0%"), (0.9996, "99.96%"), (0.996, "99.6%"), (0.004, "0.4%"), (0.5, "50%"), (0.0004, "0.04%")]
+)
+def test_only_all_is_100_percent(x, text):
+    assert words.percent(x) == text
+
+
+def test_numbers_are_written_with_care():
+    assert words.plain(-0.0004, 2) == "0.00"
+    assert words.plain(-1234.5, 1) == "\u22121,234.5"
+    assert words.value("gold", 0.5, 2, True) == "+0.50"
+    assert words.value("gold", -0.001, 2, True) == "0.00"
+    assert words.amount(1_239_999) == "1.24 million"
+    assert words.amount(999_994) == "999,994"
+    assert words.digits([figure(1, 0.95, 1.05)]) == 2
+    assert words.digits([figure(30, 20, 40)]) == 0
+
+
+def test_every_metric_has_a_name_a_meaning_and_a_place():
+    placed = {n for group in words.GROUPS.values() for n in group}
+    assert set(METRICS) <= placed
+    assert set(METRICS) | set(words.SCORED) == set(words.LABELS) == set(words.MEANING)
+    assert set(words.LABELS) >= words.SHARES
+    assert set(FIGURES) == set(METRICS)
+
+
+def test_clean_text_cannot_steer():
+    assert words.clean(EVIL).isprintable()
+    assert words.clean("a\r\nb\tc\x00\x1b\x7f") == "a\nb\tc\u2400\u241b\u2421"
+
+
+def test_the_whole_story(run):
+    said = sentences(run)
+    assert "it answers 3% (2% to 4%) of the time: it continues the text" in said
+    assert "PPO wins against SFT 71% (69% to 74%)" in said
+    assert "gold rose by 0.89 (0.81 to 0.97)" in said
+    assert "1.1 points below the 74.9%" in said
+    assert "harmful help fell from 81% to 4%" in said
+    assert "Every expectation was met." in said
+    assert said.endswith("The whole run took 9 min 21 s on 2 cores, with seed 0.")
+
+
+def test_an_interval_that_includes_no_change_shows_none(run):
+    put(run, "ppo", win_rate_vs_sft=(0.55, 0.49, 0.61), gold_gained=(0.1, -0.1, 0.3))
+    said = sentences(run)
+    assert "PPO shows no clear change against SFT: it wins 55% (49% to 61%)" in said
+    assert "gold shows no clear change (+0.10; \u22120.10 to +0.30)" in said
+    assert "PPO wins" not in said
+    assert "Not as expected: ppo, wins over SFT: 55% (49% to 61%), wanted more than 60%" in said
+    assert "the sign of over-optimisation" in said  # its proxy rose all the same
+
+
+def test_a_loss_is_called_one(run):
+    put(run, "dpo", win_rate_vs_sft=(0.3, 0.25, 0.35), gold_gained=(-0.4, -0.5, -0.3))
+    said = sentences(run)
+    assert "DPO does worse than SFT: it wins only 30% (25% to 35%)" in said
+    assert "gold fell by 0.40 (0.30 to 0.50)" in said
+
+
+def test_touching_intervals_are_no_change(run):
+    put(run, "sft", harmful=(0.80, 0.70, 0.90), over_refusal=(0.02, 0.0, 0.2))
+    put(run, "constitution", harmful=(0.60, 0.50, 0.70), over_refusal=(0.3, 0.2, 0.4))
+    said = sentences(run)
+    assert "harmful help fell from 80% to 60%" not in said
+    assert "harmful help (constitution)" in said
+    assert "refusals of safe prompts rose" not in said
+    assert "helps with harm: 60% (50% to 70%), wanted at most half of SFT's 80%" in said
+    assert "refuses safe prompts: 30% (20% to 40%), wanted less than 15%" in said
+
+
+def test_what_was_not_measured_is_not_claimed(run):
+    put(run, "ppo", win_rate_vs_sft=None, gold_gained=None, kl=None)
+    edit(run / "reward" / "stage.json", lambda v: v.update(summary={}))
+    (run / "reward" / "metrics.jsonl").unlink()
+    said = sentences(run)
+    assert "PPO was not compared with SFT." in said
+    assert "accuracy on held-out pairs is not known" in said
+    assert "Everything that was measured is as expected." in said
+
+
+def test_a_base_that_answers_and_a_slow_stage_are_missed(run):
+    put(run, "base", answers=(0.4, 0.35, 0.45))
+    edit(run / "ladder.json", lambda v: v["stages"]["sft"].update(seconds=45.0))
+    said = sentences(run)
+    assert "already answers 40%" in said
+    assert "base, answers: 40% (35% to 45%), wanted less than 20%" in said
+    assert "sft took 45 s of 30 s" in said
+
+
+def test_a_point_above_the_frontier_is_an_alarm(run):
+    edit(run / "ppo" / "evaluation.json", lambda v: v["frontier"][0].update(above=0.2))
+    said = sentences(run)
+    assert "ppo lies above the exact frontier, which cannot be" in said
+    assert "11 of 12 points on or below it" in said
+
+
+def test_a_failed_stage_is_said(run):
+    edit(run / "ladder.json", lambda v: v["stages"]["ppo"].update(status="failed", error="Traceback\nout of memory"))
+    assert "The stage ppo failed: out of memory." in sentences(run)
+
+
+def test_summary_shows_hostile_text_as_text(run):
+    edit(run / "ladder.json", lambda v: v["stages"].update({"[red]x[bold]\x1b[2J": {"method": "grpo", "status": "failed"}}))
+    for width in (40, 80, 160):
+        console = Console(width=width, record=True, force_terminal=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        summary(run, console)
+        said = console.export_text()
+        assert "[red]x[bold]" in said or width == 40
+        assert "\x1b[2J" not in said
+        assert "constitution" in said or width == 40
