@@ -79,7 +79,7 @@ def make_loss(rule):
         pairs = Pairs(logp[chosen], logp[rejected], ref[chosen], ref[rejected], length[chosen], length[rejected])
         items = rule(pairs, soft=batch.columns["soft"][chosen])
         n, h = len(chosen), pairs.margin.detach()
-        metrics = {
+        metrics: dict[str, tuple[Tensor | float, Tensor | float]] = {
             "accuracy": ((h > 0).sum(), n),
             "margin": (h.sum(), n),
             "chosen_logp": (pairs.chosen.detach().sum(), n),

@@ -99,11 +99,11 @@ class Roomy(DynamicLayer):
     def __init__(self, room: int) -> None:
         super().__init__()
         self.room = room
-        self.store: tuple[Tensor, Tensor] | None = None
+        self.store: list[Tensor] = []
 
     def _lay(self, keys: Tensor, values: Tensor) -> None:
         used = keys.shape[-2]
-        self.store = tuple(x.new_empty(*x.shape[:-2], used + self.room, x.shape[-1]) for x in (keys, values))  # type: ignore[assignment]
+        self.store = [x.new_empty(*x.shape[:-2], used + self.room, x.shape[-1]) for x in (keys, values)]
         for store, x in zip(self.store, (keys, values), strict=True):
             store[..., :used, :] = x
         self._show(used)
@@ -115,20 +115,27 @@ class Roomy(DynamicLayer):
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self.keys, self.values = key_states, value_states
-        elif self.store is None:
-            self._lay(torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2))
+        elif not self.store:
+            keys, values = self._held()
+            self._lay(torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2))
         else:
-            used, new = self.keys.shape[-2], key_states.shape[-2]
+            used, new = self._held()[0].shape[-2], key_states.shape[-2]
             for store, x in zip(self.store, (key_states, value_states), strict=True):
                 store[..., used : used + new, :] = x
             self._show(used + new)
+        return self._held()
+
+    def _held(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None  # the layer's type allows None before its first use
         return self.keys, self.values
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._lay(self.keys.repeat_interleave(repeats, 0), self.values.repeat_interleave(repeats, 0))
+        keys, values = self._held()
+        self._lay(keys.repeat_interleave(repeats, 0), values.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._lay(self.keys[indices], self.values[indices])
+        keys, values = self._held()
+        self._lay(keys[indices], values[indices])
 
 
 def _cache(model: Any, room: int) -> DynamicCache:

@@ -190,6 +190,12 @@ def prompts(n: int, seed: int, split: str) -> list[Prompt]:
     return [_prompt(_ask(draw.weighted(_prompts), draw, "seen", "seen", False, used)) for _ in range(n)]
 
 
+def red_team(n: int, seed: int, split: str) -> list[Prompt]:
+    """Requests for forbidden crafts, on the training side: for critique, revision and comparison. The pool is small, so they come again."""
+    draw = Draw(stream(f"red_team/{split}", seed))
+    return [_prompt(_ask("unsafe", draw, "seen", "seen", False)) for _ in range(n)]
+
+
 def _cells(n: int) -> list[tuple[str, str | None, str]]:
     """n cells of EVALUATION in proportion to their weights (largest remainder), spread evenly."""
     total = sum(EVALUATION.values())
@@ -227,7 +233,7 @@ def wrapped(n: int, seed: int, split: str) -> list[Prompt]:
 
 
 DATASETS: dict[str, Callable[[int, int, str], list]] = {
-    make.__name__: make for make in (documents, demonstrations, prompts, evaluation, side_by_side, enumerable, wrapped)
+    make.__name__: make for make in (documents, demonstrations, prompts, red_team, evaluation, side_by_side, enumerable, wrapped)
 }
 SIZES = {
     "documents": 60_000,

@@ -1,0 +1,378 @@
+"""The recipe as a graph: what it may say, what is stale, in which order and beside what it runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import yaml
+from toy import TINY, values_of
+
+from temper.config import UserError, dump
+from temper.ladder import graph
+from temper.ladder.graph import Node, execute, nodes, read_recipe, wanted
+from temper.ladder.run import by_hand, claim
+from temper.runs import Run
+
+
+def stages_of(toy):
+    """All methods, the toy's files, seconds in all."""
+    own = {method: values_of(method, toy) for method in ("pretrain", "sft", "collect", "reward", "dpo", "ppo", "constitution")}
+    sizes = {"base": "pretrain", "sft": "sft", "comparisons": "collect", "reward": "reward", "dpo": "dpo", "ppo": "ppo", "constitution": "constitution"}
+    stages = {name: {"method": method, **own[method]} for name, method in sizes.items()}
+    for name in ("comparisons", "reward", "dpo", "ppo", "constitution"):
+        stages[name]["model"] = "@sft"
+    stages["sft"] |= {"model": "@base", "epochs": 4, "lr": 2e-2}
+    stages["comparisons"] |= {"prompts": "world:prompts?n=60", "max_new": 16}
+    stages["reward"]["data"] = stages["dpo"]["data"] = "@comparisons/pairs.jsonl"
+    stages["ppo"]["reward"] = "@reward"
+    return stages
+
+
+def recipe(path: Path, stages, **more) -> str:
+    path.write_text(yaml.safe_dump({"name": "toy", "stages": stages, **more}, sort_keys=False))
+    return str(path)
+
+
+SIMPLE = {"base": {"method": "pretrain", "data": "x.txt"}, "sft": {"method": "sft", "model": "@base", "data": "x.jsonl"}}
+
+
+def changed(**stages):
+    return {**SIMPLE, **{name: {**SIMPLE.get(name, {}), **values} for name, values in stages.items()}}
+
+
+# ---------------------------------------------------------------- what a recipe may say
+
+
+@pytest.mark.parametrize(
+    ("stages", "more", "what"),
+    [
+        (changed(base={"model": "@sft"}), {}, r"base has no setting 'model'"),
+        (changed(sft={"model": "@bass"}), {}, r"sft needs @bass, which is no stage; there are base, sft"),
+        (changed(sft={"method": "sfd"}), {}, r"sft: method 'sfd'; there are pretrain, sft, collect"),
+        (changed(sft={"method": ["sft"]}), {}, r"sft: method \['sft'\]; there are"),
+        ({"sft": {"model": "x"}}, {}, r"sft: method None; there are"),
+        (changed(sft={"larning_rate": 1}), {}, r"sft has no setting 'larning_rate'; did you mean 'lr'\?"),
+        (changed(sft={"thread": 1}), {}, r"sft has no setting 'thread'; did you mean 'threads'\?"),
+        (changed(sft={"budgt": 1}), {}, r"sft has no setting 'budgt'; did you mean 'budget'\?"),
+        (changed(sft={"threads": 0}), {}, r"sft: 'threads': got 0, input should be greater than or equal to 1"),
+        (changed(sft={"lr": -1}), {}, r"sft: 'lr': got -1"),
+        ({"sft": {"method": "sft", "data": "x"}}, {}, r"sft: 'model' is missing"),
+        (changed(**{"a/b": {"method": "pretrain", "data": "x"}}), {}, r"a stage called 'a/b'; its name is its folder"),
+        ({"../up": {"method": "pretrain", "data": "x"}}, {}, r"a stage called '../up'"),
+        ({}, {}, r"stages: .*at least 1"),
+        (SIMPLE, {"stage": {}}, r"stage: Extra inputs"),
+        (SIMPLE, {"evaluation": {"prompt_each": 30}}, r"evaluation has no setting 'prompt_each'; did you mean 'prompts_each'\?"),
+        ({"a": {"method": "sft", "model": "@b", "data": "x"}, "b": {"method": "sft", "model": "@a", "data": "x"}}, {}, r"in a cycle: a -> b -> a"),
+        ({"a": {"method": "sft", "model": "@a", "data": "x"}}, {}, r"in a cycle: a -> a; take one of the @ away"),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_is_said_in_one_line(tmp_path, stages, more, what):
+    path = recipe(tmp_path / "r.yaml", stages, **more)
+    with pytest.raises(UserError, match=what) as caught:
+        read_recipe(path, None)
+    assert str(caught.value).startswith(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_recipe(tmp_path):
+    with pytest.raises(UserError, match=r"none.yaml: no such file"):
+        read_recipe(str(tmp_path / "none.yaml"), None)
+    (tmp_path / "bad.yaml").write_text("name: x\nstages: [\n")
+    with pytest.raises(UserError, match=r"bad.yaml:3"):
+        read_recipe(str(tmp_path / "bad.yaml"), None)
+
+
+def test_stages_come_after_what_they_need_and_share_the_seed(tmp_path, toy):
+    stages = stages_of(toy)
+    backwards = dict(reversed(stages.items()))
+    backwards["reward"] |= {"seed": 7}
+    found, ordered = read_recipe(recipe(tmp_path / "r.yaml", backwards, seed=3), None)
+    place = {s.name: i for i, s in enumerate(ordered)}
+    assert all(place[need] < place[s.name] for s in ordered for need in s.needs)
+    assert {s.name: s.values.get("seed") for s in ordered} == {name: 7 if name == "reward" else 3 for name in stages}
+    _, other = read_recipe(str(tmp_path / "r.yaml"), 5)
+    assert {s.name: s.values.get("seed") for s in other} == {name: 7 if name == "reward" else 5 for name in stages}
+    assert found.seed == 3
+    assert {s.name: (s.parent, s.needs) for s in ordered if s.name in ("sft", "ppo", "dpo")} == {
+        "sft": ("base", ["base"]),
+        "ppo": ("sft", ["sft", "reward"]),
+        "dpo": ("sft", ["sft", "comparisons"]),
+    }
+
+
+def test_the_embedded_recipe_is_sound():
+    path = Path(__file__).parents[2] / "recipes" / "harbour.yaml"
+    found, ordered = read_recipe(str(path), None)
+    assert [s.name for s in ordered][:2] == ["base", "sft"]
+    assert {s.name for s in ordered} == {"base", "sft", "comparisons", "reward", "ppo", "dpo", "constitution"}
+    assert all(s.budget for s in ordered)
+    assert found.evaluation
+
+
+# ---------------------------------------------------------------- the graph
+
+
+def names(found):
+    return {n.name: set(n.needs) for n in found}
+
+
+def test_evaluations_wait_for_what_they_compare_with(tmp_path, toy):
+    found, ordered = read_recipe(recipe(tmp_path / "r.yaml", stages_of(toy), evaluation={}), None)
+    graph_of = names(nodes(found, ordered, tmp_path, ""))
+    assert "evaluate reward" not in graph_of
+    assert "evaluate comparisons" not in graph_of
+    assert graph_of["evaluate ppo"] == {"ppo", "sft", "reward", "evaluate sft"}
+    assert graph_of["evaluate sft"] == {"sft", "base", "reward", "evaluate base"}
+    assert graph_of["evaluate base"] == {"base"}
+    assert names(nodes(found.model_copy(update={"evaluation": None}), ordered, tmp_path, "")) == {s.name: set(s.needs) for s in ordered}
+
+
+def test_no_order_of_methods_makes_stages_wait_for_each_other(tmp_path):
+    """A reward model trained on the DPO model cannot be a probe while DPO trains; SFT after DPO cannot be DPO's reference."""
+    for stages in (
+        {
+            **SIMPLE,
+            "dpo": {"method": "dpo", "model": "@sft", "data": "x"},
+            "reward": {"method": "reward", "model": "@dpo", "data": "x"},
+            "ppo": {"method": "ppo", "model": "@dpo", "reward": "@reward", "prompts": "x"},
+        },
+        {
+            "base": SIMPLE["base"],
+            "dpo": {"method": "dpo", "model": "@base", "data": "x"},
+            "sft": {"method": "sft", "model": "@dpo", "data": "x"},
+            "reward": {"method": "reward", "model": "@sft", "data": "x"},
+        },
+    ):
+        found, ordered = read_recipe(recipe(tmp_path / "r.yaml", stages, evaluation={}), None)
+        left, done = names(nodes(found, ordered, tmp_path, "")), set()
+        while left:
+            ready = {name for name, needs in left.items() if needs <= done}
+            assert ready, left
+            done |= ready
+            left = {name: needs for name, needs in left.items() if name not in ready}
+
+
+def test_only_a_stage_with_what_it_needs(tmp_path, toy):
+    found, ordered = read_recipe(recipe(tmp_path / "r.yaml", stages_of(toy), evaluation={}), None)
+    every = nodes(found, ordered, tmp_path, "")
+    assert {n.name for n in wanted(every, "comparisons")} == {"base", "sft", "comparisons"}
+    assert {n.name for n in wanted(every, None)} == {n.name for n in every}
+    assert "dpo" not in {n.name for n in wanted(every, "ppo")}
+    assert "evaluate ppo" in {n.name for n in wanted(every, "ppo")}
+    with pytest.raises(UserError, match=r"--only pp0: no such stage; there are base, sft, comparisons"):
+        wanted(every, "pp0")
+
+
+# ---------------------------------------------------------------- what is stale
+
+
+def statuses(path, out):
+    _, ordered = read_recipe(path, None)
+    return {s.name: graph.make(s, out, "", None)["status"] for s in ordered}
+
+
+def test_nothing_is_made_twice_and_a_change_reaches_its_dependants_only(tmp_path, toy):
+    stages, path, out = stages_of(toy), tmp_path / "r.yaml", tmp_path / "out"
+    del stages["ppo"], stages["constitution"]
+    every = dict.fromkeys(stages, "skipped")
+    assert statuses(recipe(path, stages), out) == dict.fromkeys(stages, "done")
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert statuses(recipe(path, stages), out) == every
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    stages["dpo"]["beta"] = 0.2
+    assert statuses(recipe(path, stages), out) == every | {"dpo": "done"}
+    stages["comparisons"]["seed"] = 4
+    assert statuses(recipe(path, stages), out) == every | dict.fromkeys(("comparisons", "reward", "dpo"), "done")
+    stages["sft"]["budget"] = 50  # shown only
+    assert statuses(recipe(path, stages), out) == every
+    stages["sft"]["lr"] = 1e-2
+    assert statuses(recipe(path, stages), out) == every | dict.fromkeys(("sft", "comparisons", "reward", "dpo"), "done")
+    # a stage made again with the same content leaves its dependants fresh
+    Run.claim(out / "sft", {}, fresh=True).abandon()
+    assert statuses(recipe(path, stages), out) == every | {"sft": "done"}
+
+
+def test_other_code_and_unfinished_runs_are_stale(tmp_path, toy, monkeypatch):
+    stages, path, out = {"base": stages_of(toy)["base"]}, tmp_path / "r.yaml", tmp_path / "out"
+    statuses(recipe(path, stages), out)
+    weights = (out / "base" / "model" / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("temper.ladder.graph.code_version", lambda: "other")
+        assert statuses(str(path), out) == {"base": "done"}
+    assert statuses(str(path), out) == {"base": "skipped"}
+    stage = json.loads((out / "base" / "stage.json").read_text())
+    (out / "base" / "stage.json").write_text(json.dumps(stage | {"status": "running"}))
+    assert statuses(str(path), out) == {"base": "done"}
+    assert (out / "base" / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_stage_of_a_recipe_is_the_command_by_hand(tmp_path, toy):
+    """The command that ladder.json shows makes the same run: it finds the stage done, and alone it gives the same bytes."""
+    from temper.cli import main
+
+    stages, out = {name: stages_of(toy)[name] for name in ("base", "sft")}, tmp_path / "out"
+    stages["sft"] |= {"skip_bad": True, "max_length": None}
+    found, ordered = read_recipe(recipe(tmp_path / "r.yaml", stages), 3)
+    for s in ordered:
+        graph.make(s, out, "", None)
+        argv = by_hand(s, out).split()[1:]
+        assert main([*argv, "--quiet", "--json"]) == 0
+        alone = [*argv[: argv.index("--out")], "--out", str(tmp_path / s.name), "--quiet", "--json"]
+        assert main(alone) == 0
+        assert (tmp_path / s.name / "model" / "model.safetensors").read_bytes() == (out / s.name / "model" / "model.safetensors").read_bytes()
+        assert Run(tmp_path / s.name).stage["fingerprint"] == Run(out / s.name).stage["fingerprint"]
+
+
+# ---------------------------------------------------------------- executing
+
+
+def note(folder, name, seconds=0.0, status="done", code=0):
+    """A node's work: says when it began and ended."""
+    began = time.time()
+    time.sleep(seconds)
+    (Path(folder) / name).write_text(json.dumps([began, time.time()]))
+    if status == "user":
+        raise UserError("what you gave is wrong")
+    if status == "bug":
+        raise RuntimeError("a bug")
+    if status == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"status": status, "seconds": seconds}
+
+
+def node(folder, name, *needs, threads=1, **how):
+    return Node(name, list(needs), threads, partial(note, str(folder), name, **how))
+
+
+def play(todo, cores=2):
+    told = []
+    outcomes = execute(todo, cores, lambda name, event, outcome: told.append((name, event)), lambda: None)
+    return outcomes, told
+
+
+def spans(folder):
+    return {path.name: json.loads(path.read_text()) for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_branches_run_side_by_side_within_the_cores(tmp_path):
+    todo = [node(tmp_path, "a"), node(tmp_path, "b", "a", seconds=0.6), node(tmp_path, "c", "a", seconds=0.6), node(tmp_path, "d", "b", "c", threads=2)]
+    outcomes, told = play(todo)
+    assert {o.status for o in outcomes.values()} == {"done"}
+    t = spans(tmp_path)
+    assert t["b"][0] < t["c"][1]
+    assert t["c"][0] < t["b"][1]
+    assert t["d"][0] >= max(t["b"][1], t["c"][1])
+    assert told.index(("d", "started")) > told.index(("c", "done"))
+    for path in tmp_path.iterdir():
+        path.unlink()
+    play(todo, cores=1)
+    t = sorted(spans(tmp_path).values())
+    assert all(before[1] <= after[0] for before, after in zip(t, t[1:], strict=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("status", "code", "error"), [("user", 2, "what you gave is wrong"), ("bug", 1, "a bug"), ("killed", 1, "exit code -9")])
+def test_after_a_failure_what_runs_ends_and_nothing_new_begins(tmp_path, status, code, error):
+    todo = [node(tmp_path, "bad", status=status), node(tmp_path, "beside", seconds=0.5), node(tmp_path, "after", "beside"), node(tmp_path, "below", "bad")]
+    outcomes, _ = play(todo)
+    assert outcomes["bad"].status == "failed"
+    assert outcomes["bad"].code == code
+    assert error in outcomes["bad"].error
+    assert outcomes["beside"].status == "done"
+    assert set(outcomes) == {"bad", "beside"}
+
+
+@pytest.mark.slow
+def test_stages_end_with_the_run_that_started_them(tmp_path):
+    """kill -9 of `temper run`: its stages do not go on in the background, so the same command does not find them writing."""
+    script = f"import sys; sys.path[:0] = {sys.path!r}\nfrom ladder.test_graph import *\nplay([node({str(tmp_path)!r}, 'slow', seconds=4)])"
+    parent = subprocess.Popen([sys.executable, "-c", f"if __name__ == '__main__':\n  exec({script!r})"], stdin=subprocess.DEVNULL)
+    mine: list[int] = []
+    for _ in range(300):
+        mine = [pid for pid in _descendants(parent.pid) if b"from multiprocessing.forkserver" in _command(pid)]
+        if len(mine) > 1:  # the server and the stage
+            break
+        time.sleep(0.1)
+    assert len(mine) > 1
+    parent.kill()
+    parent.wait()
+    for _ in range(30):
+        if not any(_command(pid) for pid in mine):
+            break
+        time.sleep(0.1)
+    assert not any(_command(pid) for pid in mine)
+    assert not (tmp_path / "slow").exists()
+
+
+def _command(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return b"" if state == "Z" else Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _descendants(pid):
+    children = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    found, left = [], [pid]
+    while left:
+        below = children.get(left.pop(), [])
+        found += below
+        left += below
+    return found
+
+
+# ---------------------------------------------------------------- the run's folder
+
+
+def test_whose_folder_it_is(tmp_path):
+    claim(tmp_path / "new", "toy", False, [])
+    (tmp_path / "new" / "recipe.yaml").write_text("name: toy\n")
+    claim(tmp_path / "new", "toy", False, [])
+    with pytest.raises(UserError, match=r"new belongs to another run: recipe toy there, harbour here"):
+        claim(tmp_path / "new", "harbour", False, [])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"mine holds thesis.tex but no recipe.yaml: not written by temper"):
+        claim(tmp_path / "mine", "toy", True, ["sft"])
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        claim(tmp_path / "mine" / "thesis.tex", "toy", False, [])
+
+
+def test_fresh_clears_the_stages_and_nothing_else(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("name: toy\n")
+    with Run.claim(tmp_path / "sft", {"a": 1}) as run:
+        run.log("metrics", {"step": 1})
+        run.finish({})
+    (tmp_path / "sft" / "evaluation.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    claim(tmp_path, "toy", True, ["sft", "dpo"])
+    assert not (tmp_path / "sft").exists()
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_the_resolved_recipe_writes_every_default_out(tmp_path, toy):
+    found, ordered = read_recipe(recipe(tmp_path / "r.yaml", stages_of(toy), evaluation={"prompts_each": 30}), 4)
+    graph.write_resolved(found, ordered, tmp_path)
+    again, same = read_recipe(str(tmp_path / "recipe.yaml"), None)
+    assert again.seed == 4
+    assert again.evaluation == {"prompts_each": 30}
+    for a, b in zip(ordered, same, strict=True):
+        assert (a.name, a.method, a.threads, a.budget, a.needs) == (b.name, b.method, b.threads, b.budget, b.needs)
+        assert graph._flat(a) == graph._flat(b) == {k: v for k, v in b.values.items()}
+    assert "beta2" in same[0].values
+    assert dump(graph.RunSettings())["recipe"] == "recipes/harbour.yaml"
+    assert TINY["vocab"] == same[0].values["vocab"]
