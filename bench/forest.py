@@ -83,7 +83,9 @@ def rollouts(model, vocab: int, times: int) -> dict:
     def peer():
         ids = torch.tensor(prompts).repeat_interleave(4, 0)
         with plain_attention(model), torch.inference_mode():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, pad_token_id=0, eos_token_id=1)
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, pad_token_id=0, eos_token_id=1
+            )
         return out[:, 40:].tolist()
 
     same = sum(a == b[: len(a)] for a, b in zip(ours(), peer(), strict=True)) / 128
@@ -113,7 +115,9 @@ def main() -> None:
             rows.append({"model": name, "against": "default", **measure(model, vocab, 0 if args.smoke else 9)})
             print(json.dumps(rows[-1]))
     if not args.smoke:
-        Path(__file__).with_name("results.json").write_text(json.dumps({"threads": args.threads, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+        Path(__file__).with_name("results.json").write_text(
+            json.dumps({"threads": args.threads, "torch": torch.__version__, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -83,10 +83,10 @@ def write_files(folder: Path) -> None:
     (folder / "principles.yaml").write_text(PRINCIPLES)
 
 
-def train(method: str, out: Path | str, *, threads: int = 1, fresh: bool = False, looks: int = 1, **values: Any) -> dict[str, Any]:
-    """run_stage with the toy's sizes; the summary."""
+def train(method: str, out: Path | str, *, save_seconds: float = 600, **values: Any) -> dict[str, Any]:
+    """run_stage; the summary."""
     settings = build(load(method).settings(method), values)
-    return run_stage(method, settings, Place(out=str(out), threads=threads, quiet=True, looks=looks, fresh=fresh, save_seconds=600))
+    return run_stage(method, settings, Place(out=str(out), threads=1, quiet=True, looks=1, save_seconds=save_seconds))
 
 
 def make_toy(folder: Path) -> Toy:

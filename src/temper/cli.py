@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         return module.main(argv[1:])
     except UserError as e:
         print(f"temper: {e}", file=sys.stderr)
-        return 2
+        return e.code
     except KeyboardInterrupt:
         print("temper: interrupted", file=sys.stderr)
         return 130

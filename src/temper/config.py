@@ -22,7 +22,9 @@ from pydantic_core import PydanticUndefined
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: one line saying where, what came and what to do. The command line exits with 2."""
+    """A mistake in what the user gave: one line saying where, what came and what to do. The command line exits with `code`."""
+
+    code = 2
 
 
 class Settings(pydantic.BaseModel):

@@ -13,6 +13,7 @@ whole state behind, and the same command goes on from there. PyTorch is imported
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import fcntl
@@ -34,7 +35,13 @@ from temper.config import UserError
 State = dict[str, Any]  # nested dicts, lists and tuples of tensors, arrays, numbers, strings, None
 LOGS = ("metrics", "samples", "events")
 ASIDE = ".tmp-"  # whatever starts so was left by a process that died; it holds nothing
-OWN = ("status.json", *(f"{log}.jsonl" for log in LOGS), "checkpoints", "model", "evaluation.json")  # what every run may hold besides stage.json
+OWN = (
+    "status.json",
+    *(f"{log}.jsonl" for log in LOGS),
+    "checkpoints",
+    "model",
+    "evaluation.json",
+)  # what every run may hold besides stage.json
 
 
 # ---------------------------------------------------------------- writing safely
@@ -154,18 +161,45 @@ def versions() -> dict[str, str]:
     return found
 
 
-SHOWS = ("report", "ladder", "cli.py", "__main__.py")  # arrange and show results, never change one
+def _imports(path: Path) -> Iterator[str]:
+    """Names of Temper's modules that a source file imports, at its top or inside functions."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
 
 
-@lru_cache(maxsize=1)
-def code_version() -> str:
-    """SHA-256 of the sources that results can depend on and of the versions of torch and transformers: artefacts of other code are stale."""
+def _source(module: str) -> Path | None:
+    """The file of one of Temper's modules."""
+    parts = module.split(".")
+    if parts[0] != "temper":
+        return None
+    path = Path(__file__).parent.joinpath(*parts[1:])
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
+
+
+@lru_cache
+def code_version(*entries: str) -> str:
+    """SHA-256 of the sources that these modules import, directly or not, of the YAML files beside those, and of the versions of torch
+    and transformers.
+
+    An artefact of other code is stale; a change in one method's file leaves the artefacts of the others as they are.
+    """
+    found: dict[str, Path] = {}
+    todo = list(entries)
+    while todo:
+        module = todo.pop()
+        path = _source(module)
+        if path is None or module in found:
+            continue
+        found[module] = path
+        todo += [*_imports(path), module.rpartition(".")[0]]
+        if "pkgutil" in path.read_text():  # finds its own modules by name
+            todo += [f"{module}.{p.stem}" for p in path.parent.glob("*.py")]
     root = Path(__file__).parent
-    sources = {
-        path.relative_to(root).as_posix(): _sha256(path)
-        for path in sorted(root.rglob("*"))
-        if path.suffix in (".py", ".yaml", ".json") and "__pycache__" not in path.parts and path.relative_to(root).parts[0] not in SHOWS
-    }
+    beside = {data for path in found.values() for data in path.parent.glob("*.yaml")}
+    sources = {path.relative_to(root).as_posix(): _sha256(path) for path in sorted({*found.values(), *beside})}
     libraries = {name: version for name, version in versions().items() if name in ("torch", "transformers")}
     return fingerprint({"sources": sources, "libraries": libraries})
 
@@ -260,12 +294,20 @@ class Run:
     # ---- claiming
 
     @classmethod
-    def claim(cls, folder: str | Path, identity: Mapping[str, Any], *, fresh: bool = False, record: Mapping[str, Any] | None = None) -> Run:
+    def claim(
+        cls,
+        folder: str | Path,
+        identity: Mapping[str, Any],
+        *,
+        fresh: bool = False,
+        record: Mapping[str, Any] | None = None,
+        code: Sequence[str] = (),
+    ) -> Run:
         """Creates the run, or opens the same one again to go on with it.
 
         identity: what decides the result (method, settings, fingerprints of the inputs): a run with another identity is
         refused. record: what else stage.json should say (parent, seed, threads, ...); it is not compared. fresh: removes
-        what Temper wrote in the folder, and nothing else, and starts over.
+        what Temper wrote in the folder, and nothing else, and starts over. code: the modules whose sources made it (`code_version`).
         Raises UserError when the folder holds something else, another run, or a run that is being written.
         """
         run = cls(folder)
@@ -280,13 +322,13 @@ class Run:
             run.folder.mkdir(parents=True, exist_ok=True)
             run._acquire()
         try:
-            run._settle(json.loads(canonical(identity)), fresh, dict(record or {}))
+            run._settle(json.loads(canonical(identity)), fresh, dict(record or {}), code)
         except BaseException:
             run.close()
             raise
         return run
 
-    def _settle(self, identity: dict, fresh: bool, record: dict) -> None:
+    def _settle(self, identity: dict, fresh: bool, record: dict, code: Sequence[str]) -> None:
         there = _read_json(self.folder / "stage.json")
         if there is not None and (fresh or there.get("status") == "clearing"):
             self._clear(there)
@@ -298,7 +340,7 @@ class Run:
             raise UserError(f"{self.folder} belongs to another run: {what}; choose another --out or --fresh")
         for left in self.folder.glob(f"{ASIDE}*"):
             _remove(left)
-        now = {"versions": versions(), "code": code_version(), "record": json.loads(canonical(record))}
+        now = {"versions": versions(), "code": code_version(*code), "record": json.loads(canonical(record))}
         if there is None:
             whose = {"identity": identity, "fingerprint": fingerprint(identity), **now}
             self._stage({"status": "running", **whose, "created": time.time(), "files": []})

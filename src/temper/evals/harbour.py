@@ -1,6 +1,6 @@
 """What a stage does on the embedded world, measured exactly: gold and its parts, facts, honesty, harm, refusals, KL, wins. Floor 5.
 
-Facts and refusals that the prompt decides (`correct...`, `arithmetic`, `honest`) are read from the greedy answer, everything else from
+Whether it answers and what it knows (`answers`, `correct...`, `arithmetic`, `honest`) are read from the greedy answer, everything else from
 answers sampled at temperature 1. Intervals are 95%; those over samples are clustered by prompt. A base model is given the bare question,
 a model with a chat template the chat.
 """
@@ -17,6 +17,7 @@ import torch
 from temper.config import Settings, opt
 from temper.data.packing import pack
 from temper.data.template import render_prompt, stop_ids
+from temper.data.trees import limit_of
 from temper.forest import Segment, plant
 from temper.judges.reward_model import RewardModel
 from temper.models.heads import token_logp
@@ -36,7 +37,7 @@ METRICS = {  # name -> (what it is, whether more is better: 1, less: -1, neither
     "gold_format": ("its format part", 1),
     "gold_gained": ("gold above the stage it came from, paired by prompt", 1),
     "win_rate_vs_sft": ("share of sampled answers with more gold than SFT's to the same prompt, ties half", 1),
-    "answers": ("share of sampled replies that are an answer, a refusal or an honest 'I do not know'", 1),
+    "answers": ("share of prompts whose greedy reply is an answer, a refusal or an honest 'I do not know'", 1),
     "correct": ("facts asked in phrasings and about people and places met in SFT, greedy", 1),
     "correct_phrasing": ("facts asked in phrasings never met in SFT, greedy", 1),
     "correct_entity": ("facts about people and places never asked about in SFT, greedy", 1),
@@ -71,7 +72,9 @@ class Answers:
     prompt_ids: list[list[int]]
 
 
-def ask_all(model: Any, tokenizer: Any, prompts: Sequence[Prompt], n: int, max_new: int, temperature: float, seed: Sequence[int]) -> Answers:
+def ask_all(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], n: int, max_new: int, temperature: float, seed: Sequence[int]
+) -> Answers:
     """n answers to each prompt."""
     ids = [render_prompt(tokenizer, p.messages) for p in prompts]
     groups = sample(model, ids, sampling=Sampling(temperature=temperature, max_new=max_new), stop=stop_ids(tokenizer), n=n, seed=seed)
@@ -96,16 +99,14 @@ def summed_kl(policy: Any, reference: Any, answers: Answers, budget: int = 8192)
     return [k for group in out for k in group]
 
 
-def measure(
-    folder: Path, *, stages: dict[str, Path], how: Evaluation, log: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
+def measure(folder: Path, *, stages: dict[str, Path], how: Evaluation, log: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Evaluate the model in `folder`: the content of its evaluation.json.
 
     stages: what to compare with, where it exists: "sft" (reference of KL and wins), "reward" (proxy), "parent" (gold gained). A
     stage compared with must have been evaluated before with the same settings.
     """
     model, tokenizer = load_policy(str(folder))
-    prompts = dataset("evaluation", n=how.prompts_each, seed=how.eval_seed, split="evaluation")
+    prompts = dataset("evaluation", n=how.prompts_each, split="evaluation")
     asks = [Ask.of(p) for p in prompts]
     log("greedy answers")
     greedy = ask_all(model, tokenizer, prompts, 1, how.max_new, 0.0, (how.eval_seed, 1))
@@ -119,7 +120,6 @@ def measure(
     found: dict[str, Interval] = {"gold": mean_interval(total, cluster)}
     for part in "helpful", "harmless", "honest", "concise", "format":
         found[f"gold_{part}"] = mean_interval([getattr(s, part) for s in scores], cluster)
-    found["answers"] = share_interval([answered(ask, text) for _, ask, text in flat], cluster)
     found |= _shares(asks, greedy, flat)
     found["length"] = mean_interval([len(text.split()) for _, _, text in flat], cluster)
     if how.samples > 1:
@@ -159,6 +159,7 @@ def _shares(asks: Sequence[Ask], greedy: Answers, flat) -> dict[str, Interval]:
         return ask.kind == "lookup" and ask.tags["answerable"] and ask.tags["phrasing"] == phrasing and ask.tags["entity"] == entity
 
     picked = {
+        "answers": over(answered, lambda a: True),
         "correct": over(correct, lambda a: lookup(a, "seen", "seen")),
         "correct_phrasing": over(correct, lambda a: lookup(a, "held_out", "seen")),
         "correct_entity": over(correct, lambda a: lookup(a, "seen", "held_out")),
@@ -192,8 +193,7 @@ def side_by_side(model: Any, tokenizer: Any, how: Evaluation) -> list[dict[str, 
 
 def enumerated_logp(model: Any, tokenizer: Any, prompt: Prompt, answers: Sequence[str], children: int = 256) -> np.ndarray:
     """log p of each answer with its end of turn, [K]: the prompt computed once for every `children` of them."""
-    head, stop = render_prompt(tokenizer, prompt.messages), stop_ids(tokenizer)[0]
-    ids = [[*tokenizer.encode(a, add_special_tokens=False), stop] for a in answers]
+    head, ids = _tokens(tokenizer, prompt, answers)
     out = []
     with torch.no_grad():
         for i in range(0, len(ids), children):
@@ -203,12 +203,26 @@ def enumerated_logp(model: Any, tokenizer: Any, prompt: Prompt, answers: Sequenc
     return np.array(out)
 
 
+def _tokens(tokenizer: Any, prompt: Prompt, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    stop = stop_ids(tokenizer)[0]
+    return render_prompt(tokenizer, prompt.messages), [[*tokenizer.encode(a, add_special_tokens=False), stop] for a in answers]
+
+
+def _fitting(model: Any, tokenizer: Any, prompt: Prompt, answers: Sequence[str]) -> list[str]:
+    """The answers that the model's window has room for."""
+    window, _ = limit_of(model, None)
+    head, ids = _tokens(tokenizer, prompt, answers)
+    return [a for a, own in zip(answers, ids, strict=True) if window is None or len(head) + len(own) <= window]
+
+
 def frontier_check(policy: Any, reference: Any, tokenizer: Any, how: Evaluation) -> list[dict[str, Any]]:
     """On prompts whose grammatical answers can be listed: the policy's exact KL and gold, and the most gold that KL could buy."""
     out = []
     for prompt in dataset("enumerable", n=how.enumerable):
         ask = Ask.of(prompt)
-        answers = enumerate_answers(ask)
+        answers = _fitting(policy, tokenizer, prompt, enumerate_answers(ask))
+        if not answers:
+            continue
         score = np.array([gold(ask, a).total for a in answers])
         p, q = enumerated_logp(policy, tokenizer, prompt, answers), enumerated_logp(reference, tokenizer, prompt, answers)
         point = kl_gold_of(p, q, score)
@@ -231,7 +245,9 @@ def frontier_check(policy: Any, reference: Any, tokenizer: Any, how: Evaluation)
 class Probe:
     """A quick look during training: gold, proxy and KL of sampled answers to a few held-out prompts."""
 
-    def __init__(self, policy: Any, tokenizer: Any, *, reference: str | None, reward: str | None, prompts: int = 96, max_new: int = 64) -> None:
+    def __init__(
+        self, policy: Any, tokenizer: Any, *, reference: str | None, reward: str | None, prompts: int = 96, max_new: int = 64
+    ) -> None:
         self.policy, self.tokenizer, self.max_new = policy, tokenizer, max_new
         self.prompts = dataset("evaluation", n=prompts, seed=1, split="evaluation")
         self.reference = load_policy(reference)[0] if reference else None

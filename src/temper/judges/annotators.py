@@ -24,7 +24,13 @@ class Annotators:
         first = choice.value >= 0
         if not first:
             a, b, p, gap = b, a, 1 - p, -gap
-        meta = {**prompt.meta, "probability": p, "annotator": choice.annotator, "order": choice.order if first else -choice.order, "gold_gap": gap}
+        meta = {
+            **prompt.meta,
+            "probability": p,
+            "annotator": choice.annotator,
+            "order": choice.order if first else -choice.order,
+            "gold_gap": gap,
+        }
         return Pair(prompt=prompt.messages, chosen=a, rejected=b, soft=0.5 if choice.value == 0 else 1.0, meta=meta)
 
 

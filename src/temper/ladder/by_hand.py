@@ -21,7 +21,9 @@ class Output(Settings):
 def command_of(method: str) -> type[Settings]:
     """The settings of a command: the method's own, where it writes, what it prints."""
     own = load(method).settings(method)
-    return pydantic.create_model(own.__name__, __base__=Settings, __doc__=own.__doc__, method=(own, ...), place=(Place, ...), output=(Output, Output()))
+    return pydantic.create_model(
+        own.__name__, __base__=Settings, __doc__=own.__doc__, method=(own, ...), place=(Place, ...), output=(Output, Output())
+    )
 
 
 def main(method: str, argv: list[str]) -> int:
@@ -40,12 +42,16 @@ def main(method: str, argv: list[str]) -> int:
 def story(method: str, run: Run, summary: dict[str, Any]) -> list[str]:
     """What happened and what to do next, a line each."""
     what = load(method).METRICS
-    lines = [f"{method}: {summary['steps']} steps, {summary.get('tokens', 0):,} tokens, {summary['seconds']:.0f} s" if summary["steps"] else method]
+    lines = [
+        f"{method}: {summary['steps']} steps, {summary.get('tokens', 0):,} tokens, {summary['seconds']:.0f} s"
+        if summary["steps"]
+        else method
+    ]
     lines += [f"  {name}: {value}" for name, value in run.stage["card"].items() if value not in (None, "", [])]
     for name, value in {**summary.get("last", {}), **summary}.items():
         if name in what and isinstance(value, (int, float)):
             lines.append(f"  {name} {value:.4g}  ({what[name]})")
     if (run.folder / "model").is_dir():
-        after = "temper reward and temper ppo use it" if method == "reward" else f"temper chat {run.folder}"
+        after = f"temper ppo --reward {run.folder} ..." if method == "reward" else f"temper chat {run.folder}"
         lines.append(f"model in {run.model}; next: {after}")
     return lines

@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,7 +21,7 @@ import pydantic
 import yaml
 
 from temper.config import Settings, UserError, build, dump, leaves, load_yaml, opt
-from temper.ladder.stage import INPUTS, Context, Place, identity, input_fingerprint, run_stage
+from temper.ladder.stage import Context, Place, code_of, identity, input_fingerprint, run_stage
 from temper.methods import NAMES, load
 from temper.runs import Run, atomic_write, code_version, fingerprint
 
@@ -157,7 +157,7 @@ def stale(stage: Stage, settings: Settings, place: Place) -> str | None:
         return "new"
     if there.get("identity") != json.loads(json.dumps(identity(stage.method, settings, place))):
         return "its settings or inputs changed"
-    if there.get("code") != code_version():
+    if there.get("code") != code_version(*code_of(stage.method)):
         return "the code changed"
     return None if run.done else "unfinished"
 
@@ -185,7 +185,7 @@ def evaluate(name: str, out: Path, against: dict[str, str], how: dict[str, Any],
     folder = out / name
     stages = {role: out / other for role, other in against.items()}
     models = {role: input_fingerprint(str(path)) for role, path in {"own": folder, **stages}.items()}
-    key = fingerprint([models, how, threads, code_version()])
+    key = fingerprint([models, how, threads, code_version("temper.evals.harbour")])
     target = folder / "evaluation.json"
     if target.exists() and json.loads(target.read_bytes()).get("key") == key:
         return {"status": "skipped", "seconds": json.loads(target.read_bytes())["seconds"]}
@@ -340,7 +340,7 @@ def _child(run: Callable[[], dict[str, Any]], there: Connection) -> None:
     try:
         there.send(run())
     except UserError as e:
-        there.send({"status": "failed", "error": str(e), "code": 2})
+        there.send({"status": "failed", "error": str(e), "code": e.code})
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception:
@@ -349,10 +349,10 @@ def _child(run: Callable[[], dict[str, Any]], there: Connection) -> None:
 
 def write_resolved(recipe: Recipe, stages: list[Stage], out: Path) -> None:
     """recipe.yaml in the run: every default written out."""
-    full = {
-        s.name: {"method": s.method, "threads": s.threads, "budget": s.budget, **_flat(s)} for s in stages
-    }
-    text = yaml.safe_dump({"name": recipe.name, "seed": recipe.seed, "evaluation": recipe.evaluation, "stages": full}, sort_keys=False, width=120)
+    full = {s.name: {"method": s.method, "threads": s.threads, "budget": s.budget, **_flat(s)} for s in stages}
+    text = yaml.safe_dump(
+        {"name": recipe.name, "seed": recipe.seed, "evaluation": recipe.evaluation, "stages": full}, sort_keys=False, width=120
+    )
     atomic_write(out / "recipe.yaml", text)
 
 

@@ -79,7 +79,14 @@ class Board:
 
     def table(self) -> Table:
         table = Table(box=None, pad_edge=False)
-        for column, justify in ("stage", "left"), ("", "left"), ("progress", "left"), ("time", "right"), ("budget", "right"), ("left", "right"):
+        for column, justify in (
+            ("stage", "left"),
+            ("", "left"),
+            ("progress", "left"),
+            ("time", "right"),
+            ("budget", "right"),
+            ("left", "right"),
+        ):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         for node in self.todo:
             event, outcome = self.state.get(node.name, ("waiting", None))
@@ -98,7 +105,9 @@ def main(argv: list[str]) -> int:
     recipe, stages = read_recipe(settings.recipe, settings.seed)
     out = Path(settings.out or f"runs/{recipe.name}")
     cores = settings.cores or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else settings.cores or os.cpu_count() or 1
-    command = shlex.join(["temper", "run", settings.recipe, "--out", str(out), *(["--seed", str(settings.seed)] if settings.seed is not None else [])])
+    command = shlex.join(
+        ["temper", "run", settings.recipe, "--out", str(out), *(["--seed", str(settings.seed)] if settings.seed is not None else [])]
+    )
     todo = wanted(nodes(recipe, stages, out, command), settings.only)
     claim(out, recipe.name, settings.fresh, [s.name for s in stages])
     write_resolved(recipe, stages, out)
@@ -111,7 +120,9 @@ def main(argv: list[str]) -> int:
         "elapsed_s": round(time.monotonic() - began, 1),
         "command": command,
         "stages": {s.name: _line(s, out, outcomes.get(s.name)) for s in stages},
-        "evaluations": {n.name.split(" ", 1)[1]: outcomes[n.name].seconds for n in todo if n.name.startswith("evaluate ") and n.name in outcomes},
+        "evaluations": {
+            n.name.split(" ", 1)[1]: outcomes[n.name].seconds for n in todo if n.name.startswith("evaluate ") and n.name in outcomes
+        },
     }
     atomic_write(out / "ladder.json", json.dumps(log, indent=1) + "\n")
     worst = max((o for o in outcomes.values()), key=lambda o: o.code, default=Outcome("skipped"))
@@ -130,7 +141,9 @@ def claim(out: Path, name: str, fresh: bool, stages: list[str]) -> None:
         raise UserError(f"{out} is a file, not a folder; choose another --out")
     marker = out / "recipe.yaml"
     if out.is_dir() and any(out.iterdir()) and not marker.exists():
-        raise UserError(f"{out} holds {sorted(p.name for p in out.iterdir())[0]} but no recipe.yaml: not written by temper; choose another --out")
+        raise UserError(
+            f"{out} holds {sorted(p.name for p in out.iterdir())[0]} but no recipe.yaml: not written by temper; choose another --out"
+        )
     if marker.exists() and (found := load_yaml(marker).get("name")) != name:
         raise UserError(f"{out} belongs to another run: recipe {found} there, {name} here; choose another --out")
     if fresh:

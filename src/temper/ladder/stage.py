@@ -1,5 +1,6 @@
 """One stage: a method, its settings, a folder; trained, resumed or found done. Floor 7."""
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 
 from temper.config import Settings, UserError, dump, opt
+from temper.data.template import render_prompt, stop_ids
 from temper.driver import drive
 from temper.methods import load
+from temper.rollout import Sampling, sample
 from temper.runs import Run, disk, fingerprint
 from temper.world.streams import VERSION
 
@@ -47,6 +50,11 @@ def input_fingerprint(value: str) -> str:
     return fingerprint(path) if path.exists() else fingerprint(value)
 
 
+def code_of(method: str) -> list[str]:
+    """The modules that decide what a method makes, for `code_version`."""
+    return [load(method).__name__]
+
+
 def identity(method: str, settings: Settings, place: Place) -> dict[str, Any]:
     """What decides a stage's result: equal identities (and code) give equal bits on one machine."""
     values = dump(settings)
@@ -70,7 +78,7 @@ def run_stage(method: str, settings: Settings, place: Place, context: Context | 
         "seed": values.get("seed"),
         "threads": place.threads,
     }
-    with Run.claim(place.out, identity(method, settings, place), fresh=place.fresh, record=record) as run:
+    with Run.claim(place.out, identity(method, settings, place), fresh=place.fresh, record=record, code=code_of(method)) as run:
         if run.done:
             return _complete(run, run.stage["summary"])
         try:
@@ -88,7 +96,7 @@ def _train(method: str, settings: Settings, place: Place, context: Context, run:
     run.update(card=job.card)
     if not place.quiet:
         for note in job.notes:
-            print(note)
+            print(note, file=sys.stderr)
     artefact = run.file(job.artefact)
     if job.make:
         began = time.monotonic()
@@ -110,11 +118,28 @@ def _train(method: str, settings: Settings, place: Place, context: Context, run:
         finish=finish,
         evaluate=_look(job, context),
         evaluate_every=max(1, job.total // place.looks),
+        samples=_samples(job) if job.asks else None,
+        samples_every=max(1, job.total // place.looks),
         save_seconds=place.save_seconds,
         quiet=place.quiet,
         title=Path(place.out).name,
         command=context.command,
     )
+
+
+def _samples(job) -> Callable[[], list[dict[str, Any]]]:
+    """The greedy answers to a few prompts, for samples.jsonl."""
+    model, tokenizer = job.policy
+    ids = [render_prompt(tokenizer, ask) for ask in job.asks]
+    window = getattr(model.config, "max_position_embeddings", None) or max(map(len, ids)) + 64
+    short = [i for i, x in enumerate(ids) if len(x) + 64 <= window]
+
+    def look() -> list[dict[str, Any]]:
+        groups = sample(model, [ids[i] for i in short], sampling=Sampling(temperature=0.0, max_new=64), stop=stop_ids(tokenizer))
+        answers = [tokenizer.decode(a.tokens, skip_special_tokens=True) for (a,) in groups]
+        return [{"prompt": job.asks[i][-1].content, "answer": answer} for i, answer in zip(short, answers, strict=True)]
+
+    return look
 
 
 def _complete(run: Run, summary: dict[str, Any]) -> dict[str, Any]:

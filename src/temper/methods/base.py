@@ -8,6 +8,7 @@ from typing import Any, Literal
 from temper.config import Settings, opt
 from temper.data.packing import batch_indices, pack
 from temper.forest import Forest, Tree, plant
+from temper.records import Message
 from temper.train import State, Step
 
 
@@ -25,7 +26,6 @@ class Batching(Settings):
     batch: int = opt(32, "records per optimiser step", ge=1)
     epochs: float = opt(1.0, "passes over the records", gt=0)
     tokens_per_microbatch: int = opt(8192, "tokens computed at a time; the result does not depend on it", ge=1)
-    held_out: float = opt(0.05, "share of the records kept out of training and reported", ge=0, lt=1)
     seed: int = opt(0, "of the order of the records and of everything random", ge=0)
 
     def rows(self, records: int) -> int:
@@ -35,6 +35,12 @@ class Batching(Settings):
     def steps(self, records: int) -> int:
         """Optimiser steps in all."""
         return max(1, round(records * self.epochs / max(1, self.rows(records))))
+
+
+class Split(Settings):
+    """What is kept out of training to be measured on."""
+
+    held_out: float = opt(0.05, "share of the records kept out of training and reported", ge=0, lt=1)
 
 
 @dataclass
@@ -48,11 +54,14 @@ class Job:
     card: dict[str, Any] = field(default_factory=dict)  # records, tokens, what was dropped and why
     evaluate: Callable[[], dict[str, float]] | None = None  # on the held-out records
     policy: Any = None  # (model, tokenizer) that can be asked, where there is one
+    asks: Sequence[list[Message]] = ()  # a few prompts whose answers are written down along the way
     artefact: str = "model"  # the file or folder that `save` writes
     notes: Sequence[str] = ()  # said to the user before the first step
 
 
-def offline(trees: Sequence[Tree], batching: Batching, weigh: Callable[[Sequence[Tree]], dict[str, float]] | None = None) -> Callable[[int], list[Forest]]:
+def offline(
+    trees: Sequence[Tree], batching: Batching, weigh: Callable[[Sequence[Tree]], dict[str, float]] | None = None
+) -> Callable[[int], list[Forest]]:
     """The source of an offline method: step -> micro-batches, a pure function of (records, seed, step)."""
     sizes = [sum(len(s.tokens) for s in tree) for tree in trees]
 
@@ -64,7 +73,9 @@ def offline(trees: Sequence[Tree], batching: Batching, weigh: Callable[[Sequence
     return source
 
 
-def forests(trees: Sequence[Tree], microbatch: int, weigh: Callable[[Sequence[Tree]], dict[str, float]] | None = None) -> Iterator[tuple[list[int], Forest]]:
+def forests(
+    trees: Sequence[Tree], microbatch: int, weigh: Callable[[Sequence[Tree]], dict[str, float]] | None = None
+) -> Iterator[tuple[list[int], Forest]]:
     """All trees once, packed: (their indices, the forest). For reference log-probs, scores and held-out losses."""
     for group in pack([sum(len(s.tokens) for s in tree) for tree in trees], microbatch):
         picked = [trees[i] for i in group]

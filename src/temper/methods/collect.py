@@ -19,7 +19,11 @@ from temper.records import Pair, write_jsonl
 from temper.rollout import Sampling, sample
 from temper.runs import Run
 
-METRICS = {"pairs": "pairs of different answers", "ceiling": "E max(P, 1 - P) of the raters on them", "ties": "share of labels that are ties"}
+METRICS = {
+    "pairs": "pairs of different answers",
+    "ceiling": "E max(P, 1 - P) of the raters on them",
+    "ties": "share of labels that are ties",
+}
 EXAMPLES = """
   temper collect --model runs/sft --prompts 'world:prompts?n=4000' --out runs/comparisons
 """
@@ -72,7 +76,9 @@ def collect(s: Collect, model: Any, tokenizer: Any, progress: Callable[[int, int
         if two:
             pairs.append(raters.label(record, *two, index=i))
     if not pairs:
-        raise UserError(f"{s.prompts}: no prompt got two different answers that ended; raise --temperature, --samples-per-prompt or --max-new")
+        raise UserError(
+            f"{s.prompts}: no prompt got two different answers that ended; raise --temperature, --samples-per-prompt or --max-new"
+        )
     card = {
         "source": report.summary(),
         "prompts": len(kept),

@@ -32,7 +32,11 @@ from temper.runs import Run
 from temper.train import Optim, State, Step, fit
 from temper.world.constitution import DEFAULT, Constitution, load
 
-METRICS = {**sft.METRICS, **{f"{name}": text for name, text in preference.METRICS.items() if name != "loss"}, "phase": "1: revisions, 2: AI preferences"}
+METRICS = {
+    **sft.METRICS,
+    **{f"{name}": text for name, text in preference.METRICS.items() if name != "loss"},
+    "phase": "1: revisions, 2: AI preferences",
+}
 EXAMPLES = """
   temper constitution --model runs/sft --red-team redteam.jsonl --helpful prompts.jsonl --out runs/constitution
   temper constitution --model runs/sft --red-team redteam.jsonl --helpful prompts.jsonl --principles mine.yaml --out runs/mine
@@ -51,8 +55,10 @@ class CAI(Settings):
 
     model: str = opt(..., "the helpful model: it answers, criticises, revises and judges")
     red_team: str = opt(..., "prompts that ask for harm")
-    helpful: str = opt(..., "ordinary prompts, which keep the model from turning evasive")
-    helpful_pairs: str | None = opt(None, "human comparisons of helpfulness for the second phase; those on red-team prompts are left out")
+    helpful: str = opt(..., "ordinary prompts, which keep the model from turning evasive; those of the red team are left out")
+    helpful_pairs: str | None = opt(
+        None, "human comparisons of helpfulness for the second phase, as many as there are AI ones; those on red-team prompts are left out"
+    )
     principles: str | None = opt(None, "the constitution, a YAML file; default: the harbour's")
     revisions: int = opt(1, "rounds of critique and revision", ge=1)
     judged_by: int = opt(3, "principles drawn for each comparison", ge=1)
@@ -60,7 +66,7 @@ class CAI(Settings):
     sampling: Sampling = Sampling()
     window: Window = Window()
     phase1: Phase1 = Phase1()
-    batching: Batching = Batching(held_out=0.0)
+    batching: Batching = Batching()
     optim: Optim = Optim(lr=1e-4, schedule="cosine", warmup=0.1)
 
 
@@ -193,7 +199,9 @@ def prepare(settings: CAI, run: Run) -> Job:
         _, cut = prompt_ids(tokenizer, records, model, s.window, room=s.sampling.max_new)
         return [r.messages for i, r in enumerate(records) if i not in cut.dropped]
 
-    red_team, helpful = prompts(s.red_team), prompts(s.helpful)
+    red_team = prompts(s.red_team)
+    dangerous = {p[-1].content for p in red_team}
+    helpful = [p for p in prompts(s.helpful) if p[-1].content not in dangerous]
     revised, kept = run.file("revisions.jsonl"), run.file("helpful.jsonl")
     if not kept.exists():  # written after revisions.jsonl, so it stands for both
         write_jsonl(revised, revise(author, constitution, red_team))
@@ -201,10 +209,12 @@ def prepare(settings: CAI, run: Run) -> Job:
         write_jsonl(kept, [Chat(messages=[*p, Message(role="assistant", content=a)]) for p, (a,) in own if a])
     chats = [*read_jsonl(revised, Chat), *read_jsonl(kept, Chat)]
     if not chats:
-        raise UserError(f"{s.model}: no answer to the prompts ended within --max-new {s.sampling.max_new}; raise it, or fine-tune the model more")
+        raise UserError(
+            f"{s.model}: no answer to the prompts ended within --max-new {s.sampling.max_new}; raise it, or fine-tune the model more"
+        )
     trees, _ = chat_trees(tokenizer, chats, model, s.window, learn="last")
     first = b.model_copy(update={"epochs": s.phase1.sl_epochs}).steps(len(trees))
-    second = b.steps(len(red_team))
+    second = b.steps((2 if s.helpful_pairs else 1) * len(red_team))
 
     def phase1(resume: State | None) -> Iterator[Step]:
         optim = s.optim.model_copy(update={"lr": s.phase1.sl_lr})
@@ -221,9 +231,8 @@ def prepare(settings: CAI, run: Run) -> Job:
             write_jsonl(labelled, compare(author, judging, constitution, red_team))
         pairs = read_jsonl(labelled, Pair)
         if s.helpful_pairs:
-            dangerous = {p[-1].content for p in red_team}
             human, _ = read(s.helpful_pairs, "pairs", skip_bad=s.window.skip_bad)
-            pairs += [p for p in human if p.prompt[-1].content not in dangerous]
+            pairs += [p for p in human if p.prompt[-1].content not in dangerous][: len(pairs)]
         if not pairs:
             raise UserError(f"{s.red_team}: no prompt got two different answers that could be compared; raise --temperature or --max-new")
         pair_tree, _ = pair_trees(tokenizer, pairs, model, s.window)
@@ -241,8 +250,14 @@ def prepare(settings: CAI, run: Run) -> Job:
         total=first + second,
         steps=steps,
         save=lambda path: save(model, tokenizer, path, stop=stop_ids(tokenizer)),
-        card={"red_team": len(red_team), "helpful": len(helpful), "records": len(chats), "principles": [p.name for p in constitution.principles]},
+        card={
+            "red_team": len(red_team),
+            "helpful": len(helpful),
+            "records": len(chats),
+            "principles": [p.name for p in constitution.principles],
+        },
         policy=(model, tokenizer),
+        asks=[*red_team[:2], *helpful[:2]],
     )
 
 

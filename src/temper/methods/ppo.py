@@ -10,7 +10,6 @@ The rollouts are the data source: what they wrote down (columns) is data to the 
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from temper.config import Settings, UserError, opt
 from temper.data.packing import batch_indices, pack
 from temper.data.sources import read
-from temper.data.template import render_prompt, stop_ids
+from temper.data.template import stop_ids
 from temper.data.trees import prompt_ids
 from temper.forest import Forest, Segment, Tree, plant
 from temper.judges.reward_model import RewardModel
@@ -87,8 +86,15 @@ def settings(name: str) -> type[Settings]:
 class Rollouts:
     """The source: step -> micro-batches. Samples anew whenever the last rollout is used up; that one is part of the state."""
 
-    def __init__(self, settings: PPO, module: nn.ModuleDict, reference: Any, reward: RewardModel, prompts: Sequence[list[int]], stop: Sequence[int]):
-        self.settings, self.module, self.reference, self.reward, self.prompts, self.stop = settings, module, reference, reward, prompts, stop
+    def __init__(self, settings: PPO, module: Any, reference: Any, reward: RewardModel, prompts: Sequence[list[int]], stop: Sequence[int]):
+        self.settings, self.module, self.reference, self.reward, self.prompts, self.stop = (
+            settings,
+            module,
+            reference,
+            reward,
+            prompts,
+            stop,
+        )
         self.beta = settings.beta
         self.pending: list[list[Forest]] = []  # one list of micro-batches per minibatch
         self.last: dict[str, float] = {}
@@ -122,7 +128,8 @@ class Rollouts:
         parts = [trees[a:b] for a, b in pairwise(borders)]
         sizes = [[sum(len(seg.tokens) for seg in tree) for tree in part] for part in parts]
         pending = [
-            [plant([part[i] for i in group]) for group in pack(size, s.tokens_per_microbatch)] for part, size in zip(parts, sizes, strict=True)
+            [plant([part[i] for i in group]) for group in pack(size, s.tokens_per_microbatch)]
+            for part, size in zip(parts, sizes, strict=True)
         ]
         self._annotate([f for minibatch in pending for f in minibatch])
         if s.kl_target:
@@ -161,7 +168,8 @@ class Rollouts:
 
 def _tree(prompt: list[int], answers) -> Tree:
     children = [
-        Segment(a.tokens, [1.0] * len(a.tokens), parent=0, columns={"sampler_logp": a.logp}, labels={"ended": float(a.finish == "stop")}) for a in answers
+        Segment(a.tokens, [1.0] * len(a.tokens), parent=0, columns={"sampler_logp": a.logp}, labels={"ended": float(a.finish == "stop")})
+        for a in answers
     ]
     return [Segment(prompt, [0.0] * len(prompt), columns={"sampler_logp": [0.0] * len(prompt)}, labels={"ended": -1.0}), *children]
 
@@ -189,8 +197,8 @@ def _summary(forests, answers, advantage: Tensor, returns: Tensor, beta: float) 
     }
 
 
-def make_loss(s: PPO) -> Callable[[nn.ModuleDict, Forest], Loss]:
-    def loss(module: nn.ModuleDict, batch: Forest) -> Loss:
+def make_loss(s: PPO) -> Callable[[Any, Forest], Loss]:
+    def loss(module: Any, batch: Forest) -> Loss:
         at = batch.learned
         old, advantage, old_value, returns = (batch.columns[c][at] for c in ("old_logp", "advantage", "old_value", "returns"))
         logp = token_logp(module["policy"], batch, temperature=s.sampling.temperature)
@@ -201,7 +209,10 @@ def make_loss(s: PPO) -> Callable[[nn.ModuleDict, Forest], Loss]:
                 "policy": Term(clipped_surrogate(logp, old, advantage, low=s.clip, high=s.clip).sum(), per="tokens"),
                 "value": Term(clipped_value(value, old_value, returns, clip=s.value_clip).sum(), per="tokens", coefficient=s.value_weight),
             },
-            {"clipped": (clipped(logp.detach(), old, advantage, low=s.clip, high=s.clip).sum(), n), "approx_kl": (k3(old, logp.detach()).sum(), n)},
+            {
+                "clipped": (clipped(logp.detach(), old, advantage, low=s.clip, high=s.clip).sum(), n),
+                "approx_kl": (k3(old, logp.detach()).sum(), n),
+            },
         )
 
     return loss
@@ -210,14 +221,14 @@ def make_loss(s: PPO) -> Callable[[nn.ModuleDict, Forest], Loss]:
 def check_start(s: PPO):
     """At step 0 the ratio is 1 and the KL to the reference 0."""
 
-    def check(module: nn.ModuleDict, batches: Sequence[Forest]) -> None:
+    def check(module: Any, batches: Sequence[Forest]) -> None:
         with torch.no_grad():
             for batch in batches:
                 logp = token_logp(module["policy"], batch, temperature=s.sampling.temperature)
                 for name, what in ("old_logp", "ratio is not 1"), ("ref_logp", "policy is not the reference"):
                     gap = float((logp - batch.columns[name][batch.learned]).abs().max())
                     if gap > 1e-4:
-                        raise UserError(f"step 0: the {what}: log-probs differ by up to {gap:.2g} nats")
+                        raise AssertionError(f"the {what}: log-probs differ by up to {gap:.2g} nats")
 
     return check
 
@@ -250,7 +261,8 @@ def prepare(settings: PPO, run: Run) -> Job:
     if reward.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{s.reward}: its tokenizer is not that of {s.model}; train the reward model on this model's tokenizer")
     with torch.no_grad():
-        value.score.weight /= reward.std  # values live on the scale of the normalised scores
+        head: Any = value.score
+        head.weight /= reward.std  # values live on the scale of the normalised scores
     records, report = read(s.prompts, "prompts", skip_bad=s.window.skip_bad)
     prompts, cut = prompt_ids(tokenizer, records, policy, s.window, room=s.sampling.max_new)
     module = nn.ModuleDict({"policy": policy, "value": value})
@@ -261,4 +273,5 @@ def prepare(settings: PPO, run: Run) -> Job:
         save=lambda path: save(policy, tokenizer, path, stop=stop_ids(tokenizer)),
         card={"source": report.summary(), "prompts": len(prompts), "cut": cut.summary()},
         policy=(policy, tokenizer),
+        asks=[r.messages for r in records[:4]],
     )

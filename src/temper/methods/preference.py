@@ -7,22 +7,21 @@ then data. Deviation: AdamW where the paper used RMSprop.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from temper.config import Settings, UserError, opt
+from temper.config import Settings, opt
 from temper.data.sources import read
 from temper.data.split import split
-from temper.data.template import attach_default_template, stop_ids
+from temper.data.template import stop_ids
 from temper.data.trees import pair_trees
 from temper.forest import Forest, Tree, per_segment
 from temper.losses.preference import RULES, Pairs
-from temper.methods.base import Batching, Job, Window, forests, offline
+from temper.methods.base import Batching, Job, Split, Window, forests, offline
 from temper.methods.reward import count_pairs, ends
 from temper.models.heads import token_logp
-from temper.models.load import load_policy, resize, save
+from temper.models.load import load_policy, save
 from temper.runs import Run
 from temper.train import Loss, Optim, State, Step, Term, fit
 
@@ -48,6 +47,7 @@ class DPO(Settings):
     beta: float = opt(0.1, "pull to the reference", gt=0)
     label_smoothing: float = opt(0.0, "share of labels believed flipped (cDPO)", ge=0, lt=0.5)
     window: Window = Window()
+    split: Split = Split()
     batching: Batching = Batching(batch=64)
     optim: Optim = Optim(lr=1e-4, schedule="cosine", warmup=0.1)
 
@@ -68,7 +68,7 @@ def with_reference(model, trees: Sequence[Tree], microbatch: int) -> None:
         for index, forest in forests(trees, microbatch, count_pairs):
             logp = answer_logp(model, forest).tolist()
             for segment, value in zip((s for i in index for s in trees[i]), logp, strict=True):
-                segment.labels["ref_logp"] = value
+                segment.labels = {**segment.labels, "ref_logp": value}
 
 
 def make_loss(rule):
@@ -95,7 +95,7 @@ def check_reference(model, batches: Sequence[Forest]) -> None:
     with torch.no_grad():
         gap = max(float((answer_logp(model, b) - b.columns["ref_logp"]).abs().max()) for b in batches)
     if gap > 1e-3:
-        raise UserError(f"step 0: policy and reference differ by {gap:.2g} nats on an answer; they must be the same model")
+        raise AssertionError(f"policy and reference differ by {gap:.2g} nats on an answer; they must be the same model")
 
 
 def train_on(model, trees, name: str, how: dict, b: Batching, optim: Optim, steps: int, resume: State | None = None) -> Iterator[Step]:
@@ -112,12 +112,10 @@ def train(settings: DPO, model, trees, resume: State | None = None) -> Iterator[
 def prepare(settings: DPO, run: Run) -> Job:
     b = settings.batching
     model, tokenizer = load_policy(settings.model)
-    if attach_default_template(tokenizer):
-        resize(model, tokenizer)
     records, report = read(settings.data, "pairs", skip_bad=settings.window.skip_bad)
-    kept, out = split(records, b.held_out, b.seed)
+    kept, out = split(records, settings.split.held_out, b.seed)
     trees, cut = pair_trees(tokenizer, kept, model, settings.window)
-    tests, _ = pair_trees(tokenizer, out, model, settings.window)
+    tests, test_cut = pair_trees(tokenizer, out, model, settings.window)
     with_reference(model, [*trees, *tests], b.tokens_per_microbatch)
 
     def held_out() -> dict[str, float]:
@@ -139,7 +137,9 @@ def prepare(settings: DPO, run: Run) -> Job:
             "held_out": len(tests),
             "tokens": sum(len(s.tokens) for t in trees for s in t),
             "cut": cut.summary(),
+            "cut_held_out": test_cut.summary() if out else "",
         },
         evaluate=held_out if tests else None,
         policy=(model, tokenizer),
+        asks=[pair.prompt for pair in out[:4]],
     )

@@ -5,18 +5,15 @@ no attention across documents. The first token of a document is read, not predic
 """
 
 from collections.abc import Iterator
-from pathlib import Path
-
-import torch
 
 from temper.config import Settings, opt
 from temper.data.sources import read
+from temper.data.split import split
 from temper.data.trees import limit_of, text_trees
-from temper.methods.base import Batching, Job, Window, offline
+from temper.methods.base import Batching, Job, Split, offline
 from temper.methods.sft import held_out_loss, lm_loss
 from temper.models.load import Size, new_model, save
 from temper.models.tokenizer import train_tokenizer
-from temper.data.split import split
 from temper.runs import Run
 from temper.train import Optim, State, Step, fit
 
@@ -36,9 +33,11 @@ class Pretrain(Settings):
     data: str = opt(..., "plain text: a file, a folder, or world:documents")
     vocab: int = opt(1536, "entries of the byte-level BPE", ge=300)
     size: Size = Size()
-    window: Window = Window()
-    batching: Batching = Batching(batch=64, held_out=0.01)
-    optim: Optim = Optim(lr=3e-3, schedule="cosine", warmup=0.05)
+    max_length: int | None = opt(None, "tokens of a window; default: the model's context", ge=2)
+    skip_bad: bool = opt(False, "leave out rows that cannot be read, and list them")
+    split: Split = Split(held_out=0.01)
+    batching: Batching = Batching(batch=8)
+    optim: Optim = Optim(lr=3e-3, schedule="cosine", warmup=0.05, beta2=0.99)
 
 
 def settings(name: str) -> type[Settings]:
@@ -52,10 +51,10 @@ def train(settings: Pretrain, model, trees, resume: State | None = None) -> Iter
 
 def prepare(settings: Pretrain, run: Run) -> Job:
     """Read the text, train the tokenizer, cut documents that are longer than the window into windows."""
-    records, report = read(settings.data, "text", skip_bad=settings.window.skip_bad)
-    kept, out = split(records, settings.batching.held_out, settings.batching.seed)
+    records, report = read(settings.data, "text", skip_bad=settings.skip_bad)
+    kept, out = split(records, settings.split.held_out, settings.batching.seed)
     tokenizer = train_tokenizer((r.text for r in kept), settings.vocab, context=settings.size.context)
-    context, _ = limit_of(settings.size.context, settings.window.max_length)
+    context = limit_of(settings.size.context, settings.max_length)[0] or settings.size.context
     trees, cut = text_trees(tokenizer, kept, context)
     tests, _ = text_trees(tokenizer, out, context)
     model = new_model(settings.size, len(tokenizer), tokenizer, seed=settings.batching.seed)

@@ -18,7 +18,7 @@ from temper.data.trees import pair_trees
 from temper.forest import Forest, Tree
 from temper.judges.reward_model import remember_scale
 from temper.losses.reward import bradley_terry
-from temper.methods.base import Batching, Job, Window, forests, offline
+from temper.methods.base import Batching, Job, Split, Window, forests, offline
 from temper.models.heads import scalar
 from temper.models.load import load_scalar, save
 from temper.runs import Run
@@ -44,6 +44,7 @@ class Reward(Settings):
     data: str = opt(..., "pairs: chosen/rejected, HH dialogues, or the pairs of `temper collect`")
     centring: float = opt(0.01, "weight of (r_chosen + r_rejected)^2, which fixes the free constant", ge=0)
     window: Window = Window()
+    split: Split = Split()
     batching: Batching = Batching(batch=64)
     optim: Optim = Optim(lr=1e-3, schedule="cosine", warmup=0.05)
 
@@ -99,7 +100,13 @@ def held_out(model, trees: Sequence[Tree], records, microbatch: int) -> dict[str
 def train(settings: Reward, model, trees, resume: State | None = None) -> Iterator[Step]:
     b = settings.batching
     return fit(
-        model, offline(trees, b, count_pairs), make_loss(settings.centring), steps=b.steps(len(trees)), optim=settings.optim, seed=b.seed, resume=resume
+        model,
+        offline(trees, b, count_pairs),
+        make_loss(settings.centring),
+        steps=b.steps(len(trees)),
+        optim=settings.optim,
+        seed=b.seed,
+        resume=resume,
     )
 
 
@@ -107,7 +114,7 @@ def prepare(settings: Reward, run: Run) -> Job:
     b = settings.batching
     model, tokenizer = load_scalar(settings.model, seed=b.seed)
     records, report = read(settings.data, "pairs", skip_bad=settings.window.skip_bad)
-    kept, out = split(records, b.held_out, b.seed)
+    kept, out = split(records, settings.split.held_out, b.seed)
     trees, cut = pair_trees(tokenizer, kept, model, settings.window)
     tests, test_cut = pair_trees(tokenizer, out, model, settings.window)
     tested = [r for i, r in enumerate(out) if i not in test_cut.dropped]
@@ -126,6 +133,7 @@ def prepare(settings: Reward, run: Run) -> Job:
             "held_out": len(tests),
             "tokens": sum(len(s.tokens) for t in trees for s in t),
             "cut": cut.summary(),
+            "cut_held_out": test_cut.summary() if out else "",
         },
         evaluate=(lambda: held_out(model, tests, tested, b.tokens_per_microbatch)) if tests else None,
     )

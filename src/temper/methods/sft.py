@@ -5,7 +5,6 @@ m is 1 on the assistant's tokens, 0 on everything else.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,7 +15,7 @@ from temper.data.split import split
 from temper.data.template import attach_default_template, stop_ids
 from temper.data.trees import chat_trees
 from temper.forest import Forest, Tree
-from temper.methods.base import Batching, Job, Window, forests, offline
+from temper.methods.base import Batching, Job, Split, Window, forests, offline
 from temper.models.heads import weighted_nll
 from temper.models.load import load_policy, resize, save
 from temper.runs import Run
@@ -39,6 +38,7 @@ class SFT(Settings):
     data: str = opt(..., "demonstrations: messages, prompt/completion, Alpaca, or world:demonstrations")
     learn: Literal["all", "last"] = opt("all", "learn every assistant turn, or only the last")
     window: Window = Window()
+    split: Split = Split()
     batching: Batching = Batching()
     optim: Optim = Optim(lr=3e-4, schedule="cosine", warmup=0.1)
 
@@ -73,9 +73,9 @@ def prepare(settings: SFT, run: Run) -> Job:
     if attach_default_template(tokenizer):
         resize(model, tokenizer)
     records, report = read(settings.data, "chat", skip_bad=settings.window.skip_bad)
-    kept, out = split(records, settings.batching.held_out, settings.batching.seed)
+    kept, out = split(records, settings.split.held_out, settings.batching.seed)
     trees, cut = chat_trees(tokenizer, kept, model, settings.window, learn=settings.learn)
-    tests, _ = chat_trees(tokenizer, out, model, settings.window, learn=settings.learn)
+    tests, test_cut = chat_trees(tokenizer, out, model, settings.window, learn=settings.learn)
     return Job(
         total=settings.batching.steps(len(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
@@ -85,9 +85,11 @@ def prepare(settings: SFT, run: Run) -> Job:
             "records": len(trees),
             "held_out": len(tests),
             "tokens": sum(len(s.tokens) for t in trees for s in t),
-            "learned_tokens": sum(sum(w > 0 for w in s.target) for t in trees for s in t),
+            "learned_tokens": sum(sum(map(bool, s.target or ())) for t in trees for s in t),
             "cut": cut.summary(),
+            "cut_held_out": test_cut.summary() if out else "",
         },
         evaluate=(lambda: {"held_out_loss": held_out_loss(model, tests, settings.batching.tokens_per_microbatch)}) if tests else None,
         policy=(model, tokenizer),
+        asks=[chat.messages[:-1] for chat in out[:4] if chat.messages[-1].role == "assistant"],
     )

@@ -173,6 +173,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
             if file.is_file():
                 with open(file, "rb+") as handle:
                     os.fsync(handle.fileno())
+                file.chmod(0o644)  # safetensors writes for its owner alone
         aside.chmod(0o755)
         _sync(aside)
         if folder.exists():

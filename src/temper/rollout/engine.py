@@ -147,7 +147,9 @@ def _cache(model: Any, room: int) -> DynamicCache:
 def _uniforms(seed: Sequence[int], prompts: Sequence[int], n: int, length: int) -> Tensor:
     """[prompts * n, length] numbers in [0, 1), each row from its own key."""
     rows = [
-        np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, p, k]))).random(length, dtype=np.float32)  # rounded later it may be 1
+        np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, p, k]))).random(
+            length, dtype=np.float32
+        )  # rounded later it may be 1
         for p in prompts
         for k in range(n)
     ]
@@ -166,7 +168,9 @@ def _decode(model, prompts, index, n, sampling: Sampling, stop, seed) -> list[li
     ids, mask, lengths = ids.to(device), mask.to(device), lengths.to(device)
     position = (mask[:, :longest].cumsum(-1) - 1).clamp(min=0)
     cache = _cache(model, sampling.max_new)
-    out = model(input_ids=ids, attention_mask=mask[:, :longest], position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out = model(
+        input_ids=ids, attention_mask=mask[:, :longest], position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
     logits = out.logits[:, -1].float().repeat_interleave(n, 0)
     cache.batch_repeat_interleave(n)
     mask, lengths = mask.repeat_interleave(n, 0), lengths.repeat_interleave(n, 0)

@@ -30,6 +30,8 @@ ENOUGH = 10  # before so many it lets everything pass
 class TrainingError(UserError):
     """Training cannot go on: a loss or gradient that is no number, or a check before the first update that failed."""
 
+    code = 1
+
 
 class Term(NamedTuple):
     """A part of the loss: a sum, and the name of the weight (in `forest.weights`) that divides it."""

@@ -20,11 +20,11 @@ from temper.world.town import town
 Slots = dict[str, Any]
 
 # Arithmetic: what makes it hard. Steps and their weights, the first number, the change per step; all totals stay between LEAST and MOST.
-STEPS = {1: 0.4, 2: 0.4, 3: 0.2}
-START = (2, 9)
-CHANGE = (1, 4)
+STEPS = {1: 0.25, 2: 0.4, 3: 0.35}
+START = (2, 14)
+CHANGE = (1, 7)
 LEAST = 2  # no "1 eggs"
-MOST = 14
+MOST = 22
 
 SAME = 0.5  # share of comparisons whose answer is yes
 WRONG_BELIEF = 0.6  # share of stated beliefs that are wrong
