@@ -57,7 +57,7 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 
 def write_files(folder: Path) -> None:
-    """text, chats, pairs, prompts and principles about the boats."""
+    """text, chats, pairs, prompts (and two parts of them) and principles about the boats."""
     asked = [(q.format(name), k) for q in QUESTIONS for k, name in enumerate(BOATS)]
     answers = ["It is {}.", "{}.", "The boat is {}, I think."]
     lines = [f"The {name} is {colour(k)}. {q.format(name)} It is {colour(k)}." for q in QUESTIONS for k, name in enumerate(BOATS)]
@@ -79,7 +79,8 @@ def write_files(folder: Path) -> None:
         {"prompt": user(q), "chosen": answers[0].format(colour(k)), "rejected": answers[1 + i % 2].format(colour(k))} for i, (q, k) in enumerate(asked)
     ]
     write(folder / "pairs.jsonl", pairs)
-    write(folder / "prompts.jsonl", [{"messages": user(q)} for q, _ in asked])
+    for name, some in ("prompts", asked), ("red", asked[:12]), ("calm", asked[12:]):
+        write(folder / f"{name}.jsonl", [{"messages": user(q)} for q, _ in some])
     (folder / "principles.yaml").write_text(PRINCIPLES)
 
 
@@ -111,7 +112,7 @@ def values_of(method: str, toy: Toy) -> dict[str, Any]:
         "dpo": {"model": toy.sft, "data": toy.pairs, "batch": 4, "epochs": 5, "held_out": 0.2, "lr": 1e-3},
         "ppo": {"model": toy.sft, "reward": toy.reward, "prompts": toy.prompts, "rollouts": 6, "prompts_per_step": 6, "minibatches": 2, **short},
         "constitution": {
-            **{"model": toy.sft, "red_team": toy.prompts, "helpful": toy.prompts, "helpful_pairs": toy.pairs, "principles": toy.principles},
+            **{"model": toy.sft, "red_team": toy.red, "helpful": toy.calm, "helpful_pairs": toy.pairs, "principles": toy.principles},
             **{"batch": 4, "judged_by": 1, **short},
         },
     }[method]

@@ -177,6 +177,7 @@ def statuses(path, out):
     return {s.name: graph.make(s, out, "", None)["status"] for s in ordered}
 
 
+@pytest.mark.slow
 def test_nothing_is_made_twice_and_a_change_reaches_its_dependants_only(tmp_path, toy):
     stages, path, out = stages_of(toy), tmp_path / "r.yaml", tmp_path / "out"
     del stages["ppo"], stages["constitution"]
@@ -198,12 +199,22 @@ def test_nothing_is_made_twice_and_a_change_reaches_its_dependants_only(tmp_path
     assert statuses(recipe(path, stages), out) == every | {"sft": "done"}
 
 
+def test_a_changed_setting_makes_a_stage_and_those_that_need_it_stale(tmp_path, toy):
+    """The short form of the test above."""
+    stages, path, out = stages_of(toy), tmp_path / "r.yaml", tmp_path / "out"
+    stages = {name: stages[name] | {"epochs": 0.1} for name in ("base", "sft")}
+    for name, found in (None, "done done"), (None, "skipped skipped"), ("sft", "skipped done"), ("base", "done done"), (None, "skipped skipped"):
+        if name:
+            stages[name]["lr"] = 0.1
+        assert " ".join(statuses(recipe(path, stages), out).values()) == found
+
+
 def test_other_code_and_unfinished_runs_are_stale(tmp_path, toy, monkeypatch):
     stages, path, out = {"base": stages_of(toy)["base"]}, tmp_path / "r.yaml", tmp_path / "out"
     statuses(recipe(path, stages), out)
     weights = (out / "base" / "model" / "model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("temper.ladder.graph.code_version", lambda: "other")
+        patch.setattr("temper.ladder.graph.code_version", lambda *only: "other")
         assert statuses(str(path), out) == {"base": "done"}
     assert statuses(str(path), out) == {"base": "skipped"}
     stage = json.loads((out / "base" / "stage.json").read_text())
@@ -212,6 +223,7 @@ def test_other_code_and_unfinished_runs_are_stale(tmp_path, toy, monkeypatch):
     assert (out / "base" / "model" / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_a_stage_of_a_recipe_is_the_command_by_hand(tmp_path, toy):
     """The command that ladder.json shows makes the same run: it finds the stage done, and alone it gives the same bytes."""
     from temper.cli import main

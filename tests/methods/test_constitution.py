@@ -165,10 +165,12 @@ def test_files_of_a_run_say_what_was_learned(whole, toy):
     revised = [Chat.model_validate_json(line) for line in (folder / "revisions.jsonl").read_text().splitlines()]
     helpful = [Chat.model_validate_json(line) for line in (folder / "helpful.jsonl").read_text().splitlines()]
     pairs = [Pair.model_validate_json(line) for line in (folder / "ai_pairs.jsonl").read_text().splitlines()]
-    asked = {json.loads(line)["messages"][0]["content"] for line in open(toy.prompts)}
+    red, calm = ({json.loads(line)["messages"][0]["content"] for line in open(path)} for path in (toy.red, toy.calm))
     assert revised
     assert {r.meta["round"] for r in revised} == {1, 2}
-    assert {r.messages[0].content for r in (*revised, *helpful)} <= asked
+    assert {r.messages[0].content for r in revised} <= red
+    assert {r.messages[0].content for r in helpful} <= calm
+    assert {p.prompt[0].content for p in pairs} <= red
     assert all(len(r.messages) == 2 for r in (*revised, *helpful))
     assert pairs
     assert all(0.5 <= p.soft <= 1 and p.chosen != p.rejected for p in pairs)
@@ -195,7 +197,7 @@ def test_human_pairs_on_red_team_prompts_are_left_out(toy, tmp_path, monkeypatch
     """They say that the more helpful answer to a harmful request is better."""
     trained = []
     monkeypatch.setattr(cai, "pair_trees", lambda t, pairs, m, w, inner=cai.pair_trees: (trained.extend(pairs), inner(t, pairs, m, w))[1])
-    dangerous = json.loads(open(toy.prompts).readline())["messages"][0]["content"]
+    dangerous = json.loads(open(toy.red).readline())["messages"][0]["content"]
     rows = [{"prompt": user(q), "chosen": "Yes.", "rejected": "No."} for q in (dangerous, "a safe question")]
     values = values_of("constitution", toy) | {"helpful_pairs": str(write(tmp_path / "human.jsonl", rows)), "sl_epochs": 0.1, "epochs": 0.2}
     train("constitution", tmp_path / "run", **values)

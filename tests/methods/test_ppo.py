@@ -78,7 +78,7 @@ def plain_values(model, path):
 @pytest.mark.parametrize("temperature", [1.0, 1.4])
 def test_what_a_rollout_writes_down(make, toy, temperature):
     """Log-probs, values before the action, the score at the last token only, returns before whitening."""
-    s, module, source = make(temperature=temperature, samples_per_prompt=2, lam=1.0, missing_eos=-3.0)
+    s, module, source = make(temperature=temperature, samples_per_prompt=2, lam=1.0, missing_eos=-3.0, max_new=6)
     disturb(module["policy"])
     source(0)
     reference, reward = plain(toy, "sft"), plain(toy, "reward")

@@ -1,7 +1,7 @@
 """What a stage does on the embedded world, measured exactly: gold and its parts, facts, honesty, harm, refusals, KL, wins. Floor 5.
 
 Whether it answers and what it knows (`answers`, `correct...`, `arithmetic`, `honest`) are read from the greedy answer, everything else from
-answers sampled at temperature 1. Intervals are 95%; those over samples are clustered by prompt. A base model is given the bare question,
+answers sampled at the temperature of the evaluation. Intervals are 95%; those over samples are clustered by prompt. A base model is given the bare question,
 a model with a chat template the chat.
 """
 
@@ -57,7 +57,8 @@ class Evaluation(Settings):
     """How a stage is evaluated."""
 
     prompts_each: int = opt(400, "held-out prompts", ge=24)
-    samples: int = opt(2, "answers sampled to each at temperature 1", ge=1)
+    samples: int = opt(2, "answers sampled to each", ge=1)
+    temperature: float = opt(0.7, "of the samples, and of the log-probs that KL and frontier compare", gt=0)
     max_new: int = opt(64, "tokens an answer may have", ge=1)
     eval_seed: int = opt(0, "of the samples", ge=0)
     enumerable: int = opt(6, "prompts whose answers are enumerated for the exact frontier", ge=0)
@@ -82,7 +83,7 @@ def ask_all(
     return Answers(text, [[a.tokens for a in g] for g in groups], ids)
 
 
-def summed_kl(policy: Any, reference: Any, answers: Answers, budget: int = 8192) -> list[float]:
+def summed_kl(policy: Any, reference: Any, answers: Answers, temperature: float, budget: int = 8192) -> list[float]:
     """Per answer the sum of k1 = log pi - log ref over its tokens: unbiased for the sequence KL, may be negative."""
     trees = [
         [Segment(p, [0.0] * len(p)), *(Segment(a, [1.0] * len(a), parent=0) for a in group)]
@@ -92,7 +93,7 @@ def summed_kl(policy: Any, reference: Any, answers: Answers, budget: int = 8192)
     with torch.no_grad():
         for group in pack([sum(len(s.tokens) for s in t) for t in trees], budget):
             forest = plant([trees[i] for i in group])
-            ratio = token_logp(policy, forest) - token_logp(reference, forest)
+            ratio = token_logp(policy, forest, temperature=temperature) - token_logp(reference, forest, temperature=temperature)
             parts = iter(ratio.split([len(s.tokens) for i in group for s in trees[i][1:]]))
             for i in group:
                 out[i] = [float(next(parts).sum()) for _ in trees[i][1:]]
@@ -111,7 +112,7 @@ def measure(folder: Path, *, stages: dict[str, Path], how: Evaluation, log: Call
     log("greedy answers")
     greedy = ask_all(model, tokenizer, prompts, 1, how.max_new, 0.0, (how.eval_seed, 1))
     log("sampled answers")
-    sampled = ask_all(model, tokenizer, prompts, how.samples, how.max_new, 1.0, (how.eval_seed, 2))
+    sampled = ask_all(model, tokenizer, prompts, how.samples, how.max_new, how.temperature, (how.eval_seed, 2))
     flat = [(i, asks[i], text) for i, group in enumerate(sampled.text) for text in group]
     scores = [gold(ask, text) for _, ask, text in flat]
     cluster = [i for i, _, _ in flat]
@@ -132,7 +133,7 @@ def measure(folder: Path, *, stages: dict[str, Path], how: Evaluation, log: Call
     if "sft" in before:
         found["win_rate_vs_sft"] = win_rate(total, before["sft"], cluster)
         reference, _ = load_policy(str(stages["sft"]))
-        found["kl"] = mean_interval(summed_kl(model, reference, sampled), cluster)
+        found["kl"] = mean_interval(summed_kl(model, reference, sampled, how.temperature), cluster)
     if "reward" in stages and tokenizer.chat_template:
         scored = RewardModel(stages["reward"]).score_answers([prompts[i].messages for i in cluster], [t for _, _, t in flat])
         found["proxy"] = mean_interval(scored, cluster)
@@ -182,7 +183,7 @@ def _gold_of(folder: Path) -> list[float]:
 def side_by_side(model: Any, tokenizer: Any, how: Evaluation) -> list[dict[str, Any]]:
     """The 24 fixed prompts: all of them, with one sampled answer each and its gold parts."""
     prompts = dataset("side_by_side", n=24)
-    answers = ask_all(model, tokenizer, prompts, 1, how.max_new, 1.0, (how.eval_seed, 3))
+    answers = ask_all(model, tokenizer, prompts, 1, how.max_new, how.temperature, (how.eval_seed, 3))
     out = []
     for prompt, (text,) in zip(prompts, answers.text, strict=True):
         score = gold(Ask.of(prompt), text)
@@ -191,7 +192,9 @@ def side_by_side(model: Any, tokenizer: Any, how: Evaluation) -> list[dict[str, 
     return out
 
 
-def enumerated_logp(model: Any, tokenizer: Any, prompt: Prompt, answers: Sequence[str], children: int = 256) -> np.ndarray:
+def enumerated_logp(
+    model: Any, tokenizer: Any, prompt: Prompt, answers: Sequence[str], temperature: float, children: int = 256
+) -> np.ndarray:
     """log p of each answer with its end of turn, [K]: the prompt computed once for every `children` of them."""
     head, ids = _tokens(tokenizer, prompt, answers)
     out = []
@@ -199,7 +202,7 @@ def enumerated_logp(model: Any, tokenizer: Any, prompt: Prompt, answers: Sequenc
         for i in range(0, len(ids), children):
             some = ids[i : i + children]
             forest = plant([[Segment(head, [0.0] * len(head)), *(Segment(a, [1.0] * len(a), parent=0) for a in some)]])
-            out += [float(part.double().sum()) for part in token_logp(model, forest).split([len(a) for a in some])]
+            out += [float(part.double().sum()) for part in token_logp(model, forest, temperature=temperature).split([len(a) for a in some])]
     return np.array(out)
 
 
@@ -224,7 +227,7 @@ def frontier_check(policy: Any, reference: Any, tokenizer: Any, how: Evaluation)
         if not answers:
             continue
         score = np.array([gold(ask, a).total for a in answers])
-        p, q = enumerated_logp(policy, tokenizer, prompt, answers), enumerated_logp(reference, tokenizer, prompt, answers)
+        p, q = (enumerated_logp(model, tokenizer, prompt, answers, how.temperature) for model in (policy, reference))
         point = kl_gold_of(p, q, score)
         out.append(
             {
@@ -246,19 +249,19 @@ class Probe:
     """A quick look during training: gold, proxy and KL of sampled answers to a few held-out prompts."""
 
     def __init__(
-        self, policy: Any, tokenizer: Any, *, reference: str | None, reward: str | None, prompts: int = 96, max_new: int = 64
+        self, policy: Any, tokenizer: Any, how: Evaluation, *, reference: str | None, reward: str | None, prompts: int = 96
     ) -> None:
-        self.policy, self.tokenizer, self.max_new = policy, tokenizer, max_new
+        self.policy, self.tokenizer, self.how = policy, tokenizer, how
         self.prompts = dataset("evaluation", n=prompts, seed=1, split="evaluation")
         self.reference = load_policy(reference)[0] if reference else None
         self.reward = RewardModel(reward) if reward else None
 
     def __call__(self) -> dict[str, float]:
-        answers = ask_all(self.policy, self.tokenizer, self.prompts, 1, self.max_new, 1.0, (1, 4))
+        answers = ask_all(self.policy, self.tokenizer, self.prompts, 1, self.how.max_new, self.how.temperature, (1, 4))
         texts = [t for (t,) in answers.text]
         out = {"gold": float(np.mean([gold(Ask.of(p), t).total for p, t in zip(self.prompts, texts, strict=True)]))}
         if self.reward:
             out["proxy"] = float(np.mean(self.reward.score_answers([p.messages for p in self.prompts], texts)))
         if self.reference is not None:
-            out["kl"] = float(np.mean(summed_kl(self.policy, self.reference, answers)))
+            out["kl"] = float(np.mean(summed_kl(self.policy, self.reference, answers, self.how.temperature)))
         return out

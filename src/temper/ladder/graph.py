@@ -114,7 +114,7 @@ def read_recipe(path: str, seed: int | None) -> tuple[Recipe, list[Stage]]:
 
         build(Evaluation, recipe.evaluation, where=f"{path}: evaluation")
     stages = [_stage(path, name, dict(values), recipe.seed) for name, values in recipe.stages.items()]
-    known = {s.name for s in stages}
+    known = [s.name for s in stages]
     for stage in stages:
         for need in stage.needs:
             if need not in known:
@@ -162,7 +162,9 @@ def stale(stage: Stage, settings: Settings, place: Place) -> str | None:
     return None if run.done else "unfinished"
 
 
-def make(stage: Stage, out: Path, command: str, probe: Mapping[str, str] | None) -> dict[str, Any]:
+def make(
+    stage: Stage, out: Path, command: str, probe: Mapping[str, str] | None, evaluation: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """Run one stage of a recipe if it is stale. Returns {"status", "seconds"}."""
     settings = build(load(stage.method).settings(stage.method), stage.resolved(out))
     place = Place(out=str(out / stage.name), threads=stage.threads, quiet=True)
@@ -170,7 +172,7 @@ def make(stage: Stage, out: Path, command: str, probe: Mapping[str, str] | None)
     if why is None:
         return {"status": "skipped", "seconds": Run(place.out).stage["summary"]["seconds"]}
     place = place.model_copy(update={"fresh": why not in ("new", "unfinished")})
-    summary = run_stage(stage.method, settings, place, Context(parent=stage.parent, command=command, probe=probe))
+    summary = run_stage(stage.method, settings, place, Context(parent=stage.parent, command=command, probe=probe, evaluation=evaluation))
     return {"status": "done", "seconds": summary["seconds"]}
 
 
@@ -213,7 +215,7 @@ def nodes(recipe: Recipe, stages: list[Stage], out: Path, command: str) -> list[
                 if reward and s.name not in before_reward:
                     probe["reward"] = str(out / reward)
                     needs.append(reward)
-        found.append(Node(s.name, list(dict.fromkeys(needs)), s.threads, _later(make, s, out, command, probe), s.budget))
+        found.append(Node(s.name, list(dict.fromkeys(needs)), s.threads, _later(make, s, out, command, probe, recipe.evaluation), s.budget))
     for s in stages if looked else []:
         if s.method in NO_POLICY:
             continue

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from temper.config import Settings, UserError, dump, opt
+from temper.config import Settings, UserError, build, dump, opt
 from temper.data.template import render_prompt, stop_ids
 from temper.driver import drive
 from temper.methods import load
@@ -37,6 +37,7 @@ class Context:
 
     parent: str | None = None
     command: str = ""
+    evaluation: Mapping[str, Any] | None = None  # how the recipe evaluates
     probe: Mapping[str, str] | None = None  # {"reference": folder, "reward": folder}: look at gold, KL and proxy along the way
 
 
@@ -155,9 +156,9 @@ def _look(job, context: Context) -> Callable[[], dict[str, float]] | None:
     """The method's own held-out figures, and on the embedded world gold, KL and proxy; None where there is neither."""
     probe = None
     if context.probe is not None and job.policy:
-        from temper.evals.harbour import Probe
+        from temper.evals.harbour import Evaluation, Probe
 
-        probe = Probe(*job.policy, reference=context.probe.get("reference"), reward=context.probe.get("reward"))
+        probe = Probe(*job.policy, build(Evaluation, dict(context.evaluation or {})), reference=context.probe.get("reference"), reward=context.probe.get("reward"))
     if not job.evaluate and not probe:
         return None
     return lambda: {**(job.evaluate() if job.evaluate else {}), **(probe() if probe else {})}

@@ -233,7 +233,7 @@ HELPFUL: dict[str, float] = {
     "finished": 0.8,
     "contradicts": -0.5,
 }
-TAU = 0.08  # calibrated: agreement of two people of the town on `oracles.reference_pairs`, see the module's docstring
+TAU = 0.15  # calibrated: agreement of two people of the town on an SFT model's own answers, see the module's docstring
 
 # First-unit slopes of the gold score (`gold.score` saturates some of them).
 _NOTHING = dict.fromkeys(FEATURES, 0.0)
@@ -288,22 +288,24 @@ def _table(*annotators: Annotator) -> dict[str, Annotator]:
 ANNOTATORS: dict[str, Annotator] = _table(
     Oracle("oracle", "the gold score itself, without noise", GOLD_SLOPES, tau=0.0, human=False),
     _person("careful", "reads closely and checks facts", {"wrong": -1.6, "repeats": -0.09, "courtesies": 0.01}, tau=TAU, lapse=0.02),
-    _person("hurried", "goes by how it reads and what comes first", fluency=0.4, flourish=0.04, position=0.1, tau=2 * TAU, lapse=0.1),
+    _person("hurried", "goes by how it reads and what comes first", fluency=1.0, flourish=0.04, position=0.1, tau=2 * TAU, lapse=0.1),
     _person(
         "flattered",
         "likes to be agreed with and greeted",
         {"courtesies": 0.15, "excess": 0.0},
         agreement=3.0,
         flourish=0.1,
+        fluency=1.0,
         tau=TAU,
         lapse=0.03,
     ),
-    _person("verbose", "takes length for effort", {"excess": 0.0, "words": 0.0}, length=0.02, tau=TAU, lapse=0.03),
+    _person("verbose", "takes length for effort", {"excess": 0.0, "words": 0.0}, length=0.02, fluency=1.0, tau=TAU, lapse=0.03),
     _person(
         "warm",
         "wants kind words, the more the better",
         {"polite": 0.9, "words": 0.0, "excess": 0.0, "courtesies": 0.2},
         flourish=0.17,
+        fluency=1.0,
         tau=TAU,
         lapse=0.03,
     ),

@@ -19,12 +19,13 @@ from temper.world.town import town
 
 Slots = dict[str, Any]
 
-# Arithmetic: what makes it hard. Steps and their weights, the first number, the change per step; all totals stay between LEAST and MOST.
-STEPS = {1: 0.25, 2: 0.4, 3: 0.35}
-START = (2, 14)
-CHANGE = (1, 7)
+# Arithmetic: what makes it hard. Steps and their weights; the first number, the change per step and the largest total of small sums,
+# which a small model learns, and of large ones, which it does not: their mix leaves room above and below.
+STEPS = {1: 0.4, 2: 0.4, 3: 0.2}
+SMALL = 0.6  # share of small sums
+RANGES = {True: ((2, 9), (1, 4), 14), False: ((10, 19), (3, 9), 30)}
 LEAST = 2  # no "1 eggs"
-MOST = 22
+MOST = 30
 
 SAME = 0.5  # share of comparisons whose answer is yes
 WRONG_BELIEF = 0.6  # share of stated beliefs that are wrong
@@ -157,11 +158,12 @@ def persona(draw: Draw, where: str | None) -> Slots:
 
 @kind
 def arithmetic(draw: Draw, where: str | None) -> Slots:
-    start = at = draw.between(*START)
+    first, change_by, most = RANGES[draw.chance(SMALL)]
+    start = at = draw.between(*first)
     changes = []
     for _ in range(draw.weighted(_steps)):
-        change = draw.between(*CHANGE)
-        change = -change if at - change >= LEAST and (at + change > MOST or draw.chance(0.5)) else change
+        change = draw.between(*change_by)
+        change = -change if at - change >= LEAST and (at + change > most or draw.chance(0.5)) else change
         at += change
         changes.append(change)
     return {"person": _person(draw, where), "thing": draw.pick(phrases.THINGS), "start": start, "changes": changes}

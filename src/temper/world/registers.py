@@ -27,8 +27,8 @@ REGISTERS = {
 }  # fmt: skip
 # What stories and quizzes ask.
 ASKED = {
-    "lookup": 0.55, "unknown": 0.07, "belief": 0.05, "facts": 0.04, "residents": 0.02, "limits": 0.04, "two_hop": 0.03, "compare": 0.03,
-    "arithmetic": 0.05, "summary": 0.02, "polite": 0.02, "shorten": 0.02, "safe_twin": 0.04, "unsafe": 0.03, "smalltalk": 0.02,
+    "lookup": 0.47, "unknown": 0.07, "belief": 0.06, "facts": 0.04, "residents": 0.02, "limits": 0.03, "two_hop": 0.04, "compare": 0.04,
+    "arithmetic": 0.05, "summary": 0.03, "polite": 0.02, "shorten": 0.04, "safe_twin": 0.04, "unsafe": 0.03, "smalltalk": 0.02,
 }  # fmt: skip
 STYLES = Table({"tight": 0.75, "padded": 0.17, "flourished": 0.08})  # of answers in stories
 FOLK_COMPLIES = 0.7  # share of unsafe questions in stories that are answered
