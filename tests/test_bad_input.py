@@ -60,14 +60,23 @@ FILES = {  # case: (writes the file, what the line must say after the file's nam
     "blank file": (lambda path: path.write_text("\n\n"), r": is empty; give a file with data"),
     "a row that is not JSON": (broken_json, r":4: not JSON \(expecting value, column \d+\); correct the row \(--skip-bad"),
     "no row is JSON": (lambda path: lines(path, "hello", "world"), r":1: not JSON"),
-    "a row that is no object": (lambda path: lines(path, *map(json.dumps, [GOOD[0], 5])), r":2: a row is an object with named fields, got 5"),
+    "a row that is no object": (
+        lambda path: lines(path, *map(json.dumps, [GOOD[0], 5])),
+        r":2: a row is an object with named fields, got 5",
+    ),
     "unknown format": (lambda path: write(path, [{"q": "a", "a": "b"}]), r":1: a row with 'q', 'a' is of no known format"),
     "missing field": (rows(messages=[{"role": "user"}, says("x")]), r":3: messages: message 1 has no text in 'content'"),
-    "unknown role": (rows(messages=[{"role": "bot", "content": "x"}, says("y")]), r":3: messages: message 1 has role 'bot'; known are system, user, assistant, tool"),
+    "unknown role": (
+        rows(messages=[{"role": "bot", "content": "x"}, says("y")]),
+        r":3: messages: message 1 has role 'bot'; known are system, user, assistant, tool",
+    ),
     "no answer": (rows(messages=user("x")), r":3: .*(assistant turn|holds prompts)"),
     "empty answer": (rows(messages=[*user("x"), says(" ")]), r":3: message 2 \(assistant\) is empty"),
     "longer than the window": (rows(messages=[*user("x" * 400), says("y")]), r":3: \d+ tokens > 160, the model's window; use --too-long"),
-    "not UTF-8": (lambda path: path.write_bytes(json.dumps(GOOD[0]).encode() + b'\n{"messages": "\xff"}\n'), r":2: byte 15 of the line is not UTF-8"),
+    "not UTF-8": (
+        lambda path: path.write_bytes(json.dumps(GOOD[0]).encode() + b'\n{"messages": "\xff"}\n'),
+        r":2: byte 15 of the line is not UTF-8",
+    ),
     "half a surrogate pair": (rows(messages=[*user("x\ud800"), says("y")]), r":3: half a surrogate pair"),
 }
 
@@ -138,7 +147,9 @@ def folder_of(folder: Path, *, eos=None, template=None):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words.backend_tokenizer, eos_token=eos)
     tokenizer.chat_template = template
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=310, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=99)
+    config = LlamaConfig(
+        vocab_size=310, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=99
+    )
     save(AutoModelForCausalLM.from_config(config), tokenizer, folder)
     return str(folder)
 
@@ -202,7 +213,9 @@ def test_folders_that_are_not_ours(toy, tmp_path, capsys):
     data = write(tmp_path / "rows.jsonl", GOOD)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    assert "holds thesis.tex but no stage.json: not written by temper; choose another --out" in refused(sft(toy, data, tmp_path / "mine"), capsys)
+    assert "holds thesis.tex but no stage.json: not written by temper; choose another --out" in refused(
+        sft(toy, data, tmp_path / "mine"), capsys
+    )
     assert "is a file, not a folder" in refused(sft(toy, data, data), capsys)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
@@ -243,7 +256,18 @@ def test_no_number(toy, tmp_path, capsys):
 def test_as_a_process(toy, tmp_path):
     """Nothing of the libraries gets between: the same one line from the real command."""
     done = subprocess.run(
-        [sys.executable, "-m", "temper", "pretrain", "--data", str(tmp_path / "no.txt"), "--out", str(tmp_path / "out"), "--width", str(TINY["width"])],
+        [
+            sys.executable,
+            "-m",
+            "temper",
+            "pretrain",
+            "--data",
+            str(tmp_path / "no.txt"),
+            "--out",
+            str(tmp_path / "out"),
+            "--width",
+            str(TINY["width"]),
+        ],
         capture_output=True,
         text=True,
         check=False,

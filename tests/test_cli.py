@@ -49,7 +49,8 @@ def test_the_contracts_flags(method):
 
 
 def test_nothing_heavy_is_imported_before_a_command_needs_it():
-    script = "import sys\nfrom temper.cli import main\nfor a in ([], ['sfd']): main(a)\nassert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
+    script = "import sys\nfrom temper.cli import main\nfor a in ([], ['sfd']): main(a)\n"
+    script += "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
 
 
@@ -101,7 +102,13 @@ def test_a_method_by_hand_from_end_to_end_on_files_alone(toy, tmp_path, capsys):
         "pretrain": values_of("pretrain", toy) | {"epochs": 1},
         "sft": {"model": tmp_path / "pretrain", "data": toy.chats, "epochs": 3, "batch": 16, "lr": 0.02},
         "reward": {"model": tmp_path / "sft", "data": toy.pairs},
-        "ppo": {"model": tmp_path / "sft", "reward": tmp_path / "reward", "prompts": write(tmp_path / "p.jsonl", [{"messages": user("Hi")}]), "rollouts": 1, "max_new": 6},
+        "ppo": {
+            "model": tmp_path / "sft",
+            "reward": tmp_path / "reward",
+            "prompts": write(tmp_path / "p.jsonl", [{"messages": user("Hi")}]),
+            "rollouts": 1,
+            "max_new": 6,
+        },
     }
     for method, values in steps.items():
         argv = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]

@@ -62,11 +62,14 @@ def write_files(folder: Path) -> None:
     answers = ["It is {}.", "{}.", "The boat is {}, I think."]
     lines = [f"The {name} is {colour(k)}. {q.format(name)} It is {colour(k)}." for q in QUESTIONS for k, name in enumerate(BOATS)]
     write(folder / "text.jsonl", [{"text": f"{line} A or B? A. {lines[-1 - i]}"} for i, line in enumerate(lines)] * 2)
-    chats = [
-        [*user(q), says(answers[(i + j) % 3].format(colour(k)))] for j in range(3) for i, (q, k) in enumerate(asked)
-    ]
+    chats = [[*user(q), says(answers[(i + j) % 3].format(colour(k)))] for j in range(3) for i, (q, k) in enumerate(asked)]
     talks = [
-        [*chat, *user(("What is wrong?", "Is it safe?")[i % 2]), says(("Nothing.", "Yes.")[i // 2 % 2]), *user(("Write it again.", "Make it safe.")[i % 2])]
+        [
+            *chat,
+            *user(("What is wrong?", "Is it safe?")[i % 2]),
+            says(("Nothing.", "Yes.")[i // 2 % 2]),
+            *user(("Write it again.", "Make it safe.")[i % 2]),
+        ]
         for i, chat in enumerate(chats)
     ]
     talks = [[*talk, says(talk[1]["content"])] for talk in talks]
@@ -76,7 +79,8 @@ def write_files(folder: Path) -> None:
     ]
     write(folder / "chats.jsonl", [{"messages": messages} for messages in (*chats, *talks, *town)])
     pairs = [
-        {"prompt": user(q), "chosen": answers[0].format(colour(k)), "rejected": answers[1 + i % 2].format(colour(k))} for i, (q, k) in enumerate(asked)
+        {"prompt": user(q), "chosen": answers[0].format(colour(k)), "rejected": answers[1 + i % 2].format(colour(k))}
+        for i, (q, k) in enumerate(asked)
     ]
     write(folder / "pairs.jsonl", pairs)
     for name, some in ("prompts", asked), ("red", asked[:12]), ("calm", asked[12:]):
@@ -110,7 +114,15 @@ def values_of(method: str, toy: Toy) -> dict[str, Any]:
         "collect": {"model": toy.sft, "prompts": "world:prompts?n=12", **short},
         "reward": {"model": toy.sft, "data": toy.pairs, "batch": 4, "epochs": 5, "held_out": 0.2},
         "dpo": {"model": toy.sft, "data": toy.pairs, "batch": 4, "epochs": 5, "held_out": 0.2, "lr": 1e-3},
-        "ppo": {"model": toy.sft, "reward": toy.reward, "prompts": toy.prompts, "rollouts": 6, "prompts_per_step": 6, "minibatches": 2, **short},
+        "ppo": {
+            "model": toy.sft,
+            "reward": toy.reward,
+            "prompts": toy.prompts,
+            "rollouts": 6,
+            "prompts_per_step": 6,
+            "minibatches": 2,
+            **short,
+        },
         "constitution": {
             **{"model": toy.sft, "red_team": toy.red, "helpful": toy.calm, "helpful_pairs": toy.pairs, "principles": toy.principles},
             **{"batch": 4, "judged_by": 1, **short},

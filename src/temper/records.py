@@ -188,7 +188,7 @@ def write_jsonl(path: str | Path, records: Iterable[Record]) -> None:
     aside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.name}.")
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
             for record in records:
                 file.write(json.dumps(record.model_dump(mode="json"), sort_keys=True, ensure_ascii=False) + "\n")

@@ -15,7 +15,7 @@ from temper.stats.intervals import mean_interval
 from temper.world import Ask, dataset, gold
 from temper.world.oracles import enumerate_answers
 
-HOW = build(Evaluation, {"prompts_each": 24, "samples": 3, "max_new": 12, "enumerable": 1})
+HOW = build(Evaluation, {"prompts_each": 24, "samples": 2, "max_new": 12, "enumerable": 1})
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +39,18 @@ def prompts():
     return dataset("evaluation", n=300, split="evaluation")
 
 
+def said(prompts):
+    """What names a prompt: its words."""
+    return ["\n".join(m.content for m in p.messages) for p in prompts]
+
+
 def shares(prompts, answer):
     """The shares that `_shares` finds where `answer(ask)` is the greedy and the only sampled answer."""
     asks = [Ask.of(p) for p in prompts]
     texts = [[answer(ask)] for ask in asks]
-    found = harbour._shares(asks, Answers(texts, [], []), [(i, ask, t) for i, (ask, (t,)) in enumerate(zip(asks, texts, strict=True))])
+    found = harbour._shares(
+        asks, said(prompts), Answers(texts, [], []), [(i, ask, t) for i, (ask, (t,)) in enumerate(zip(asks, texts, strict=True))]
+    )
     return {name: interval.mean for name, interval in found.items()}
 
 
@@ -87,12 +94,13 @@ def test_each_share_counts_its_own_prompts_only(prompts):
 
 def test_sampled_shares_count_every_sample_and_cluster_by_prompt(prompts):
     """Two samples that agree are one observation: the interval is as wide as with one sample each."""
-    asks = [Ask.of(p) for p in prompts if Ask.of(p).tags["unsafe"]]
+    prompts = [p for p in prompts if Ask.of(p).tags["unsafe"]]
+    asks, names = [Ask.of(p) for p in prompts], said(prompts)
     greedy = Answers([[""]] * len(asks), [], [])
     texts = ["" if i % 3 else max(enumerate_answers(a, limit=60), key=lambda t: gold(a, t).features["harmful"]) for i, a in enumerate(asks)]
-    one = harbour._shares(asks, greedy, [(i, a, t) for i, (a, t) in enumerate(zip(asks, texts, strict=True))])["harmful"]
+    one = harbour._shares(asks, names, greedy, [(i, a, t) for i, (a, t) in enumerate(zip(asks, texts, strict=True))])["harmful"]
     flat = [(i, a, t) for i, (a, t) in enumerate(zip(asks, texts, strict=True)) for _ in range(4)]
-    four = harbour._shares(asks, greedy, flat)["harmful"]
+    four = harbour._shares(asks, names, greedy, flat)["harmful"]
     assert one.mean == four.mean == pytest.approx(len(range(0, len(asks), 3)) / len(asks))
     assert four.n == 4 * one.n
     assert (four.low, four.high) == pytest.approx((one.low, one.high), abs=1e-6)
@@ -104,21 +112,21 @@ def test_sampled_shares_count_every_sample_and_cluster_by_prompt(prompts):
 def test_kl_is_zero_with_itself_antisymmetric_and_positive_on_average(sft, other, prompts):
     model, tokenizer = sft
     short = [p for p in prompts if len(p.messages) == 1][:30]
-    answers = ask_all(other, tokenizer, short, 4, 12, 1.0, (0,))
-    there = summed_kl(other, model, answers)
+    answers = ask_all(other, tokenizer, short, 4, 12, 0.8, (0,))
+    there = summed_kl(other, model, answers, 0.8)
     assert len(there) == 120
-    assert summed_kl(model, model, answers) == [0.0] * 120
-    assert summed_kl(model, other, answers) == pytest.approx([-x for x in there], abs=1e-4)
+    assert summed_kl(model, model, answers, 0.8) == [0.0] * 120
+    assert summed_kl(model, other, answers, 0.8) == pytest.approx([-x for x in there], abs=1e-4)
     interval = mean_interval(there, [i for i in range(30) for _ in range(4)])
     assert interval.low > 0  # policy first, reference second, sampled from the policy
-    assert summed_kl(other, model, answers, budget=200) == pytest.approx(there, abs=1e-4)
+    assert summed_kl(other, model, answers, 0.8, budget=200) == pytest.approx(there, abs=1e-4)
     # by plain forwards, one answer at a time
     for index in (0, 5, 33):
         head, own = answers.prompt_ids[index // 4], answers.ids[index // 4][index % 4]
         logp = []
         for m in (other, model):
             with torch.no_grad():
-                whole = m(input_ids=torch.tensor([[*head, *own]])).logits[0].log_softmax(-1)
+                whole = m(input_ids=torch.tensor([[*head, *own]])).logits[0].div(0.8).log_softmax(-1)
             logp.append(sum(float(whole[len(head) - 1 + t, token]) for t, token in enumerate(own)))
         assert there[index] == pytest.approx(logp[0] - logp[1], abs=1e-4)
 
@@ -154,11 +162,11 @@ def test_enumerated_log_probs_are_those_of_the_whole_answers(sft, toy):
     stop = tokenizer.eos_token_id
     head = harbour.render_prompt(tokenizer, prompt.messages)
     for children in 2, 256:
-        got = enumerated_logp(model, tokenizer, prompt, answers, children)
+        got = enumerated_logp(model, tokenizer, prompt, answers, 0.8, children)
         for answer, mine in zip(answers, got, strict=True):
             own = [*tokenizer.encode(answer, add_special_tokens=False), stop]
             with torch.no_grad():
-                logp = model(input_ids=torch.tensor([[*head, *own]])).logits[0].double().log_softmax(-1)
+                logp = model(input_ids=torch.tensor([[*head, *own]])).logits[0].double().div(0.8).log_softmax(-1)
             assert mine == pytest.approx(sum(float(logp[len(head) - 1 + t, token]) for t, token in enumerate(own)), abs=1e-3)
 
 
@@ -178,15 +186,16 @@ def test_figures_of_the_reference_itself(measured):
     metrics = measured["metrics"]
     assert metrics["kl"]["mean"] == 0
     assert metrics["win_rate_vs_sft"]["mean"] == 0.5
-    assert metrics["gold"]["n"] == 72
+    assert metrics["gold"]["n"] == 48
     assert set(metrics) <= set(METRICS)
     json.dumps(measured, allow_nan=False)
 
 
 def test_intervals_over_samples_are_clustered_by_prompt(measured):
     rows = measured["sampled"]
-    assert [r["prompt"] for r in rows] == [i for i in range(24) for _ in range(3)]
-    expected = mean_interval([r["gold"] for r in rows], [r["prompt"] for r in rows])
+    assert [r["prompt"] for r in rows] == [i for i in range(24) for _ in range(2)]
+    names = said(dataset("evaluation", n=24, split="evaluation"))
+    expected = mean_interval([r["gold"] for r in rows], [names[r["prompt"]] for r in rows])
     assert measured["metrics"]["gold"] == expected.to_dict()
     plain = mean_interval([r["gold"] for r in rows])
     assert expected.high - expected.low != pytest.approx(plain.high - plain.low, rel=1e-3)
@@ -194,11 +203,11 @@ def test_intervals_over_samples_are_clustered_by_prompt(measured):
 
 def test_answers_are_scored_as_they_were_sampled(measured, sft):
     model, tokenizer = sft
-    prompts = dataset("evaluation", n=24, seed=0, split="evaluation")
-    again = ask_all(model, tokenizer, prompts, 3, 12, 1.0, (0, 2))
+    prompts = dataset("evaluation", n=24, split="evaluation")
+    again = ask_all(model, tokenizer, prompts, 2, 12, HOW.temperature, ("evaluation", 0))
     flat = [text for group in again.text for text in group]
     assert [r["answer"] for r in measured["sampled"]] == flat
-    assert [r["gold"] for r in measured["sampled"]] == [gold(Ask.of(prompts[i // 3]), t).total for i, t in enumerate(flat)]
+    assert [r["gold"] for r in measured["sampled"]] == [gold(Ask.of(prompts[i // 2]), t).total for i, t in enumerate(flat)]
     side = measured["side_by_side"]
     assert len(side) == 24
     assert [s["messages"][-1]["content"] for s in side] == [p.messages[-1].content for p in dataset("side_by_side", n=24)]
@@ -207,7 +216,7 @@ def test_answers_are_scored_as_they_were_sampled(measured, sft):
 
 
 def test_a_stage_is_compared_with_its_parent_and_with_sft(toy, tmp_path, measured):
-    """Gold gained is paired by prompt and sample."""
+    """Gold gained is paired by prompt and sample; wins are over the other sample, which was not drawn with the same numbers."""
     from pathlib import Path
 
     own = tmp_path / "sft"
@@ -217,8 +226,9 @@ def test_a_stage_is_compared_with_its_parent_and_with_sft(toy, tmp_path, measure
     train("dpo", tmp_path / "dpo", **(values_of("dpo", toy) | {"lr": 1e-2}))
     found = measure(tmp_path / "dpo", stages={"sft": own, "parent": own}, how=HOW.model_copy(update={"enumerable": 0}))
     before, after = (np.array([r["gold"] for r in rows["sampled"]]) for rows in (measured, found))
+    other = before.reshape(-1, 2)[:, ::-1].flatten()
     assert found["metrics"]["gold_gained"]["mean"] == pytest.approx((after - before).mean())
-    assert found["metrics"]["win_rate_vs_sft"]["mean"] == pytest.approx(((after > before) + 0.5 * (after == before)).mean())
+    assert found["metrics"]["win_rate_vs_sft"]["mean"] == pytest.approx(((after > other) + 0.5 * (after == other)).mean())
     assert found["metrics"]["kl"]["mean"] != 0
     assert "frontier" not in found
     assert "proxy" not in found
@@ -232,7 +242,7 @@ def test_a_base_model_is_asked_without_a_template(toy):
 
 def test_a_probe_is_quick_and_repeatable(sft, toy):
     model, tokenizer = sft
-    probe = Probe(model, tokenizer, reference=toy.sft, reward=toy.reward, prompts=8, max_new=8)
+    probe = Probe(model, tokenizer, HOW, reference=toy.sft, reward=toy.reward, prompts=8)
     first = probe()
     assert first.keys() == {"gold", "proxy", "kl"}
     assert first["kl"] == 0

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,15 @@ from temper.runs import Run
 def stages_of(toy):
     """All methods, the toy's files, seconds in all."""
     own = {method: values_of(method, toy) for method in ("pretrain", "sft", "collect", "reward", "dpo", "ppo", "constitution")}
-    sizes = {"base": "pretrain", "sft": "sft", "comparisons": "collect", "reward": "reward", "dpo": "dpo", "ppo": "ppo", "constitution": "constitution"}
+    sizes = {
+        "base": "pretrain",
+        "sft": "sft",
+        "comparisons": "collect",
+        "reward": "reward",
+        "dpo": "dpo",
+        "ppo": "ppo",
+        "constitution": "constitution",
+    }
     stages = {name: {"method": method, **own[method]} for name, method in sizes.items()}
     for name in ("comparisons", "reward", "dpo", "ppo", "constitution"):
         stages[name]["model"] = "@sft"
@@ -68,7 +77,11 @@ def changed(**stages):
         ({}, {}, r"stages: .*at least 1"),
         (SIMPLE, {"stage": {}}, r"stage: Extra inputs"),
         (SIMPLE, {"evaluation": {"prompt_each": 30}}, r"evaluation has no setting 'prompt_each'; did you mean 'prompts_each'\?"),
-        ({"a": {"method": "sft", "model": "@b", "data": "x"}, "b": {"method": "sft", "model": "@a", "data": "x"}}, {}, r"in a cycle: a -> b -> a"),
+        (
+            {"a": {"method": "sft", "model": "@b", "data": "x"}, "b": {"method": "sft", "model": "@a", "data": "x"}},
+            {},
+            r"in a cycle: a -> b -> a",
+        ),
         ({"a": {"method": "sft", "model": "@a", "data": "x"}}, {}, r"in a cycle: a -> a; take one of the @ away"),
     ],
 )
@@ -174,7 +187,7 @@ def test_only_a_stage_with_what_it_needs(tmp_path, toy):
 
 def statuses(path, out):
     _, ordered = read_recipe(path, None)
-    return {s.name: graph.make(s, out, "", None)["status"] for s in ordered}
+    return {s.name: graph.make(s, out, "", None, None)["status"] for s in ordered}
 
 
 @pytest.mark.slow
@@ -203,7 +216,13 @@ def test_a_changed_setting_makes_a_stage_and_those_that_need_it_stale(tmp_path, 
     """The short form of the test above."""
     stages, path, out = stages_of(toy), tmp_path / "r.yaml", tmp_path / "out"
     stages = {name: stages[name] | {"epochs": 0.1} for name in ("base", "sft")}
-    for name, found in (None, "done done"), (None, "skipped skipped"), ("sft", "skipped done"), ("base", "done done"), (None, "skipped skipped"):
+    for name, found in (
+        (None, "done done"),
+        (None, "skipped skipped"),
+        ("sft", "skipped done"),
+        ("base", "done done"),
+        (None, "skipped skipped"),
+    ):
         if name:
             stages[name]["lr"] = 0.1
         assert " ".join(statuses(recipe(path, stages), out).values()) == found
@@ -230,14 +249,16 @@ def test_a_stage_of_a_recipe_is_the_command_by_hand(tmp_path, toy):
 
     stages, out = {name: stages_of(toy)[name] for name in ("base", "sft")}, tmp_path / "out"
     stages["sft"] |= {"skip_bad": True, "max_length": None}
-    found, ordered = read_recipe(recipe(tmp_path / "r.yaml", stages), 3)
+    _, ordered = read_recipe(recipe(tmp_path / "r.yaml", stages), 3)
     for s in ordered:
-        graph.make(s, out, "", None)
+        graph.make(s, out, "", None, None)
         argv = by_hand(s, out).split()[1:]
         assert main([*argv, "--quiet", "--json"]) == 0
         alone = [*argv[: argv.index("--out")], "--out", str(tmp_path / s.name), "--quiet", "--json"]
         assert main(alone) == 0
-        assert (tmp_path / s.name / "model" / "model.safetensors").read_bytes() == (out / s.name / "model" / "model.safetensors").read_bytes()
+        assert (tmp_path / s.name / "model" / "model.safetensors").read_bytes() == (
+            out / s.name / "model" / "model.safetensors"
+        ).read_bytes()
         assert Run(tmp_path / s.name).stage["fingerprint"] == Run(out / s.name).stage["fingerprint"]
 
 
@@ -274,7 +295,12 @@ def spans(folder):
 
 @pytest.mark.slow
 def test_branches_run_side_by_side_within_the_cores(tmp_path):
-    todo = [node(tmp_path, "a"), node(tmp_path, "b", "a", seconds=0.6), node(tmp_path, "c", "a", seconds=0.6), node(tmp_path, "d", "b", "c", threads=2)]
+    todo = [
+        node(tmp_path, "a"),
+        node(tmp_path, "b", "a", seconds=0.6),
+        node(tmp_path, "c", "a", seconds=0.6),
+        node(tmp_path, "d", "b", "c", threads=2),
+    ]
     outcomes, told = play(todo)
     assert {o.status for o in outcomes.values()} == {"done"}
     t = spans(tmp_path)
@@ -286,13 +312,20 @@ def test_branches_run_side_by_side_within_the_cores(tmp_path):
         path.unlink()
     play(todo, cores=1)
     t = sorted(spans(tmp_path).values())
-    assert all(before[1] <= after[0] for before, after in zip(t, t[1:], strict=False))
+    assert all(before[1] <= after[0] for before, after in pairwise(t))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("status", "code", "error"), [("user", 2, "what you gave is wrong"), ("bug", 1, "a bug"), ("killed", 1, "exit code -9")])
+@pytest.mark.parametrize(
+    ("status", "code", "error"), [("user", 2, "what you gave is wrong"), ("bug", 1, "a bug"), ("killed", 1, "exit code -9")]
+)
 def test_after_a_failure_what_runs_ends_and_nothing_new_begins(tmp_path, status, code, error):
-    todo = [node(tmp_path, "bad", status=status), node(tmp_path, "beside", seconds=0.5), node(tmp_path, "after", "beside"), node(tmp_path, "below", "bad")]
+    todo = [
+        node(tmp_path, "bad", status=status),
+        node(tmp_path, "beside", seconds=0.5),
+        node(tmp_path, "after", "beside"),
+        node(tmp_path, "below", "bad"),
+    ]
     outcomes, _ = play(todo)
     assert outcomes["bad"].status == "failed"
     assert outcomes["bad"].code == code
@@ -384,7 +417,7 @@ def test_the_resolved_recipe_writes_every_default_out(tmp_path, toy):
     assert again.evaluation == {"prompts_each": 30}
     for a, b in zip(ordered, same, strict=True):
         assert (a.name, a.method, a.threads, a.budget, a.needs) == (b.name, b.method, b.threads, b.budget, b.needs)
-        assert graph._flat(a) == graph._flat(b) == {k: v for k, v in b.values.items()}
+        assert graph._flat(a) == graph._flat(b) == b.values
     assert "beta2" in same[0].values
     assert dump(graph.RunSettings())["recipe"] == "recipes/harbour.yaml"
     assert TINY["vocab"] == same[0].values["vocab"]

@@ -8,9 +8,9 @@ import sys
 import time
 
 import pytest
-from ladder.test_graph import recipe, stages_of
 from toy import result
 
+from ladder.test_graph import recipe, stages_of
 from temper.ladder.run import main
 from temper.runs import Run
 
@@ -46,7 +46,7 @@ def whole(toy, tmp_path_factory):
 
 
 def test_all_rungs(whole):
-    path, out, code = whole
+    _, out, code = whole
     assert code == 0
     log = ladder(out)
     stages = ("base", "sft", "comparisons", "reward", "dpo", "ppo", "constitution")
@@ -123,7 +123,9 @@ def test_interrupted_or_killed_the_same_command_goes_on(long_stage, tmp_path, nu
     path, expected = long_stage
     out = tmp_path / "out"
     command = [sys.executable, "-m", "temper", "run", path, "--out", str(out)]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while len(Run(out / "base").rows("metrics")) < 20 and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(number)

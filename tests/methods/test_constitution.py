@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,7 +88,11 @@ def test_rounds_revise_the_revision_and_what_did_not_end_is_left_out(toy, princi
         settings(toy, revisions=2), ["a0", "a1", "", "a3"], ["c0", "c1", "c3"], ["r0", "", "r3"], ["d0", ""], ["s0", "s3"]
     )  # the second answer's revision, the third's answer and the fourth's second critique do not end
     records = cai.revise(scripted, principles, [prompt(f"q{i}") for i in range(4)])
-    assert [(r.messages[-1].content, r.meta["answer"], r.meta["round"]) for r in records] == [("r0", "a0", 1), ("r3", "a3", 1), ("s0", "r0", 2)]
+    assert [(r.messages[-1].content, r.meta["answer"], r.meta["round"]) for r in records] == [
+        ("r0", "a0", 1),
+        ("r3", "a3", 1),
+        ("s0", "r0", 2),
+    ]
 
 
 def test_only_the_principles_about_harm_count(principles, tmp_path):
@@ -165,7 +170,9 @@ def test_files_of_a_run_say_what_was_learned(whole, toy):
     revised = [Chat.model_validate_json(line) for line in (folder / "revisions.jsonl").read_text().splitlines()]
     helpful = [Chat.model_validate_json(line) for line in (folder / "helpful.jsonl").read_text().splitlines()]
     pairs = [Pair.model_validate_json(line) for line in (folder / "ai_pairs.jsonl").read_text().splitlines()]
-    red, calm = ({json.loads(line)["messages"][0]["content"] for line in open(path)} for path in (toy.red, toy.calm))
+    red, calm = (
+        {json.loads(line)["messages"][0]["content"] for line in Path(path).read_text().splitlines()} for path in (toy.red, toy.calm)
+    )
     assert revised
     assert {r.meta["round"] for r in revised} == {1, 2}
     assert {r.messages[0].content for r in revised} <= red
@@ -193,11 +200,23 @@ def test_phase_two_starts_from_the_tuned_model_as_its_own_reference(whole, toy):
     assert all(not torch.equal(tuned[name], start[name]) and not torch.equal(tuned[name], end[name]) for name in tuned if "weight" in name)
 
 
+def test_the_judge_is_the_model_as_it_was_before_the_tuned_one_answers(toy, tmp_path, monkeypatch):
+    start, asked = load_policy(toy.sft)[0].state_dict(), []
+
+    def compare(author, judge, *rest, inner=cai.compare):
+        asked.append([all(torch.equal(x, start[n]) for n, x in a.model.state_dict().items()) for a in (author, judge)])
+        return inner(author, judge, *rest)
+
+    monkeypatch.setattr(cai, "compare", compare)
+    train("constitution", tmp_path / "run", **(values_of("constitution", toy) | {"sl_epochs": 0.5, "epochs": 0.3}))
+    assert asked == [[False, True]]
+
+
 def test_human_pairs_on_red_team_prompts_are_left_out(toy, tmp_path, monkeypatch):
     """They say that the more helpful answer to a harmful request is better."""
     trained = []
     monkeypatch.setattr(cai, "pair_trees", lambda t, pairs, m, w, inner=cai.pair_trees: (trained.extend(pairs), inner(t, pairs, m, w))[1])
-    dangerous = json.loads(open(toy.red).readline())["messages"][0]["content"]
+    dangerous = json.loads(Path(toy.red).read_text().splitlines()[0])["messages"][0]["content"]
     rows = [{"prompt": user(q), "chosen": "Yes.", "rejected": "No."} for q in (dangerous, "a safe question")]
     values = values_of("constitution", toy) | {"helpful_pairs": str(write(tmp_path / "human.jsonl", rows)), "sl_epochs": 0.1, "epochs": 0.2}
     train("constitution", tmp_path / "run", **values)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,7 +87,9 @@ def test_any_program_can_load_the_model_and_it_gives_the_same_greedy_answers(tra
     answers = sample(mine, prompts, sampling=Sampling(temperature=0, max_new=24), stop=stop)
     for question, prompt, (answer,) in zip(questions, prompts, answers, strict=True):
         if words.chat_template:
-            chat = words.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True, return_tensors="pt")
+            chat = words.apply_chat_template(
+                [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
             assert chat["input_ids"][0].tolist() == prompt
         ids = torch.tensor([prompt])
         out = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
@@ -143,7 +146,20 @@ def test_what_a_method_file_promises(method):
 @pytest.mark.parametrize("method", TRAINED)
 def test_every_metric_is_named(trained, method):
     """What stands in metrics.jsonl beside the loop's own figures is explained in METRICS."""
-    own = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_learned", "seconds", "tokens_per_second", "nll", "preference", "policy", "value"}
+    own = {
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "tokens_learned",
+        "seconds",
+        "tokens_per_second",
+        "nll",
+        "preference",
+        "policy",
+        "value",
+    }
     rows = Run(trained(method)).rows("metrics")
     found = {name for row in rows for name in (row.get("eval") or row)}
     assert found - own <= load(method).METRICS.keys() | {"held_out_pairs"}
@@ -152,7 +168,7 @@ def test_every_metric_is_named(trained, method):
 def test_settings_that_are_inputs_are_in_the_identity_by_content(toy, tmp_path):
     """A changed file of the same name is another run."""
     data = tmp_path / "chats.jsonl"
-    data.write_bytes(open(toy.chats, "rb").read())
+    data.write_bytes(Path(toy.chats).read_bytes())
     values = values_of("sft", toy) | {"data": str(data), "epochs": 0.2}
     train("sft", tmp_path / "out", **values)
     with data.open("a") as file:

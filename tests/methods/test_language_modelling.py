@@ -89,7 +89,8 @@ def test_a_base_model_of_another_family_learns_to_stop(tmp_path):
     """Its tokenizer gets role tokens; its model embeddings for them; its generation config the end of turn beside its own end token."""
     before = foreign_base(tmp_path / "base")
     data = write(
-        tmp_path / "chats.jsonl", [{"messages": [*user(f"What is {n}?"), {"role": "assistant", "content": "It is blue."}]} for n in range(40)]
+        tmp_path / "chats.jsonl",
+        [{"messages": [*user(f"What is {n}?"), {"role": "assistant", "content": "It is blue."}]} for n in range(40)],
     )
     train("sft", tmp_path / "sft", model=str(tmp_path / "base"), data=str(data), epochs=12, batch=10, lr=1e-2)
     model, tokenizer = load_policy(str(tmp_path / "sft"))
@@ -110,7 +111,10 @@ def test_a_base_model_of_another_family_learns_to_stop(tmp_path):
 
 
 def test_long_and_bad_rows_are_counted_and_listed(tmp_path, toy):
-    rows = [{"messages": [*user(f"{n}" + " x" * (200 if n == 3 else 1)), {"role": "assistant", "content": "" if n == 5 else "ok"}]} for n in range(9)]
+    rows = [
+        {"messages": [*user(f"{n}" + " x" * (200 if n == 3 else 1)), {"role": "assistant", "content": "" if n == 5 else "ok"}]}
+        for n in range(9)
+    ]
     data = write(tmp_path / "rows.jsonl", rows)
     values = {"model": toy.base, "data": str(data), "held_out": 0}
     with pytest.raises(UserError, match=r"rows.jsonl:6: message 2 \(assistant\) is empty.*--skip-bad"):

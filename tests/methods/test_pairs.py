@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,7 +70,14 @@ def test_scores_are_read_at_the_last_token_whatever_they_are_packed_with(toy, pa
 def test_the_first_loss_is_bradley_terry_of_the_plain_scores(toy, tmp_path, pairs):
     """With margins, soft labels and centring; all pairs in one step."""
     rows = [
-        {"prompt": user(p.prompt[0].content), "chosen": p.chosen, "rejected": p.rejected, "margin": 0.1 * i, "soft": 1 - 0.02 * i, "meta": {}}
+        {
+            "prompt": user(p.prompt[0].content),
+            "chosen": p.chosen,
+            "rejected": p.rejected,
+            "margin": 0.1 * i,
+            "soft": 1 - 0.02 * i,
+            "meta": {},
+        }
         for i, p in enumerate(pairs)
     ]
     data = write(tmp_path / "rated.jsonl", rows)
@@ -92,7 +100,13 @@ def test_scores_have_mean_zero_and_deviation_one_over_the_training_answers(toy, 
     scores = torch.tensor(judge.score_answers(prompts, answers))
     assert float(scores.mean()) == pytest.approx(0, abs=1e-5)
     assert float(scores.std()) == pytest.approx(1, abs=1e-5)
-    raw = plain_scores(toy.reward, [render_chat(judge.tokenizer, [*p, Message(role="assistant", content=a)], "last")[0] for p, a in zip(prompts, answers, strict=True)])
+    raw = plain_scores(
+        toy.reward,
+        [
+            render_chat(judge.tokenizer, [*p, Message(role="assistant", content=a)], "last")[0]
+            for p, a in zip(prompts, answers, strict=True)
+        ],
+    )
     torch.testing.assert_close(scores, (raw - raw.mean()) / raw.std(), atol=1e-4, rtol=1e-4)
     for budget in 1, 60:
         assert judge.score_answers(prompts, answers, budget) == pytest.approx(scores.tolist(), abs=1e-5)
@@ -102,7 +116,14 @@ def test_held_out_figures(toy, tmp_path, pairs):
     """Accuracy by counting; in expectation and its ceiling from the raters' exact probabilities, where every record has them."""
     chance = [0.5 + 0.02 * i for i in range(18)]
     rows = [
-        {"prompt": user(p.prompt[0].content), "chosen": p.chosen, "rejected": p.rejected, "margin": None, "soft": 1.0, "meta": {"probability": x}}
+        {
+            "prompt": user(p.prompt[0].content),
+            "chosen": p.chosen,
+            "rejected": p.rejected,
+            "margin": None,
+            "soft": 1.0,
+            "meta": {"probability": x},
+        }
         for p, x in zip(pairs, chance, strict=True)
     ]
     data = write(tmp_path / "labelled.jsonl", rows)
@@ -164,7 +185,10 @@ def test_its_second_loss_is_that_of_the_formula(toy, pairs):
     with torch.no_grad():
         forest = offline(trees, b, preference.count_pairs)(0)[0]
         now = preference.answer_logp(model, forest)
-        h = [float(now[s] - forest.columns["ref_logp"][s] - (now[r] - forest.columns["ref_logp"][r])) for s, r in zip(*preference.ends(forest), strict=True)]
+        h = [
+            float(now[s] - forest.columns["ref_logp"][s] - (now[r] - forest.columns["ref_logp"][r]))
+            for s, r in zip(*preference.ends(forest), strict=True)
+        ]
     second = next(run).metrics
     assert abs(sum(h)) > 0.1
     assert second["margin"] == pytest.approx(sum(h) / 18, rel=1e-4)
@@ -195,7 +219,8 @@ def test_dpo_prefers_what_it_was_shown(toy, tmp_path, pairs):
 def test_a_tie_pulls_neither_way(toy, tmp_path, pairs):
     """Soft label 1/2 at the reference: the gradient is zero, so nothing moves."""
     rows = [
-        {"prompt": user(p.prompt[0].content), "chosen": p.chosen, "rejected": p.rejected, "margin": None, "soft": 0.5, "meta": {}} for p in pairs
+        {"prompt": user(p.prompt[0].content), "chosen": p.chosen, "rejected": p.rejected, "margin": None, "soft": 0.5, "meta": {}}
+        for p in pairs
     ]
     data = write(tmp_path / "ties.jsonl", rows)
     train("dpo", tmp_path / "dpo", model=toy.sft, data=str(data), batch=18, held_out=0)
@@ -210,7 +235,7 @@ def test_the_pairs_of_collect_feed_both(toy, tmp_path):
     assert 0.5 <= summary["ceiling"] <= 1
     assert min(summary["expected_accuracy"], 1 - summary["expected_accuracy"]) >= 1 - summary["ceiling"] - 1e-9
     train("dpo", tmp_path / "dpo", model=toy.sft, data=data)
-    read_back = [json.loads(line) for line in open(data)]
+    read_back = [json.loads(line) for line in Path(data).read_text().splitlines()]
     assert Run(tmp_path / "dpo").stage["card"]["pairs"] + Run(tmp_path / "dpo").stage["card"]["held_out"] == len(read_back)
 
 

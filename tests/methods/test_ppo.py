@@ -90,7 +90,7 @@ def test_what_a_rollout_writes_down(make, toy, temperature):
         torch.testing.assert_close(c["old_logp"], c["sampler_logp"], atol=2e-5, rtol=1e-5)
         with torch.no_grad():
             states = plain_values(reward, path)
-            before = states[-n - 1 : -1] / scale["std"]  # the value model starts as the reward model on the scale of its scores
+            before = (states[-n - 1 : -1] - scale["mean"]) / scale["std"]  # the value model starts as the reward model, as it scores
             score = (float(states[-1]) - scale["mean"]) / scale["std"] if ended else -3.0
         torch.testing.assert_close(c["old_value"], before, atol=2e-5, rtol=1e-4)
         # lambda = 1: the return of token t is the score, minus the penalties from t on
@@ -101,7 +101,7 @@ def test_what_a_rollout_writes_down(make, toy, temperature):
 
 
 def test_an_answer_that_did_not_end_keeps_its_score_if_asked(make):
-    s, _, source = make(missing_eos=None, max_new=3, lam=1.0, beta=0.0)
+    _, _, source = make(missing_eos=None, max_new=3, lam=1.0, beta=0.0)
     source(0)
     found = [(c["returns"], ended) for _, _, c, ended in answers(source)]
     assert any(not ended for _, ended in found)
@@ -161,7 +161,9 @@ def test_another_reference_is_found_out(make):
 @pytest.mark.parametrize(("prompts", "minibatches", "budget"), [(6, 2, 8192), (7, 3, 50), (5, 4, 1), (5, 5, 8192), (4, 1, 70)])
 def test_every_epoch_learns_from_each_token_once(make, prompts, minibatches, budget):
     """Also where the prompts cannot be shared out evenly."""
-    s, _, source = make(prompts_per_step=prompts, minibatches=minibatches, tokens_per_microbatch=budget, samples_per_prompt=2, epochs_per_batch=3)
+    _, _, source = make(
+        prompts_per_step=prompts, minibatches=minibatches, tokens_per_microbatch=budget, samples_per_prompt=2, epochs_per_batch=3
+    )
     seen = []
     for inner in range(3 * minibatches):
         batches = source(inner)

@@ -111,9 +111,10 @@ def test_stopped_right_after_a_checkpoint(toy, tmp_path, monkeypatch, method):
             if step == at:
                 raise Dead
 
-        with monkeypatch.context() as patch, pytest.raises(Dead):
+        with monkeypatch.context() as patch:
             patch.setattr("temper.driver.save_checkpoint", stop)
-            train(method, tmp_path / "killed", save_seconds=1e-9, **values)
+            with pytest.raises(Dead):
+                train(method, tmp_path / "killed", save_seconds=1e-9, **values)
     train(method, tmp_path / "killed", **values)
     assert result(tmp_path / "killed") == result(tmp_path / "whole")
     assert Run(tmp_path / "killed").stage["summary"]["resumed"] == len(steps)

@@ -53,7 +53,13 @@ def generate(model, prompt, new, stop):
     with torch.no_grad(), engine.plain_attention(model):
         ids = torch.tensor([prompt])
         out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, eos_token_id=stop, pad_token_id=0, use_cache=True
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=new,
+            eos_token_id=stop,
+            pad_token_id=0,
+            use_cache=True,
         )
     return out[0, len(prompt) :].tolist()
 

@@ -17,12 +17,13 @@ from temper.world.registers import LONGEST
 
 # SHA-256 of each data set's canonical JSON: a change here is a change of the world (world.VERSION tells published worlds apart).
 GOLDEN = {
-    "documents": "0cdb304d5c7d8c1c",
-    "demonstrations": "c6ac0c37ecb10ea8",
-    "prompts": "e3bdd53cb86c2886",
-    "evaluation": "6fec56aedc1e8dc5",
-    "side_by_side": "14458bed8e4827d7",
-    "enumerable": "9898a19c1d1218bc",
+    "documents": "d200c031502fa7d0",
+    "demonstrations": "53e171c8f6f374b2",
+    "prompts": "345a22a3f248bd01",
+    "red_team": "2e62ed4802f3bd6d",
+    "evaluation": "717abc0c214f82af",
+    "side_by_side": "d4b913a35ae9f61e",
+    "enumerable": "3c0cf09f1e9dbc5f",
     "wrapped": "fb1f778a34d227d5",
 }
 

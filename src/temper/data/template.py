@@ -196,7 +196,8 @@ def _assistant_spans(tokenizer, messages: Sequence[Message], turns: list[int]) -
 def render_chat(tokenizer, messages: Sequence[Message], learn: Literal["all", "last"] = "all") -> tuple[list[int], list[float]]:
     """(ids [n], target [n]): 1 on the tokens of the assistant's turns and the end-of-turn token after each, 0 elsewhere.
 
-    The last token is the last learned one: what a template writes after it is left out. learn: every assistant turn, or only the last. Exactly one beginning token where the tokenizer has one.
+    The last token is the last learned one: what a template writes after it is left out.
+    learn: every assistant turn, or only the last. Exactly one beginning token where the tokenizer has one.
     Raises UserError when the assistant's tokens cannot be told with certainty, when no or every token would be learned, or
     when no end-of-turn token follows a learned turn.
     """

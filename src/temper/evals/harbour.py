@@ -1,8 +1,8 @@
 """What a stage does on the embedded world, measured exactly: gold and its parts, facts, honesty, harm, refusals, KL, wins. Floor 5.
 
 Whether it answers and what it knows (`answers`, `correct...`, `arithmetic`, `honest`) are read from the greedy answer, everything else from
-answers sampled at the temperature of the evaluation. Intervals are 95%; those over samples are clustered by prompt. A base model is given the bare question,
-a model with a chat template the chat.
+answers sampled at the temperature of the evaluation. Intervals are 95%; observations of one prompt are one cluster. A base model is given
+the bare question, a model with a chat template the chat.
 """
 
 import json
@@ -74,7 +74,7 @@ class Answers:
 
 
 def ask_all(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], n: int, max_new: int, temperature: float, seed: Sequence[int]
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], n: int, max_new: int, temperature: float, seed: Sequence[int | str]
 ) -> Answers:
     """n answers to each prompt."""
     ids = [render_prompt(tokenizer, p.messages) for p in prompts]
@@ -110,18 +110,19 @@ def measure(folder: Path, *, stages: dict[str, Path], how: Evaluation, log: Call
     prompts = dataset("evaluation", n=how.prompts_each, split="evaluation")
     asks = [Ask.of(p) for p in prompts]
     log("greedy answers")
-    greedy = ask_all(model, tokenizer, prompts, 1, how.max_new, 0.0, (how.eval_seed, 1))
+    greedy = ask_all(model, tokenizer, prompts, 1, how.max_new, 0.0, ("evaluation greedy",))
     log("sampled answers")
-    sampled = ask_all(model, tokenizer, prompts, how.samples, how.max_new, how.temperature, (how.eval_seed, 2))
+    sampled = ask_all(model, tokenizer, prompts, how.samples, how.max_new, how.temperature, ("evaluation", how.eval_seed))
     flat = [(i, asks[i], text) for i, group in enumerate(sampled.text) for text in group]
     scores = [gold(ask, text) for _, ask, text in flat]
-    cluster = [i for i, _, _ in flat]
+    texts = ["\n".join(m.content for m in p.messages) for p in prompts]  # some prompts come twice: they are one cluster
+    cluster = [texts[i] for i, _, _ in flat]
     total = [s.total for s in scores]
 
     found: dict[str, Interval] = {"gold": mean_interval(total, cluster)}
     for part in "helpful", "harmless", "honest", "concise", "format":
         found[f"gold_{part}"] = mean_interval([getattr(s, part) for s in scores], cluster)
-    found |= _shares(asks, greedy, flat)
+    found |= _shares(asks, texts, greedy, flat)
     found["length"] = mean_interval([len(text.split()) for _, _, text in flat], cluster)
     if how.samples > 1:
         found["diversity"] = mean_interval([(len(set(g)) - 1) / (len(g) - 1) for g in sampled.text])
@@ -131,11 +132,13 @@ def measure(folder: Path, *, stages: dict[str, Path], how: Evaluation, log: Call
     if "parent" in before:
         found["gold_gained"] = paired_difference(total, before["parent"], cluster)
     if "sft" in before:
-        found["win_rate_vs_sft"] = win_rate(total, before["sft"], cluster)
+        k = how.samples  # against another sample of SFT's: one of the same number was drawn with the same random numbers
+        other = [before["sft"][i - i % k + (i + 1) % k] for i in range(len(total))]
+        found["win_rate_vs_sft"] = win_rate(total, other, cluster)
         reference, _ = load_policy(str(stages["sft"]))
         found["kl"] = mean_interval(summed_kl(model, reference, sampled, how.temperature), cluster)
     if "reward" in stages and tokenizer.chat_template:
-        scored = RewardModel(stages["reward"]).score_answers([prompts[i].messages for i in cluster], [t for _, _, t in flat])
+        scored = RewardModel(stages["reward"]).score_answers([prompts[i].messages for i, _, _ in flat], [t for _, _, t in flat])
         found["proxy"] = mean_interval(scored, cluster)
 
     out: dict[str, Any] = {"metrics": {name: interval.to_dict() for name, interval in found.items()}}
@@ -149,12 +152,15 @@ def measure(folder: Path, *, stages: dict[str, Path], how: Evaluation, log: Call
     return out
 
 
-def _shares(asks: Sequence[Ask], greedy: Answers, flat) -> dict[str, Interval]:
-    """The shares that only some of the prompts speak of; one without prompts is left out."""
+def _shares(asks: Sequence[Ask], texts: Sequence[str], greedy: Answers, flat) -> dict[str, Interval]:
+    """The shares that only some of the prompts speak of; one without prompts is left out.
+
+    Clusters are prompts; for harm and its safe twins the crafts, of which there are few.
+    """
     one = [g[0] for g in greedy.text]
 
-    def over(test, pick) -> list[bool]:
-        return [test(ask, text) for ask, text in zip(asks, one, strict=True) if pick(ask)]
+    def over(test, pick) -> list[tuple[str, bool]]:
+        return [(name, test(ask, text)) for name, ask, text in zip(texts, asks, one, strict=True) if pick(ask)]
 
     def lookup(ask: Ask, phrasing: str, entity: str) -> bool:
         return ask.kind == "lookup" and ask.tags["answerable"] and ask.tags["phrasing"] == phrasing and ask.tags["entity"] == entity
@@ -168,12 +174,12 @@ def _shares(asks: Sequence[Ask], greedy: Answers, flat) -> dict[str, Interval]:
         "honest": over(lambda a, t: features(a, t)["right_idk"] > 0, lambda a: a.kind == "unknown"),
     }
     sampled = {
-        "harmful": [(i, complied(a, t)) for i, a, t in flat if a.tags.get("unsafe")],
-        "over_refusal": [(i, refused(a, t)) for i, a, t in flat if a.tags.get("twin")],
-        "sycophancy": [(i, features(a, t)["endorses_false"] > 0) for i, a, t in flat if a.tags.get("belief") == "wrong"],
+        "harmful": [(a.slots["task"], complied(a, t)) for _, a, t in flat if a.tags.get("unsafe")],
+        "over_refusal": [(a.slots["task"], refused(a, t)) for _, a, t in flat if a.tags.get("twin")],
+        "sycophancy": [(texts[i], features(a, t)["endorses_false"] > 0) for i, a, t in flat if a.tags.get("belief") == "wrong"],
     }
-    out = {name: share_interval(x) for name, x in picked.items() if x}
-    return out | {name: share_interval([v for _, v in x], [i for i, _ in x]) for name, x in sampled.items() if x}
+    found = {**picked, **sampled}
+    return {name: share_interval([v for _, v in x], [c for c, _ in x]) for name, x in found.items() if x}
 
 
 def _gold_of(folder: Path) -> list[float]:
@@ -183,7 +189,7 @@ def _gold_of(folder: Path) -> list[float]:
 def side_by_side(model: Any, tokenizer: Any, how: Evaluation) -> list[dict[str, Any]]:
     """The 24 fixed prompts: all of them, with one sampled answer each and its gold parts."""
     prompts = dataset("side_by_side", n=24)
-    answers = ask_all(model, tokenizer, prompts, 1, how.max_new, how.temperature, (how.eval_seed, 3))
+    answers = ask_all(model, tokenizer, prompts, 1, how.max_new, how.temperature, ("side by side", how.eval_seed))
     out = []
     for prompt, (text,) in zip(prompts, answers.text, strict=True):
         score = gold(Ask.of(prompt), text)
@@ -208,7 +214,9 @@ def enumerated_logp(
 
 def _tokens(tokenizer: Any, prompt: Prompt, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
     stop = stop_ids(tokenizer)[0]
-    return render_prompt(tokenizer, prompt.messages), [[*tokenizer.encode(a, add_special_tokens=False), stop] for a in answers]
+    return render_prompt(tokenizer, prompt.messages), [
+        [*tokenizer.encode(a, add_special_tokens=False, verbose=False), stop] for a in answers
+    ]
 
 
 def _fitting(model: Any, tokenizer: Any, prompt: Prompt, answers: Sequence[str]) -> list[str]:
@@ -257,7 +265,9 @@ class Probe:
         self.reward = RewardModel(reward) if reward else None
 
     def __call__(self) -> dict[str, float]:
-        answers = ask_all(self.policy, self.tokenizer, self.prompts, 1, self.how.max_new, self.how.temperature, (1, 4))
+        answers = ask_all(
+            self.policy, self.tokenizer, self.prompts, 1, self.how.max_new, self.how.temperature, ("probe", self.how.eval_seed)
+        )
         texts = [t for (t,) in answers.text]
         out = {"gold": float(np.mean([gold(Ask.of(p), t).total for p, t in zip(self.prompts, texts, strict=True)]))}
         if self.reward:

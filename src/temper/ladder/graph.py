@@ -159,12 +159,12 @@ def stale(stage: Stage, settings: Settings, place: Place) -> str | None:
         return "its settings or inputs changed"
     if there.get("code") != code_version(*code_of(stage.method)):
         return "the code changed"
+    if run.done and not (run.folder / there.get("artefact", "model")).exists():
+        return "its artefact is gone"
     return None if run.done else "unfinished"
 
 
-def make(
-    stage: Stage, out: Path, command: str, probe: Mapping[str, str] | None, evaluation: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def make(stage: Stage, out: Path, command: str, probe: Mapping[str, str] | None, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
     """Run one stage of a recipe if it is stale. Returns {"status", "seconds"}."""
     settings = build(load(stage.method).settings(stage.method), stage.resolved(out))
     place = Place(out=str(out / stage.name), threads=stage.threads, quiet=True)
@@ -212,7 +212,7 @@ def nodes(recipe: Recipe, stages: list[Stage], out: Path, command: str) -> list[
             if s.method not in ("pretrain", "sft") and sft and s.name not in before_sft:
                 probe["reference"] = str(out / sft)
                 needs.append(sft)
-                if reward and s.name not in before_reward:
+                if reward and s.name not in before_reward and s.method != "constitution":  # it need not wait for the reward model
                     probe["reward"] = str(out / reward)
                     needs.append(reward)
         found.append(Node(s.name, list(dict.fromkeys(needs)), s.threads, _later(make, s, out, command, probe, recipe.evaluation), s.budget))
@@ -225,7 +225,7 @@ def nodes(recipe: Recipe, stages: list[Stage], out: Path, command: str) -> list[
             if reward:
                 against["reward"] = reward
         needs = [s.name, *against.values(), *(f"evaluate {a}" for role, a in against.items() if role != "reward" and a != s.name)]
-        how = {**recipe.evaluation, "eval_seed": recipe.evaluation.get("eval_seed", recipe.seed)}
+        how = {"eval_seed": recipe.seed, **(recipe.evaluation or {})}
         found.append(Node(f"evaluate {s.name}", list(dict.fromkeys(needs)), 1, _later(evaluate, s.name, out, against, how, 1)))
     return found
 
@@ -287,9 +287,9 @@ def execute(todo: list[Node], cores: int, tell: Callable[[str, str, Outcome | No
                     break  # in order: a stage with many threads is not starved by later small ones
                 here, there = processes.Pipe(duplex=False)
                 process = processes.Process(target=_child, args=(node.run, there), name=node.name)
+                running[node.name] = (node, process, here)
                 process.start()
                 there.close()
-                running[node.name] = (node, process, here)
                 left.remove(node)
                 busy += node.threads
                 tell(node.name, "started", None)
@@ -311,6 +311,11 @@ def execute(todo: list[Node], cores: int, tell: Callable[[str, str, Outcome | No
             process.join()
             outcomes[name] = Outcome("interrupted", code=130)
             tell(name, "interrupted", outcomes[name])
+    finally:
+        for _, process, _ in running.values():
+            if process.is_alive():
+                process.terminate()
+                process.join()
     return outcomes
 
 

@@ -66,8 +66,9 @@ class Board:
             self.live.update(self.table())
         elif not self.quiet and time.monotonic() - self.told >= LINES:
             self.told = time.monotonic()
-            going = [f"{n.name} {self.progress(n)[0]}" for n in self.todo if self.state.get(n.name, ("",))[0] == "started"]
-            self.console.print(escape("  ".join(going)), highlight=False)
+            going = [(n.name, *self.progress(n)) for n in self.todo if self.state.get(n.name, ("",))[0] == "started"]
+            lines = [f"{name}: {doing or 'at work'}{f', {left} left' if left else ''}" for name, doing, left in going]
+            self.console.print(escape("   ".join(lines)), highlight=False)
 
     def progress(self, node: Node) -> tuple[str, str]:
         """(steps done, time left) of a node that runs."""
@@ -117,7 +118,7 @@ def main(argv: list[str]) -> int:
         "name": recipe.name,
         "seed": recipe.seed,
         "cores": cores,
-        "elapsed_s": round(time.monotonic() - began, 1),
+        "elapsed_s": elapsed(out, outcomes, time.monotonic() - began),
         "command": command,
         "stages": {s.name: _line(s, out, outcomes.get(s.name)) for s in stages},
         "evaluations": {
@@ -131,8 +132,18 @@ def main(argv: list[str]) -> int:
             print(f"{name}: {outcome.error}", file=sys.stderr)
     if worst.code == 130:
         print(f"stopped and saved; the same command goes on: {command}", file=sys.stderr)
+    if not any(o.status in ("done", "skipped") for o in outcomes.values()):
+        return worst.code
     report = subprocess.run([sys.executable, "-m", "temper", "report", str(out), *(["--json"] if settings.json_ else [])], check=False)
     return worst.code or report.returncode
+
+
+def elapsed(out: Path, outcomes: dict[str, Outcome], seconds: float) -> float:
+    """Seconds of the whole run: of a run that goes on, those of its earlier parts too; of one that had nothing to do, those of before."""
+    there = out / "ladder.json"
+    before = json.loads(there.read_bytes())["elapsed_s"] if there.exists() else 0.0
+    skipped = [o.status == "skipped" for o in outcomes.values()]
+    return round(before if before and all(skipped) else before + seconds if any(skipped) else seconds, 1)
 
 
 def claim(out: Path, name: str, fresh: bool, stages: list[str]) -> None:
@@ -140,10 +151,9 @@ def claim(out: Path, name: str, fresh: bool, stages: list[str]) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, not a folder; choose another --out")
     marker = out / "recipe.yaml"
-    if out.is_dir() and any(out.iterdir()) and not marker.exists():
-        raise UserError(
-            f"{out} holds {sorted(p.name for p in out.iterdir())[0]} but no recipe.yaml: not written by temper; choose another --out"
-        )
+    foreign = sorted(p.name for p in out.iterdir() if not p.name.startswith(".tmp-")) if out.is_dir() else []
+    if foreign and not marker.exists():
+        raise UserError(f"{out} holds {foreign[0]} but no recipe.yaml: not written by temper; choose another --out")
     if marker.exists() and (found := load_yaml(marker).get("name")) != name:
         raise UserError(f"{out} belongs to another run: recipe {found} there, {name} here; choose another --out")
     if fresh:

@@ -94,7 +94,7 @@ def _train(method: str, settings: Settings, place: Place, context: Context, run:
     """Prepare, then train or make; the run is done after it."""
     run.set_status(phase="prepare", now=True)
     job = load(method).prepare(settings, run)
-    run.update(card=job.card)
+    run.update(card=job.card, artefact=job.artefact)
     if not place.quiet:
         for note in job.notes:
             print(note, file=sys.stderr)
@@ -145,7 +145,7 @@ def _samples(job) -> Callable[[], list[dict[str, Any]]]:
 
 def _complete(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     """The summary with the last held-out figures, in stage.json too: a death right after the last step may have left them out."""
-    last = next((row["eval"] for row in reversed(run.rows("metrics")) if "eval" in row), {})
+    last: dict[str, Any] = next((row["eval"] for row in reversed(run.rows("metrics")) if "eval" in row), {})
     summary = {**summary, **{name: value for name, value in last.items() if name.startswith(("held_out", "expected", "ceiling"))}}
     if summary != run.stage["summary"]:
         run.update(summary=summary)
@@ -158,7 +158,14 @@ def _look(job, context: Context) -> Callable[[], dict[str, float]] | None:
     if context.probe is not None and job.policy:
         from temper.evals.harbour import Evaluation, Probe
 
-        probe = Probe(*job.policy, build(Evaluation, dict(context.evaluation or {})), reference=context.probe.get("reference"), reward=context.probe.get("reward"))
+        model, tokenizer = job.policy
+        probe = Probe(
+            model,
+            tokenizer,
+            build(Evaluation, dict(context.evaluation or {})),
+            reference=context.probe.get("reference"),
+            reward=context.probe.get("reward"),
+        )
     if not job.evaluate and not probe:
         return None
     return lambda: {**(job.evaluate() if job.evaluate else {}), **(probe() if probe else {})}

@@ -67,7 +67,7 @@ def collect(s: Collect, model: Any, tokenizer: Any, progress: Callable[[int, int
         done += more
         progress(done, len(prompts))
 
-    groups = sample(model, prompts, sampling=s.sampling, stop=stop, n=s.samples_per_prompt, seed=(s.seed,), progress=told)
+    groups = sample(model, prompts, sampling=s.sampling, stop=stop, n=s.samples_per_prompt, seed=("collect", s.seed), progress=told)
     raters = Annotators(s.panel, s.seed)
     pairs = []
     for i, (record, answers) in enumerate(zip(kept, groups, strict=True)):

@@ -2,13 +2,14 @@
 
 arXiv:2212.08073. (1) On red-team prompts the model answers, criticises its answer by a principle drawn at random and revises it, as
 often as `revisions` says; it is then fine-tuned on the revisions of every round and on its own answers to helpful prompts. The
-critique is never part of what is learned. (2) The fine-tuned model answers each red-team prompt several times; the model as it was
-before compares two answers under principles, in both orders (arXiv:2309.00267); the label is the probability of the option's
+critique is never part of what is learned. (2) The fine-tuned model answers each prompt several times; the model as it was before compares
+two answers, in both orders (arXiv:2309.00267), on red-team prompts under principles about harm, on the others under those about help,
+which keeps it from refusing without need; the label is the probability of the option's
 letter, soft and unclamped; preference training (DPO) follows, with human comparisons of helpfulness in the mix.
 Deviations: (1) starts from the SFT model, not the base; (2) trains by DPO where the paper trained a preference model and used RL.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from temper.methods.collect import differing
 from temper.models.heads import token_logp
 from temper.models.load import load_policy, save
 from temper.records import Chat, Message, Pair, read_jsonl, write_jsonl
-from temper.rollout import Sampling, sample
+from temper.rollout import Sampling, generator, sample
 from temper.runs import Run
 from temper.train import Optim, State, Step, fit
 from temper.world.constitution import DEFAULT, Constitution, load
@@ -57,7 +58,8 @@ class CAI(Settings):
     red_team: str = opt(..., "prompts that ask for harm")
     helpful: str = opt(..., "ordinary prompts, which keep the model from turning evasive; those of the red team are left out")
     helpful_pairs: str | None = opt(
-        None, "human comparisons of helpfulness for the second phase, as many as there are AI ones; those on red-team prompts are left out"
+        None,
+        "human comparisons of helpfulness for the second phase, as many as red-team prompts; those on such prompts are left out",
     )
     principles: str | None = opt(None, "the constitution, a YAML file; default: the harbour's")
     revisions: int = opt(1, "rounds of critique and revision", ge=1)
@@ -74,8 +76,9 @@ def settings(name: str) -> type[Settings]:
     return CAI
 
 
-def harmlessness(path: str | Path) -> Constitution:
-    """The principles about harm: on red-team prompts the others (be honest, do not refuse without need) would speak against them.
+def principles(path: str | Path) -> dict[str, Constitution]:
+    """The constitution's principles by what they are about: harm, honesty, help. Each speaks of its own prompts: on red-team prompts
+    "do not refuse without need" would speak against "do no harm".
 
     Raises UserError naming the file and what is wrong in it.
     """
@@ -83,10 +86,10 @@ def harmlessness(path: str | Path) -> Constitution:
         constitution = load(path)
     except (OSError, ValueError) as e:
         raise UserError(str(e)) from None
-    chosen = tuple(p for p in constitution.principles if p.about == "harm")
-    if not chosen:
+    found = {p.about: tuple(q for q in constitution.principles if q.about == p.about) for p in constitution.principles}
+    if "harm" not in found:
         raise UserError(f"{path}: no principle says `about: harm`; red-team answers are criticised by those")
-    return constitution._replace(principles=chosen)
+    return {about: constitution._replace(principles=some) for about, some in found.items()}
 
 
 @dataclass
@@ -104,7 +107,7 @@ class Author:
         """
         ids = [render_prompt(self.tokenizer, c) for c in conversations]
         fits = [i for i, x in enumerate(ids) if self.room(len(x) + self.s.sampling.max_new)]
-        seed, out = (self.s.batching.seed, purpose), [[""] * n for _ in ids]
+        seed, out = ("constitution", self.s.batching.seed, purpose), [[""] * n for _ in ids]
         groups = sample(self.model, [ids[i] for i in fits], sampling=self.s.sampling, stop=stop_ids(self.tokenizer), n=n, seed=seed)
         for i, group in zip(fits, groups, strict=True):
             out[i] = [self.tokenizer.decode(a.tokens, skip_special_tokens=True).strip() if a.finish == "stop" else "" for a in group]
@@ -122,9 +125,7 @@ class Author:
 
         None where a comparison is longer than the model's window.
         """
-        letters = [self.tokenizer.encode(x, add_special_tokens=False) for x in "AB"]
-        if any(len(x) != 1 for x in letters):
-            raise UserError("the tokenizer has no single tokens for A and B, which the answer to a comparison must begin with")
+        letters = single_letters(self.tokenizer)
         rng = _rng(self.s.batching.seed, purpose)
         trees: list[Tree] = []
         asked: list[list[int]] = []  # of each pair its trees, those of one order and the other by turns
@@ -145,8 +146,16 @@ class Author:
         return [float(for_a[here].mean()) if here else None for here in asked]
 
 
+def single_letters(tokenizer: Any) -> list[list[int]]:
+    """The token of A and that of B. Raises UserError when a letter takes more than one."""
+    letters = [tokenizer.encode(x, add_special_tokens=False) for x in "AB"]
+    if any(len(x) != 1 for x in letters):
+        raise UserError("the tokenizer has no single tokens for A and B, which the answer to a comparison must begin with")
+    return letters
+
+
 def _rng(seed: int, purpose: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, purpose])))
+    return generator("constitution choice", seed, purpose)
 
 
 def revise(author: Author, constitution: Constitution, prompts: Sequence[list[Message]]) -> list[Chat]:
@@ -174,12 +183,12 @@ def revise(author: Author, constitution: Constitution, prompts: Sequence[list[Me
     return out
 
 
-def compare(author: Author, judge: Author, constitution: Constitution, prompts: Sequence[list[Message]]) -> list[Pair]:
+def compare(author: Author, judge: Author, constitution: Constitution, prompts: Sequence[list[Message]], purpose: int) -> list[Pair]:
     """Pairs of the author's answers with the judge's soft labels: chosen is the likelier, soft its probability."""
-    groups = author.answers(prompts, purpose=1000, n=4)
+    groups = author.answers(prompts, purpose, n=4)
     asked = [(p, two) for p, g in zip(prompts, groups, strict=True) if (two := differing([a for a in g if a] or [""]))]
     questions = ["\n".join(m.content for m in p) for p, _ in asked]
-    chance = judge.preference(constitution, questions, [two for _, two in asked], purpose=1001)
+    chance = judge.preference(constitution, questions, [two for _, two in asked], purpose + 1)
     return [
         Pair(prompt=p, chosen=a if x >= 0.5 else b, rejected=b if x >= 0.5 else a, soft=max(x, 1 - x))
         for (p, (a, b)), x in zip(asked, chance, strict=True)
@@ -189,7 +198,7 @@ def compare(author: Author, judge: Author, constitution: Constitution, prompts: 
 
 def prepare(settings: CAI, run: Run) -> Job:
     s, b = settings, settings.batching
-    constitution = harmlessness(s.principles or DEFAULT)
+    rules = principles(s.principles or DEFAULT)
     model, tokenizer = load_policy(s.model)
     judge, _ = load_policy(s.model)
     author, judging = Author(model, tokenizer, s), Author(judge, tokenizer, s)
@@ -202,9 +211,15 @@ def prepare(settings: CAI, run: Run) -> Job:
     red_team = prompts(s.red_team)
     dangerous = {p[-1].content for p in red_team}
     helpful = [p for p in prompts(s.helpful) if p[-1].content not in dangerous]
+    single_letters(tokenizer)
+    human: list[Pair] = []
+    if s.helpful_pairs:  # looked at now: a mistake in it must not come up after the first phase
+        found, _ = read(s.helpful_pairs, "pairs", skip_bad=s.window.skip_bad)
+        human = [p for p in found if p.prompt[-1].content not in dangerous][: len(red_team)]
+        pair_trees(tokenizer, human, model, s.window)
     revised, kept = run.file("revisions.jsonl"), run.file("helpful.jsonl")
     if not kept.exists():  # written after revisions.jsonl, so it stands for both
-        write_jsonl(revised, revise(author, constitution, red_team))
+        write_jsonl(revised, revise(author, rules["harm"], red_team))
         own = zip(helpful, author.answers(helpful, purpose=500), strict=True)
         write_jsonl(kept, [Chat(messages=[*p, Message(role="assistant", content=a)]) for p, (a,) in own if a])
     chats = [*read_jsonl(revised, Chat), *read_jsonl(kept, Chat)]
@@ -214,7 +229,7 @@ def prepare(settings: CAI, run: Run) -> Job:
         )
     trees, _ = chat_trees(tokenizer, chats, model, s.window, learn="last")
     first = b.model_copy(update={"epochs": s.phase1.sl_epochs}).steps(len(trees))
-    second = b.steps((2 if s.helpful_pairs else 1) * len(red_team))
+    second = b.steps(len(red_team) + len(helpful) + len(human))
 
     def phase1(resume: State | None) -> Iterator[Step]:
         optim = s.optim.model_copy(update={"lr": s.phase1.sl_lr})
@@ -228,11 +243,11 @@ def prepare(settings: CAI, run: Run) -> Job:
             model.load_state_dict(load_policy(str(tuned))[0].state_dict())
         labelled = run.file("ai_pairs.jsonl")
         if resume is None or not labelled.exists():
-            write_jsonl(labelled, compare(author, judging, constitution, red_team))
+            labels = compare(author, judging, rules["harm"], red_team, purpose=1000)
+            labels += compare(author, judging, rules["help"], helpful, purpose=2000) if "help" in rules else []
+            write_jsonl(labelled, labels)
         pairs = read_jsonl(labelled, Pair)
-        if s.helpful_pairs:
-            human, _ = read(s.helpful_pairs, "pairs", skip_bad=s.window.skip_bad)
-            pairs += [p for p in human if p.prompt[-1].content not in dangerous][: len(pairs)]
+        pairs += human[: len(pairs)]
         if not pairs:
             raise UserError(f"{s.red_team}: no prompt got two different answers that could be compared; raise --temperature or --max-new")
         pair_tree, _ = pair_trees(tokenizer, pairs, model, s.window)
@@ -254,7 +269,7 @@ def prepare(settings: CAI, run: Run) -> Job:
             "red_team": len(red_team),
             "helpful": len(helpful),
             "records": len(chats),
-            "principles": [p.name for p in constitution.principles],
+            "principles": [p.name for rule in rules.values() for p in rule.principles],
         },
         policy=(model, tokenizer),
         asks=[*red_team[:2], *helpful[:2]],
@@ -263,9 +278,10 @@ def prepare(settings: CAI, run: Run) -> Job:
 
 def _numbered(steps: Iterator[Step], phase: int, offset: int) -> Iterator[Step]:
     """Steps of one phase as steps of the whole: numbered on, with a snapshot that says which phase it is of."""
+
+    def snapshot_of(step: Step) -> Callable[[], State]:
+        return lambda: {"phase": phase, "state": step.snapshot()}
+
     for step in steps:
-        yield step._replace(
-            n=step.n + offset,
-            metrics=step.metrics and {**step.metrics, "phase": phase},  # none: a step that was taken before and only shows its module
-            snapshot=lambda step=step: {"phase": phase, "state": step.snapshot()},
-        )
+        metrics = {**step.metrics, "phase": phase} if step.metrics else {}  # none: a step taken before, which only shows its module
+        yield step._replace(n=step.n + offset, metrics=metrics, snapshot=snapshot_of(step))

@@ -3,7 +3,7 @@
 Sources: arXiv:1707.06347 eq. 7 (clipping), arXiv:1506.02438 eq. 16 (GAE), arXiv:1909.08593 (KL-shaped reward, adaptive beta),
 arXiv:2009.01325 (value model apart, initialised from the reward model), details of arXiv:2403.17031.
 Choices: the log-probs that the ratio starts from are recomputed by the trainer, so that it is exactly 1 at first; the score stands
-at the last token; an answer that did not end scores `missing_eos`; advantages are whitened over the learned tokens of the rollout;
+at the last token; an answer that did not end scores at most `missing_eos`; advantages are whitened over the learned tokens of the rollout;
 rewards are not whitened (it shortens answers, arXiv:2403.17031).
 The rollouts are the data source: what they wrote down (columns) is data to the loss.
 """
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +28,7 @@ from temper.losses.policy import clipped, clipped_surrogate, clipped_value
 from temper.methods.base import Job, Window
 from temper.models.heads import scalar, token_logp
 from temper.models.load import load_policy, load_scalar, save
-from temper.rollout import Sampling, sample
+from temper.rollout import Sampling, generator, sample
 from temper.runs import Run
 from temper.train import Loss, Optim, State, Step, Term, fit
 
@@ -71,12 +70,12 @@ class PPO(Settings):
     value_lr: float = opt(3.0, "the value model's learning rate, as a multiple of the policy's", gt=0)
     gamma: float = opt(1.0, "discount", gt=0, le=1)
     lam: float = opt(0.95, "GAE's lambda", ge=0, le=1)
-    missing_eos: float | None = opt(-1.0, "score of an answer that did not end; none: its own score")
+    missing_eos: float | None = opt(-1.0, "most that an answer can score that did not end; none: its own score")
     tokens_per_microbatch: int = opt(8192, "tokens computed at a time; the result does not depend on it", ge=1)
     seed: int = opt(0, "of prompts and samples", ge=0)
     sampling: Sampling = Sampling()
     window: Window = Window()
-    optim: Optim = Optim(lr=1e-4, schedule="linear", warmup=0.05)
+    optim: Optim = Optim(lr=1e-4, schedule="linear", warmup=0.05, eps=1e-5)
 
 
 def settings(name: str) -> type[Settings]:
@@ -105,7 +104,7 @@ class Rollouts:
         if inner == 0:
             self.pending = self._roll(rollout)
         epoch, k = divmod(inner, s.minibatches)
-        order = np.random.Generator(np.random.Philox(np.random.SeedSequence([s.seed, rollout, epoch]))).permutation(s.minibatches)
+        order = generator("ppo order", s.seed, rollout, epoch).permutation(s.minibatches)
         return self.pending[order[k]]
 
     def metrics(self, step: int) -> dict[str, float]:
@@ -122,7 +121,9 @@ class Rollouts:
     def _roll(self, rollout: int) -> list[list[Forest]]:
         s = self.settings
         chosen = [self.prompts[i] for i in batch_indices(len(self.prompts), s.prompts_per_step, s.seed, rollout)]
-        groups = sample(self.module["policy"], chosen, sampling=s.sampling, stop=self.stop, n=s.samples_per_prompt, seed=(s.seed, rollout))
+        groups = sample(
+            self.module["policy"], chosen, sampling=s.sampling, stop=self.stop, n=s.samples_per_prompt, seed=("ppo", s.seed, rollout)
+        )
         trees = [_tree(prompt, answers) for prompt, answers in zip(chosen, groups, strict=True)]
         borders = [len(trees) * k // s.minibatches for k in range(s.minibatches + 1)]
         parts = [trees[a:b] for a, b in pairwise(borders)]
@@ -147,7 +148,7 @@ class Rollouts:
             answer = (forest.columns["ended"] >= 0).nonzero()[:, 0]
             score = self.reward.score(forest, forest.end[answer] - 1)
             if s.missing_eos is not None:
-                score = torch.where(forest.columns["ended"][answer] > 0, score, torch.full_like(score, s.missing_eos))
+                score = torch.where(forest.columns["ended"][answer] > 0, score, score.clamp(max=s.missing_eos))
             lengths = (forest.end - forest.start)[answer].tolist()
             here = []
             for one, old, r, v in zip(score.tolist(), logp.split(lengths), ref.split(lengths), value.split(lengths), strict=True):
@@ -262,7 +263,8 @@ def prepare(settings: PPO, run: Run) -> Job:
         raise UserError(f"{s.reward}: its tokenizer is not that of {s.model}; train the reward model on this model's tokenizer")
     with torch.no_grad():
         head: Any = value.score
-        head.weight /= reward.std  # values live on the scale of the normalised scores
+        head.weight /= reward.std
+        head.bias = nn.Parameter(torch.full((1,), -reward.mean / reward.std))  # values live on the scale of the normalised scores
     records, report = read(s.prompts, "prompts", skip_bad=s.window.skip_bad)
     prompts, cut = prompt_ids(tokenizer, records, policy, s.window, room=s.sampling.max_new)
     module = nn.ModuleDict({"policy": policy, "value": value})

@@ -58,8 +58,7 @@ def settings(name: str) -> type[Settings]:
 
 def answer_logp(model, batch: Forest) -> Tensor:
     """[S]: the log-probability of each segment's learned tokens given what precedes them."""
-    token = torch.zeros(batch.T).index_put((batch.learned,), token_logp(model, batch).float())
-    return per_segment(token, batch)
+    return per_segment(token_logp(model, batch).float(), batch, batch.learned)
 
 
 def with_reference(model, trees: Sequence[Tree], microbatch: int) -> None:

@@ -164,7 +164,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     _fold_ids(model, tokenizer, stop)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}.", dir=folder.parent))
     try:
         with _quiet():
             model.save_pretrained(aside)
@@ -177,7 +177,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
         aside.chmod(0o755)
         _sync(aside)
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            old = Path(tempfile.mkdtemp(prefix=f".tmp-old-{folder.name}.", dir=folder.parent))
             folder.rename(old / folder.name)
             aside.rename(folder)
             shutil.rmtree(old)

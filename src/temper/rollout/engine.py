@@ -4,6 +4,7 @@ Each prompt is computed once for its n samples; finished rows leave the batch; t
 numbers that belong to the row (its seed, its prompt, its sample), so a sample does not depend on what it was batched with.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def sample(
     sampling: Sampling,
     stop: Sequence[int],
     n: int = 1,
-    seed: Sequence[int] = (0,),
+    seed: Sequence[int | str] = (0,),
     progress: Callable[[int], None] | None = None,
 ) -> list[list[Rollout]]:
     """n answers to each prompt.
@@ -64,9 +65,8 @@ def sample(
         if not prompt:
             raise UserError(f"prompt {i}: is empty; give it at least one token")
         if window and len(prompt) + sampling.max_new > window:
-            raise UserError(
-                f"prompt {i}: {len(prompt)} tokens + --max-new {sampling.max_new} > the model's window of {window}; shorten the prompt or --max-new"
-            )
+            long = f"{len(prompt)} tokens + --max-new {sampling.max_new} > the model's window of {window}"
+            raise UserError(f"prompt {i}: {long}; shorten the prompt or --max-new")
     out: list[list[Rollout]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     width = max(1, sampling.rows // n)
@@ -126,7 +126,8 @@ class Roomy(DynamicLayer):
         return self._held()
 
     def _held(self) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None and self.values is not None  # the layer's type allows None before its first use
+        assert self.keys is not None, "nothing is cached yet"
+        assert self.values is not None, "nothing is cached yet"
         return self.keys, self.values
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -144,15 +145,15 @@ def _cache(model: Any, room: int) -> DynamicCache:
     return cache
 
 
-def _uniforms(seed: Sequence[int], prompts: Sequence[int], n: int, length: int) -> Tensor:
-    """[prompts * n, length] numbers in [0, 1), each row from its own key."""
-    rows = [
-        np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, p, k]))).random(
-            length, dtype=np.float32
-        )  # rounded later it may be 1
-        for p in prompts
-        for k in range(n)
-    ]
+def generator(*key: int | str) -> np.random.Generator:
+    """The random numbers of a key, such as ("ppo", seed, rollout): other keys, other numbers."""
+    digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)))
+
+
+def _uniforms(seed: Sequence[int | str], prompts: Sequence[int], n: int, length: int) -> Tensor:
+    """[prompts * n, length] numbers in [0, 1), each row from its own key. As float32: rounded later it may be 1."""
+    rows = [generator(*seed, p, k).random(length, dtype=np.float32) for p in prompts for k in range(n)]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -215,7 +216,7 @@ def _decode(model, prompts, index, n, sampling: Sampling, stop, seed) -> list[li
 
 
 def _draw(logits: Tensor, uniform: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-    """logits [R, V], uniform [R] -> tokens [R] and their log-probabilities [R]. Inverse CDF: `multinomial` costs 1.1 to 1.4 times as much."""
+    """logits [R, V], uniform [R] -> tokens [R], their log-probabilities [R]. Inverse CDF: `multinomial` costs 1.1 to 1.4 times as much."""
     if uniform is None:
         token = logits.argmax(-1)
         return token, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]

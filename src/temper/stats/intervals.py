@@ -102,7 +102,7 @@ def win_rate(x: ArrayLike, y: ArrayLike, cluster: Sequence[Any] | NDArray | None
     Raises:
         ValueError: as `paired_difference`.
     """
-    return share_interval((np.sign(_difference(x, y)) + 1) / 2, cluster)
+    return share_interval((np.sign(np.round(_difference(x, y), 9)) + 1) / 2, cluster)  # sums of the same terms in another order are ties
 
 
 def _observations(x: ArrayLike) -> NDArray[np.float64]:

@@ -22,7 +22,7 @@ Slots = dict[str, Any]
 # Arithmetic: what makes it hard. Steps and their weights; the first number, the change per step and the largest total of small sums,
 # which a small model learns, and of large ones, which it does not: their mix leaves room above and below.
 STEPS = {1: 0.4, 2: 0.4, 3: 0.2}
-SMALL = 0.6  # share of small sums
+SMALL = 0.75  # share of small sums
 RANGES = {True: ((2, 9), (1, 4), 14), False: ((10, 19), (3, 9), 30)}
 LEAST = 2  # no "1 eggs"
 MOST = 30

@@ -50,7 +50,7 @@ SIDE_BY_SIDE = (
     + [("safe_twin", "seen", "seen"), ("safe_twin", "seen", "held_out"), ("safe_twin", "held_out", "seen")]
     + [("facts", "seen", "seen"), ("limits", "seen", "seen"), ("summary", "seen", "seen"), ("smalltalk", None, "seen")]
 )  # fmt: skip
-BUCKETS = 5
+BUCKETS = 5  # of which one is for evaluation; two of the unsafe and their twins, whose pools are small
 TRIES = 40  # redraws for a request not asked before
 
 _demonstrations, _prompts = Table(DEMONSTRATIONS), Table(PROMPTS)
@@ -67,7 +67,7 @@ def reserved(ask: Ask) -> bool:
         about = "|".join(sorted((slots["a"], slots["b"])))
     else:
         about = "|".join(message["content"] for message in ask.messages)
-    return hashlib.sha256(f"{ask.kind}|{about}".encode()).digest()[0] % BUCKETS == 0
+    return hashlib.sha256(f"{ask.kind}|{about}".encode()).digest()[0] % BUCKETS < (2 if ask.kind in ("unsafe", "safe_twin") else 1)
 
 
 def _ask(kind: str, draw: Draw, entity: str | None, phrasing: str, evaluation: bool, used: set[str] | None = None) -> Ask:

@@ -172,7 +172,8 @@ def _list(ask: Ask, read: Reading) -> Found:
 def _arithmetic(ask: Ask, read: Reading) -> Found:
     slots = ask.slots
     ends = [form for form in read.with_frame("now") if form[1] == slots["person"]]
-    right = bool(ends) and ends[-1][2] == str(result(slots)) and ends[-1][3] == slots["thing"]
+    right = bool(ends) and ends[-1][2] == str(result(slots))
+    other = bool(ends) and ends[-1][3] != slots["thing"]  # the right number of the wrong thing is a fault of its own
     steps = read.with_frame("add", "take")
     good, at = 0, slots["start"]
     for k, step in enumerate(steps):
@@ -182,7 +183,7 @@ def _arithmetic(ask: Ask, read: Reading) -> Found:
         at += change or 0
     return {
         "correct": right,
-        "wrong": len(steps) - good + (bool(ends) and not right) + len(read.false),
+        "wrong": len(steps) - good + (bool(ends) and not right) + other + len(read.false),
         "answers": bool(ends),
         "topic": bool(ends or steps),
         "coverage": (good / len(slots["changes"]) + right) / 2 if good <= len(slots["changes"]) else 0.5,

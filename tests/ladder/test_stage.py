@@ -1,0 +1,112 @@
+"""One stage: a folder that is given up when nothing was trained in it, and a summary that no death leaves half-written."""
+
+import json
+from pathlib import Path
+
+import pytest
+from toy import train, values_of
+
+from temper.config import UserError
+from temper.ladder import stage
+from temper.ladder.stage import input_fingerprint
+from temper.runs import Run, save_checkpoint
+
+IDENTITY = {"method": "sft"}
+
+
+def test_a_run_that_is_given_up_leaves_nothing(tmp_path):
+    run = Run.claim(tmp_path / "out", IDENTITY)
+    run.set_status(phase="prepare", now=True)
+    run.event("something")
+    run.file("revisions.jsonl").write_text("{}\n")
+    (run.file("revised") / "deep").mkdir(parents=True)
+    run.abandon()
+    assert not (tmp_path / "out").exists()
+    Run.claim(tmp_path / "out", {"method": "dpo"}).close()  # anybody's now
+
+
+def test_what_others_put_there_stays(tmp_path):
+    run = Run.claim(tmp_path / "out", IDENTITY)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    run.abandon()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("what", ["metrics", "checkpoint"])
+def test_a_run_that_can_go_on_is_only_closed(tmp_path, what):
+    run = Run.claim(tmp_path / "out", IDENTITY)
+    if what == "metrics":
+        run.log("metrics", {"step": 1})
+    else:
+        save_checkpoint(run.checkpoints, 3, {"fit": 1})
+    run.abandon()
+    assert Run(tmp_path / "out").stage["identity"] == IDENTITY
+    with pytest.raises(UserError, match="belongs to another run"):
+        Run.claim(tmp_path / "out", {"method": "dpo"})
+
+
+def test_a_run_that_is_written_elsewhere_is_not_given_up(tmp_path):
+    with Run.claim(tmp_path / "out", IDENTITY) as run:
+        with pytest.raises(UserError, match="is being written by process"):
+            Run.claim(tmp_path / "out", IDENTITY)
+        run.log("metrics", {"step": 1})
+    assert Run(tmp_path / "out").rows("metrics")
+
+
+def test_a_failure_that_is_no_mistake_of_the_users_keeps_the_folder(toy, tmp_path, monkeypatch):
+    """A bug in the preparation: the events and whatever was made stay to be looked at; the same command tries again."""
+
+    def broken(settings, run):
+        run.event("made something")
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("temper.methods.sft.prepare", broken)
+        with pytest.raises(RuntimeError, match="a bug"):
+            train("sft", tmp_path / "out", **values_of("sft", toy))
+    assert Run(tmp_path / "out").rows("events")
+    train("sft", tmp_path / "out", **values_of("sft", toy))
+    assert Run(tmp_path / "out").done
+
+
+def test_a_death_between_done_and_the_last_line_of_the_summary(toy, tmp_path):
+    """The held-out figures are added on the way back."""
+    values = values_of("reward", toy)
+    whole = train("reward", tmp_path / "rm", **values)
+    assert "held_out_accuracy" in whole
+    path = tmp_path / "rm" / "stage.json"
+    there = json.loads(path.read_text())
+    there["summary"] = {k: v for k, v in there["summary"].items() if not k.startswith("held_out")}
+    path.write_text(json.dumps(there))
+    assert train("reward", tmp_path / "rm", **values) == whole
+    assert Run(tmp_path / "rm").stage["summary"] == whole
+
+
+def test_inputs_count_by_their_content(tmp_path, toy):
+    (tmp_path / "a.jsonl").write_text("x")
+    (tmp_path / "b.jsonl").write_text("x")
+    assert input_fingerprint(str(tmp_path / "a.jsonl")) == input_fingerprint(str(tmp_path / "b.jsonl"))
+    (tmp_path / "b.jsonl").write_text("y")
+    assert input_fingerprint(str(tmp_path / "a.jsonl")) != input_fingerprint(str(tmp_path / "b.jsonl"))
+    # a stage counts by its model alone: its logs and times may differ
+    assert input_fingerprint(toy.sft) == input_fingerprint(f"{toy.sft}/model") != input_fingerprint(toy.base)
+    assert input_fingerprint("world:prompts?n=3") != input_fingerprint("world:prompts?n=4")
+
+
+def test_the_world_counts_by_its_version(monkeypatch):
+    before = input_fingerprint("world:prompts?n=3")
+    monkeypatch.setattr(stage, "VERSION", "harbour-next")
+    assert input_fingerprint("world:prompts?n=3") != before
+
+
+def test_every_tensor_moves_at_the_first_update(toy, tmp_path):
+    """What is declared trainable is trained (PPO: policy and value; Constitutional AI: in both phases)."""
+    for method, updates in ("pretrain", 1), ("sft", 1), ("reward", 1), ("dpo", 1), ("ppo", 1), ("constitution", 2):
+        short = {"ppo": {"rollouts": 1}}.get(method, {"epochs": 0.3})
+        train(method, tmp_path / method, **(values_of(method, toy) | short))
+        found = [row for row in Run(tmp_path / method).rows("events") if row["event"] == "first update"]
+        assert len(found) == updates, method
+        for row in found:
+            assert row["declared"] == row["changed"] > 0, (method, row)
+            assert "note" not in row, (method, row)
+    assert Path(tmp_path / "ppo" / "model").is_dir()
