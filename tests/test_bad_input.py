@@ -220,6 +220,19 @@ def test_folders_that_are_not_ours(toy, tmp_path, capsys):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
+def test_fresh_with_a_wrong_input_loses_nothing(toy, tmp_path, capsys):
+    """The old model goes only when the new inputs are there."""
+    data, out = write(tmp_path / "rows.jsonl", GOOD), tmp_path / "out"
+    assert run(sft(toy, data, out), capsys)[0] == 0
+    model = (out / "model" / "model.safetensors").read_bytes()
+    assert "typo.jsonl: no such file" in refused(sft(toy, tmp_path / "typo.jsonl", out, "--fresh"), capsys)
+    command = sft(toy, data, out, "--fresh")
+    command[2] = str(tmp_path / "no model")
+    assert "no model: no such folder" in refused(command, capsys)
+    assert (out / "model" / "model.safetensors").read_bytes() == model
+    assert Run(out).done
+
+
 def test_a_run_that_can_go_on_is_not_given_up(toy, tmp_path, capsys, monkeypatch):
     """A full disk while the model is written: the checkpoint stays, and the same command finishes."""
     data, out = write(tmp_path / "rows.jsonl", GOOD), tmp_path / "out"

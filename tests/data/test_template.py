@@ -44,7 +44,10 @@ def test_each_assistant_turn_and_its_end_are_learned(name, request):
 def test_ids_are_those_of_the_template_and_a_prompt_is_their_prefix(name, request):
     tokenizer = request.getfixturevalue(name)
     ids, target = render_chat(tokenizer, TALK)
-    assert ids == tokenizer.apply_chat_template([m.model_dump() for m in TALK], tokenize=True)["input_ids"]
+    whole = tokenizer.apply_chat_template([m.model_dump() for m in TALK], tokenize=True)["input_ids"]
+    assert ids == whole[: len(ids)]
+    assert target[-1] == 1.0  # the end of the turn; of what the template writes after it nothing is kept
+    assert not tokenizer.decode(whole[len(ids) :]).strip()
     for turn in (2, 4):
         prompt = render_prompt(tokenizer, TALK[:turn])
         assert ids[: len(prompt)] == prompt

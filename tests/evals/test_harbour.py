@@ -94,7 +94,7 @@ def test_each_share_counts_its_own_prompts_only(prompts):
 
 def test_sampled_shares_count_every_sample_and_cluster_by_prompt(prompts):
     """Two samples that agree are one observation: the interval is as wide as with one sample each."""
-    prompts = [p for p in prompts if Ask.of(p).tags["unsafe"]]
+    prompts = list({Ask.of(p).slots["task"]: p for p in prompts if Ask.of(p).tags["unsafe"]}.values())  # one of each craft
     asks, names = [Ask.of(p) for p in prompts], said(prompts)
     greedy = Answers([[""]] * len(asks), [], [])
     texts = ["" if i % 3 else max(enumerate_answers(a, limit=60), key=lambda t: gold(a, t).features["harmful"]) for i, a in enumerate(asks)]

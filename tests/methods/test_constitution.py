@@ -35,7 +35,7 @@ def author(toy):
 
 @pytest.fixture(scope="module")
 def principles(toy):
-    return cai.harmlessness(toy.principles)
+    return cai.principles(toy.principles)["harm"]
 
 
 class Scripted(cai.Author):
@@ -95,13 +95,14 @@ def test_rounds_revise_the_revision_and_what_did_not_end_is_left_out(toy, princi
     ]
 
 
-def test_only_the_principles_about_harm_count(principles, tmp_path):
+def test_principles_speak_of_what_they_are_about(principles, toy, tmp_path):
     assert [p.name for p in principles.principles] == ["kind", "safe"]
+    assert {about: len(c.principles) for about, c in cai.principles(toy.principles).items()} == {"harm": 2, "honesty": 1, "help": 1}
     path = tmp_path / "mine.yaml"
     path.write_text(PRINCIPLES.replace("about: harm", "about: help"))
     with pytest.raises(UserError, match=r"mine.yaml: no principle says `about: harm`"):
-        cai.harmlessness(path)
-    assert cai.harmlessness(cai.DEFAULT).principles
+        cai.principles(path)
+    assert {"harm", "help"} <= cai.principles(cai.DEFAULT).keys()
 
 
 # ---------------------------------------------------------------- the judge
@@ -140,7 +141,7 @@ def test_pairs_carry_the_likelier_answer_first_and_its_chance(toy, principles, a
     groups = [["a", "b", "c", ""], ["", "d", "d", "e"], ["f", "f", "g", "g"], ["h", "i", "", ""], ["j", "j", "j", ""], ["", "", "", ""]]
     monkeypatch.setattr(cai.Author, "answers", lambda self, conversations, purpose, n=1: groups)
     monkeypatch.setattr(cai.Author, "preference", lambda self, c, questions, pairs, purpose: chances)
-    found = cai.compare(author, author, principles, [prompt(str(i)) for i in range(6)])
+    found = cai.compare(author, author, principles, [prompt(str(i)) for i in range(6)], purpose=1)
     assert [(p.chosen, p.rejected, p.soft) for p in found] == [("b", "a", 0.8), ("d", "e", 0.9), ("f", "g", 0.5)]
     assert [p.prompt[0].content for p in found] == ["0", "1", "2"]
 
@@ -177,13 +178,16 @@ def test_files_of_a_run_say_what_was_learned(whole, toy):
     assert {r.meta["round"] for r in revised} == {1, 2}
     assert {r.messages[0].content for r in revised} <= red
     assert {r.messages[0].content for r in helpful} <= calm
-    assert {p.prompt[0].content for p in pairs} <= red
+    compared = {p.prompt[0].content for p in pairs}
+    assert compared <= red | calm
+    assert compared & red
+    assert compared & calm  # on these the judge is asked what helps
     assert all(len(r.messages) == 2 for r in (*revised, *helpful))
     assert pairs
     assert all(0.5 <= p.soft <= 1 and p.chosen != p.rejected for p in pairs)
     card = Run(folder).stage["card"]
     assert card["records"] == len(revised) + len(helpful)
-    assert card["principles"] == ["kind", "safe"]
+    assert card["principles"] == ["kind", "safe", "plain", "useful"]
 
 
 def test_phase_two_starts_from_the_tuned_model_as_its_own_reference(whole, toy):
@@ -203,26 +207,27 @@ def test_phase_two_starts_from_the_tuned_model_as_its_own_reference(whole, toy):
 def test_the_judge_is_the_model_as_it_was_before_the_tuned_one_answers(toy, tmp_path, monkeypatch):
     start, asked = load_policy(toy.sft)[0].state_dict(), []
 
-    def compare(author, judge, *rest, inner=cai.compare):
-        asked.append([all(torch.equal(x, start[n]) for n, x in a.model.state_dict().items()) for a in (author, judge)])
-        return inner(author, judge, *rest)
+    def compare(author, judge, rules, prompts, inner=cai.compare, **more):
+        same = [all(torch.equal(x, start[n]) for n, x in a.model.state_dict().items()) for a in (author, judge)]
+        asked.append((len(prompts), {p.about for p in rules.principles}, same))
+        return inner(author, judge, rules, prompts, **more)
 
     monkeypatch.setattr(cai, "compare", compare)
     train("constitution", tmp_path / "run", **(values_of("constitution", toy) | {"sl_epochs": 0.5, "epochs": 0.3}))
-    assert asked == [[False, True]]
+    assert asked == [(12, {"harm"}, [False, True]), (6, {"help"}, [False, True])]
 
 
 def test_human_pairs_on_red_team_prompts_are_left_out(toy, tmp_path, monkeypatch):
     """They say that the more helpful answer to a harmful request is better."""
     trained = []
-    monkeypatch.setattr(cai, "pair_trees", lambda t, pairs, m, w, inner=cai.pair_trees: (trained.extend(pairs), inner(t, pairs, m, w))[1])
+    monkeypatch.setattr(cai, "pair_trees", lambda t, pairs, m, w, inner=cai.pair_trees: (trained.append(pairs), inner(t, pairs, m, w))[1])
     dangerous = json.loads(Path(toy.red).read_text().splitlines()[0])["messages"][0]["content"]
     rows = [{"prompt": user(q), "chosen": "Yes.", "rejected": "No."} for q in (dangerous, "a safe question")]
     values = values_of("constitution", toy) | {"helpful_pairs": str(write(tmp_path / "human.jsonl", rows)), "sl_epochs": 0.1, "epochs": 0.2}
     train("constitution", tmp_path / "run", **values)
-    human = [p for p in trained if p.soft == 1.0]
+    human = [p for p in trained[-1] if p.soft == 1.0]
     assert [p.prompt[0].content for p in human] == ["a safe question"]
-    assert len(trained) > len(human)
+    assert len(trained[-1]) > len(human)
 
 
 def test_going_on_from_any_side_of_the_seam_ends_the_same(whole, toy, tmp_path):

@@ -194,8 +194,9 @@ CASES: dict[str, tuple[Ask, list[list[str]]]] = {
         [
             [f"5 and 3 make 8. 8 less 2 leaves 6. Now {P} has 6 eggs. Fair winds to you."],
             [f"5 and 3 make 8. 8 less 2 leaves 6. Now {P} has 6 eggs.", f"Now {P} has 6 eggs."],
+            [f"Now {P} has 6 pears."],  # the sum is right, of the wrong thing
             ["I do not know that.", "5 and 3 make 8."],
-            [f"5 and 3 make 8. 8 less 2 leaves 7. Now {P} has 7 eggs.", f"Now {P} has 7 eggs.", f"Now {P} has 6 pears."],
+            [f"5 and 3 make 8. 8 less 2 leaves 7. Now {P} has 7 eggs.", f"Now {P} has 7 eggs."],
         ],
     ),
     "compare": (

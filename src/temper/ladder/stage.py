@@ -13,6 +13,7 @@ from temper.config import Settings, UserError, build, dump, opt
 from temper.data.template import render_prompt, stop_ids
 from temper.driver import drive
 from temper.methods import load
+from temper.models.load import load_tokenizer
 from temper.rollout import Sampling, sample
 from temper.runs import Run, disk, fingerprint
 from temper.world.streams import VERSION
@@ -79,6 +80,8 @@ def run_stage(method: str, settings: Settings, place: Place, context: Context | 
         "seed": values.get("seed"),
         "threads": place.threads,
     }
+    if place.fresh:
+        _must_be_there(values)
     with Run.claim(place.out, identity(method, settings, place), fresh=place.fresh, record=record, code=code_of(method)) as run:
         if run.done:
             return _complete(run, run.stage["summary"])
@@ -88,6 +91,18 @@ def run_stage(method: str, settings: Settings, place: Place, context: Context | 
             run.abandon()  # nothing was trained yet: the corrected command finds the folder free
             raise
         return _complete(run, {**summary, "seconds": round(max(summary["seconds"], time.monotonic() - began), 3)})
+
+
+def _must_be_there(values: Mapping[str, Any]) -> None:
+    """Before an old run is removed: files exist, models have at least a tokenizer. A typo then loses nothing."""
+    for name in INPUTS:
+        value = values.get(name)
+        if not value or value.startswith("world:"):
+            continue
+        if name in ("model", "reward"):
+            load_tokenizer(value)
+        elif not Path(value).exists():
+            raise UserError(f"{value}: no such file")
 
 
 def _train(method: str, settings: Settings, place: Place, context: Context, run: Run) -> dict[str, Any]:

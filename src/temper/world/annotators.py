@@ -233,7 +233,7 @@ HELPFUL: dict[str, float] = {
     "finished": 0.8,
     "contradicts": -0.5,
 }
-TAU = 0.15  # calibrated: agreement of two people of the town on an SFT model's own answers, see the module's docstring
+TAU = 0.09  # calibrated: agreement of two people of the town on typical answers, see the module's docstring
 
 # First-unit slopes of the gold score (`gold.score` saturates some of them).
 _NOTHING = dict.fromkeys(FEATURES, 0.0)
