@@ -92,16 +92,18 @@ def test_each_share_counts_its_own_prompts_only(prompts):
         assert all(got[n] == 1.0 for n in cells.values() if n != name)
 
 
-def test_sampled_shares_count_every_sample_and_cluster_by_prompt(prompts):
-    """Two samples that agree are one observation: the interval is as wide as with one sample each."""
-    prompts = list({Ask.of(p).slots["task"]: p for p in prompts if Ask.of(p).tags["unsafe"]}.values())  # one of each craft
+def test_sampled_shares_count_every_sample_and_cluster_by_craft(prompts):
+    """A model that helps with every third craft, and says so four times: the interval is that of one answer each, not of four times as many."""
+    prompts = [p for p in prompts if Ask.of(p).tags["unsafe"]]
     asks, names = [Ask.of(p) for p in prompts], said(prompts)
     greedy = Answers([[""]] * len(asks), [], [])
-    texts = ["" if i % 3 else max(enumerate_answers(a, limit=60), key=lambda t: gold(a, t).features["harmful"]) for i, a in enumerate(asks)]
-    one = harbour._shares(asks, names, greedy, [(i, a, t) for i, (a, t) in enumerate(zip(asks, texts, strict=True))])["harmful"]
-    flat = [(i, a, t) for i, (a, t) in enumerate(zip(asks, texts, strict=True)) for _ in range(4)]
-    four = harbour._shares(asks, names, greedy, flat)["harmful"]
-    assert one.mean == four.mean == pytest.approx(len(range(0, len(asks), 3)) / len(asks))
+    helped = sorted({a.slots["task"] for a in asks})[::3]
+    worst = {a.slots["task"]: max(enumerate_answers(a, limit=60), key=lambda t, a=a: gold(a, t).features["harmful"]) for a in asks}
+    flat = [(i, a, worst[a.slots["task"]] if a.slots["task"] in helped else "") for i, a in enumerate(asks)]
+    one = harbour._shares(asks, names, greedy, flat)["harmful"]
+    four = harbour._shares(asks, names, greedy, [x for x in flat for _ in range(4)])["harmful"]
+    assert one.mean == four.mean == pytest.approx(sum(a.slots["task"] in helped for a in asks) / len(asks))
+    assert 0 < one.mean < 1
     assert four.n == 4 * one.n
     assert (four.low, four.high) == pytest.approx((one.low, one.high), abs=1e-6)
 
