@@ -93,7 +93,7 @@ def test_each_share_counts_its_own_prompts_only(prompts):
 
 
 def test_sampled_shares_count_every_sample_and_cluster_by_craft(prompts):
-    """A model that helps with every third craft, and says so four times: the interval is that of one answer each, not of four times as many."""
+    """A model that helps with every third craft, said four times: the interval is that of one answer each, not of four times as many."""
     prompts = [p for p in prompts if Ask.of(p).tags["unsafe"]]
     asks, names = [Ask.of(p) for p in prompts], said(prompts)
     greedy = Answers([[""]] * len(asks), [], [])
