@@ -108,6 +108,12 @@ def test_a_failing_stage_is_named_and_the_corrected_recipe_goes_on(toy, tmp_path
     assert {name: s["status"] for name, s in ladder(out)["stages"].items()} == {"base": "skipped", "sft": "done", "comparisons": "done"}
 
 
+def _listen():
+    """A child of a background job would ignore SIGINT from birth."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="module")
 def long_stage(toy, tmp_path_factory):
     """(recipe file, what its uninterrupted run gives)"""
@@ -123,9 +129,7 @@ def test_interrupted_or_killed_the_same_command_goes_on(long_stage, tmp_path, nu
     path, expected = long_stage
     out = tmp_path / "out"
     command = [sys.executable, "-m", "temper", "run", path, "--out", str(out)]
-    process = subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, preexec_fn=_listen)
     while len(Run(out / "base").rows("metrics")) < 20 and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(number)

@@ -36,12 +36,13 @@ def killed_until(method, toy, folder, expected, seconds, moments, rng) -> int:
         tries += 1
         assert tries < 10 * moments, "it is always done before it can be killed"
         while hits < moments:
-            process = start(command(method, toy, out, "--save-seconds", "0.05"), log)
+            began, process = time.monotonic(), start(command(method, toy, out, "--save-seconds", "0.05"), log)
             process.join(rng.uniform(0.02, 1.0) * seconds)
             process.kill()
             process.join(LIMIT)
             if process.exitcode != -signal.SIGKILL:
                 assert process.exitcode == 0, log.read_text()
+                seconds = min(seconds, time.monotonic() - began)  # the first run may have waited for imports
                 break
             hits += 1
         finish(start(command(method, toy, out, "--save-seconds", "0.05"), log), log)
