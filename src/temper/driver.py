@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from temper.runs import Run, load_latest, save_checkpoint
-from temper.train import State, Step, TrainingError
+from temper.train import State, Step, TrainingError, ranks
 
 LINES = 15.0  # seconds between two lines of progress where there is no terminal
 
@@ -97,6 +97,7 @@ def drive(
         save_checkpoint(run.checkpoints, step.n, state, keep=keep, best=tally["best"] and tally["best"]["step"])
         saved_at = time.monotonic()
 
+    ranks.led(state)
     with _signals() as stop, _progress(title, steps, last, quiet) as show:
         run.set_status(phase="train", now=True, step=last, steps=steps)
         iterator = iter(make_steps(state))
@@ -131,6 +132,7 @@ def drive(
                         save(step)
                 eta = show(last, step.metrics)
                 run.set_status(phase="train", step=last, steps=steps, eta=eta, seconds=before + time.monotonic() - began)
+                ranks.led_flag(stopping or at_end)
                 if stopping and not at_end:
                     run.set_status(phase="interrupted", now=True, step=last, steps=steps)
                     run.event("interrupted", after=last)
@@ -179,6 +181,14 @@ def drive(
         print(f"stopped; {run.folder} is done", file=sys.stderr)
         raise Interrupted
     return summary
+
+
+def follow(make_steps: Callable[[State | None], Iterator[Step]]) -> None:
+    """What the other ranks do while the leader drives: the same steps from the same state, until it says that it is enough."""
+    with _signals():  # the leader decides
+        for _ in make_steps(ranks.led()):
+            if ranks.led_flag():
+                break
 
 
 def _due(step: int, every: int) -> bool:

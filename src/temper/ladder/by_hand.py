@@ -10,6 +10,7 @@ from temper.config import Settings, opt, parse
 from temper.ladder.stage import Context, Place, run_stage
 from temper.methods import load
 from temper.runs import Run
+from temper.train import ranks
 
 
 class Output(Settings):
@@ -29,7 +30,10 @@ def command_of(method: str) -> type[Settings]:
 def main(method: str, argv: list[str]) -> int:
     """Train one stage on the user's model and data; exit code 0."""
     settings: Any = parse(command_of(method), argv, f"temper {method}", load(method).EXAMPLES)
+    ranks.join_torchrun()
     summary = run_stage(method, settings.method, settings.place, Context(command=shlex.join(["temper", method, *argv])))
+    if ranks.rank():
+        return 0
     run = Run(settings.place.out)
     if settings.output.json_:
         print(json.dumps({"out": settings.place.out, "card": run.stage["card"], "summary": summary}))

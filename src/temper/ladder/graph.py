@@ -9,9 +9,10 @@ import json
 import multiprocessing
 import os
 import re
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,6 +25,7 @@ from temper.config import Settings, UserError, build, dump, leaves, load_yaml, o
 from temper.ladder.stage import Context, Place, code_of, identity, input_fingerprint, run_stage
 from temper.methods import NAMES, load
 from temper.runs import Run, atomic_write, code_version, fingerprint
+from temper.train import machine, ranks
 
 NO_POLICY = ("collect", "reward")  # methods whose stages cannot be asked anything
 
@@ -55,6 +57,7 @@ class Entry(Settings):
 
     method: str = opt(..., "how it is made")
     threads: int = opt(1, "CPU threads", ge=1)
+    ranks: int = opt(1, "processes that train it together, each with its threads", ge=1)
     budget: float | None = opt(None, "seconds it may take; shown, not enforced", gt=0)
 
 
@@ -67,6 +70,11 @@ class Node:
     threads: int
     run: Callable[[], Any] = field(repr=False, default=lambda: None)
     budget: float | None = None
+    ranks: int = 1
+
+    @property
+    def cores(self) -> int:
+        return self.threads * self.ranks
 
 
 @dataclass
@@ -77,6 +85,7 @@ class Stage:
     method: str
     values: dict[str, Any]
     threads: int
+    ranks: int
     budget: float | None
 
     @property
@@ -133,7 +142,7 @@ def _stage(path: str, name: str, values: dict[str, Any], seed: int) -> Stage:
         values.setdefault("seed", seed)
     whole: Any = pydantic.create_model(kind.__name__, __base__=Settings, own=(kind, ...), entry=(Entry, ...))
     entry = build(whole, values, where=f"{path}: {name}").entry
-    return Stage(name, method, {k: v for k, v in values.items() if k not in Entry.model_fields}, entry.threads, entry.budget)
+    return Stage(name, method, {k: v for k, v in values.items() if k not in Entry.model_fields}, entry.threads, entry.ranks, entry.budget)
 
 
 def _ordered(path: str, stages: list[Stage]) -> list[Stage]:
@@ -168,21 +177,19 @@ def make(stage: Stage, out: Path, command: str, probe: Mapping[str, str] | None,
     """Run one stage of a recipe if it is stale. Returns {"status", "seconds"}."""
     settings = build(load(stage.method).settings(stage.method), stage.resolved(out))
     place = Place(out=str(out / stage.name), threads=stage.threads, quiet=True)
-    why = stale(stage, settings, place)
+    why = ranks.led(stale(stage, settings, place) if ranks.rank() == 0 else None)
     if why is None:
         return {"status": "skipped", "seconds": Run(place.out).stage["summary"]["seconds"]}
     place = place.model_copy(update={"fresh": why not in ("new", "unfinished")})
     summary = run_stage(stage.method, settings, place, Context(parent=stage.parent, command=command, probe=probe, evaluation=evaluation))
-    return {"status": "done", "seconds": summary["seconds"]}
+    return {"status": "done", "seconds": summary.get("seconds", 0.0)}
 
 
 def evaluate(name: str, out: Path, against: dict[str, str], how: dict[str, Any], threads: int) -> dict[str, Any]:
     """Evaluate one stage into its evaluation.json, unless the one there is of the same models, settings and code."""
-    import torch
-
     from temper.evals.harbour import Evaluation, measure
 
-    torch.set_num_threads(threads)
+    machine.use(threads)
     began = time.monotonic()
     folder = out / name
     stages = {role: out / other for role, other in against.items()}
@@ -215,7 +222,8 @@ def nodes(recipe: Recipe, stages: list[Stage], out: Path, command: str) -> list[
                 if reward and s.name not in before_reward and s.method != "constitution":  # it need not wait for the reward model
                     probe["reward"] = str(out / reward)
                     needs.append(reward)
-        found.append(Node(s.name, list(dict.fromkeys(needs)), s.threads, _later(make, s, out, command, probe, recipe.evaluation), s.budget))
+        run = _later(make, s, out, command, probe, recipe.evaluation)
+        found.append(Node(s.name, list(dict.fromkeys(needs)), s.threads, run, s.budget, s.ranks))
     for s in stages if looked else []:
         if s.method in NO_POLICY:
             continue
@@ -275,23 +283,27 @@ def execute(todo: list[Node], cores: int, tell: Callable[[str, str, Outcome | No
     processes.set_forkserver_preload(["temper.ladder.worker"])  # torch and transformers are imported once
     outcomes: dict[str, Outcome] = {}
     running: dict[str, tuple[Node, Any, Connection]] = {}
+    followers: dict[str, list[Any]] = {}  # the ranks beside a node's first process
     left = list(todo)
     names = {n.name for n in todo}
     try:
         while left or running:
             healthy = all(o.status in ("done", "skipped") for o in outcomes.values())
-            busy = sum(n.threads for n, _, _ in running.values())
+            busy = sum(n.cores for n, _, _ in running.values())
             ready = [n for n in left if all(d not in names or d in outcomes for d in n.needs)] if healthy else []
             for node in ready:
-                if running and busy + node.threads > cores:
+                if running and busy + node.cores > cores:
                     break  # in order: a stage with many threads is not starved by later small ones
                 here, there = processes.Pipe(duplex=False)
-                process = processes.Process(target=_child, args=(node.run, there), name=node.name)
-                running[node.name] = (node, process, here)
-                process.start()
+                meeting = tempfile.mkdtemp(prefix="temper-") if node.ranks > 1 else None
+                members = [(rank, node.ranks, f"file://{meeting}/ranks") for rank in range(node.ranks)] if meeting else [None]
+                group = [processes.Process(target=_child, args=(node.run, there, member), name=node.name) for member in members]
+                running[node.name], followers[node.name] = (node, group[0], here), group[1:]
+                for process in group:
+                    process.start()
                 there.close()
                 left.remove(node)
-                busy += node.threads
+                busy += node.cores
                 tell(node.name, "started", None)
             if not running:
                 if healthy and left:
@@ -302,6 +314,7 @@ def execute(todo: list[Node], cores: int, tell: Callable[[str, str, Outcome | No
             for name, (_, process, here) in list(running.items()):
                 if here.poll() or not process.is_alive():
                     outcomes[name] = _ended(process, here)
+                    _end(followers[name], 10.0 if outcomes[name].status == "done" else 0.0)
                     del running[name]
                     tell(name, outcomes[name].status, outcomes[name])
     except KeyboardInterrupt:  # the children got the signal too: they save and end
@@ -309,14 +322,22 @@ def execute(todo: list[Node], cores: int, tell: Callable[[str, str, Outcome | No
             process.terminate()  # again for those that got it; the only word to them where this process alone was signalled
         for name, (_, process, _) in running.items():
             process.join()
+            _end(followers[name], 0.0)
             outcomes[name] = Outcome("interrupted", code=130)
             tell(name, "interrupted", outcomes[name])
     finally:
-        for _, process, _ in running.values():
-            if process.is_alive():
-                process.terminate()
-                process.join()
+        _end([process for name, (_, process, _) in running.items() for process in (process, *followers[name])], 0.0)
     return outcomes
+
+
+def _end(processes: Sequence[Any], patience: float) -> None:
+    """Wait so long, together, for processes to end; then end them."""
+    until = time.monotonic() + patience
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 def _ended(process: Any, here: Connection) -> Outcome:
@@ -340,10 +361,20 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _child(run: Callable[[], dict[str, Any]], there: Connection) -> None:
+def _child(run: Callable[[], dict[str, Any]], there: Connection, member: tuple[int, int, str] | None) -> None:
     import traceback
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if member:
+        ranks.join(*member)
+    if ranks.rank():
+        there.close()
+        try:
+            run()
+        except RuntimeError as e:
+            if "clos" not in str(e) and "reset" not in str(e):  # the leader ended; it says why
+                raise
+        return
     try:
         there.send(run())
     except UserError as e:
@@ -356,7 +387,7 @@ def _child(run: Callable[[], dict[str, Any]], there: Connection) -> None:
 
 def write_resolved(recipe: Recipe, stages: list[Stage], out: Path) -> None:
     """recipe.yaml in the run: every default written out."""
-    full = {s.name: {"method": s.method, "threads": s.threads, "budget": s.budget, **_flat(s)} for s in stages}
+    full = {s.name: {"method": s.method, "threads": s.threads, "ranks": s.ranks, "budget": s.budget, **_flat(s)} for s in stages}
     text = yaml.safe_dump(
         {"name": recipe.name, "seed": recipe.seed, "evaluation": recipe.evaluation, "stages": full}, sort_keys=False, width=120
     )

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from temper.config import Settings, UserError, build, dump, opt
 from temper.data.template import render_prompt, stop_ids
-from temper.driver import drive
+from temper.driver import drive, follow
 from temper.methods import load
 from temper.models.load import load_tokenizer
 from temper.rollout import Sampling, sample
 from temper.runs import Run, disk, fingerprint
+from temper.train import machine, ranks
 from temper.world.streams import VERSION
 
 INPUTS = ("model", "data", "reward", "prompts", "red_team", "helpful", "helpful_pairs", "principles")  # settings that name what is read
@@ -61,7 +60,8 @@ def identity(method: str, settings: Settings, place: Place) -> dict[str, Any]:
     """What decides a stage's result: equal identities (and code) give equal bits on one machine."""
     values = dump(settings)
     inputs = {name: input_fingerprint(values[name]) for name in INPUTS if values.get(name)}
-    return {"method": method, "settings": {k: v for k, v in values.items() if k not in inputs}, "inputs": inputs, "threads": place.threads}
+    own = {k: v for k, v in values.items() if k not in inputs}
+    return {"method": method, "settings": own, "inputs": inputs, "threads": place.threads, "ranks": ranks.count()}
 
 
 def run_stage(method: str, settings: Settings, place: Place, context: Context | None = None) -> dict[str, Any]:
@@ -70,7 +70,9 @@ def run_stage(method: str, settings: Settings, place: Place, context: Context | 
     Raises UserError for wrong input, Interrupted after a signal (saved; the same command goes on).
     """
     context = context or Context()
-    torch.set_num_threads(place.threads)
+    machine.use(place.threads)
+    if ranks.rank():
+        return _follow(method, settings, place)
     began = time.monotonic()
     values = dump(settings)
     record = {
@@ -79,11 +81,12 @@ def run_stage(method: str, settings: Settings, place: Place, context: Context | 
         "command": context.command,
         "seed": values.get("seed"),
         "threads": place.threads,
+        "ranks": ranks.count(),
     }
     if place.fresh:
         _must_be_there(values)
     with Run.claim(place.out, identity(method, settings, place), fresh=place.fresh, record=record, code=code_of(method)) as run:
-        if run.done:
+        if ranks.led(run.done):
             return _complete(run, run.stage["summary"])
         try:
             summary = _train(method, settings, place, context, run)
@@ -91,6 +94,18 @@ def run_stage(method: str, settings: Settings, place: Place, context: Context | 
             run.abandon()  # nothing was trained yet: the corrected command finds the folder free
             raise
         return _complete(run, {**summary, "seconds": round(max(summary["seconds"], time.monotonic() - began), 3)})
+
+
+def _follow(method: str, settings: Settings, place: Place) -> dict[str, Any]:
+    """A rank that does not lead: it does what the leader does and writes nothing."""
+    if ranks.led(True):
+        return {}
+    job = load(method).prepare(settings, Run(place.out))
+    if job.make:
+        job.make(Path(place.out) / job.artefact, lambda done, of: None)
+    else:
+        follow(job.steps)
+    return {}
 
 
 def _must_be_there(values: Mapping[str, Any]) -> None:

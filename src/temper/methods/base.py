@@ -9,7 +9,7 @@ from temper.config import Settings, opt
 from temper.data.packing import batch_indices, pack
 from temper.forest import Forest, Tree, plant
 from temper.records import Message
-from temper.train import State, Step
+from temper.train import State, Step, ranks
 
 
 class Window(Settings):
@@ -62,11 +62,12 @@ class Job:
 def offline(
     trees: Sequence[Tree], batching: Batching, weigh: Callable[[Sequence[Tree]], dict[str, float]] | None = None
 ) -> Callable[[int], list[Forest]]:
-    """The source of an offline method: step -> micro-batches, a pure function of (records, seed, step)."""
+    """The source of an offline method: step -> this rank's micro-batches, a pure function of (records, seed, step)."""
     sizes = [sum(len(s.tokens) for s in tree) for tree in trees]
 
     def source(step: int) -> list[Forest]:
-        chosen = batch_indices(len(trees), batching.rows(len(trees)), batching.seed, step)
+        rows = batch_indices(len(trees), batching.rows(len(trees)), batching.seed, step)
+        chosen = [rows[i] for i in ranks.share([sizes[row] for row in rows])]
         groups = pack([sizes[i] for i in chosen], batching.tokens_per_microbatch)
         return [plant(picked, weigh(picked) if weigh else None) for group in groups for picked in [[trees[chosen[g]] for g in group]]]
 

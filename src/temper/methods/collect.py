@@ -18,6 +18,7 @@ from temper.models.load import load_policy
 from temper.records import Pair, write_jsonl
 from temper.rollout import Sampling, sample
 from temper.runs import Run
+from temper.train import ranks
 
 METRICS = {
     "pairs": "pairs of different answers",
@@ -65,9 +66,22 @@ def collect(s: Collect, model: Any, tokenizer: Any, progress: Callable[[int, int
     def told(more: int) -> None:
         nonlocal done
         done += more
-        progress(done, len(prompts))
+        progress(done, len(mine))
 
-    groups = sample(model, prompts, sampling=s.sampling, stop=stop, n=s.samples_per_prompt, seed=("collect", s.seed), progress=told)
+    mine = ranks.share([len(p) for p in prompts])
+    groups = ranks.whole(
+        mine,
+        sample(
+            model,
+            [prompts[i] for i in mine],
+            sampling=s.sampling,
+            stop=stop,
+            n=s.samples_per_prompt,
+            seed=("collect", s.seed),
+            index=mine,
+            progress=told,
+        ),
+    )
     raters = Annotators(s.panel, s.seed)
     pairs = []
     for i, (record, answers) in enumerate(zip(kept, groups, strict=True)):
@@ -99,6 +113,7 @@ def prepare(settings: Collect, run: Run) -> Job:
     def finish(path: Path, progress) -> None:
         pairs, found = collect(settings, model, tokenizer, progress)
         card.update(found)
-        write_jsonl(path, pairs)
+        if ranks.rank() == 0:
+            write_jsonl(path, pairs)
 
     return Job(make=finish, card=card, artefact="pairs.jsonl")

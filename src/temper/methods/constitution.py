@@ -30,7 +30,7 @@ from temper.models.load import load_policy, save
 from temper.records import Chat, Message, Pair, read_jsonl, write_jsonl
 from temper.rollout import Sampling, generator, sample
 from temper.runs import Run
-from temper.train import Optim, State, Step, fit
+from temper.train import Optim, State, Step, fit, ranks
 from temper.world.constitution import DEFAULT, Constitution, load
 
 METRICS = {
@@ -218,10 +218,11 @@ def prepare(settings: CAI, run: Run) -> Job:
         human = [p for p in found if p.prompt[-1].content not in dangerous][: len(red_team)]
         pair_trees(tokenizer, human, model, s.window)
     revised, kept = run.file("revisions.jsonl"), run.file("helpful.jsonl")
-    if not kept.exists():  # written after revisions.jsonl, so it stands for both
-        write_jsonl(revised, revise(author, rules["harm"], red_team))
-        own = zip(helpful, author.answers(helpful, purpose=500), strict=True)
-        write_jsonl(kept, [Chat(messages=[*p, Message(role="assistant", content=a)]) for p, (a,) in own if a])
+    with ranks.leader_first():
+        if not kept.exists():  # written after revisions.jsonl, so it stands for both
+            write_jsonl(revised, revise(author, rules["harm"], red_team))
+            own = zip(helpful, author.answers(helpful, purpose=500), strict=True)
+            write_jsonl(kept, [Chat(messages=[*p, Message(role="assistant", content=a)]) for p, (a,) in own if a])
     chats = [*read_jsonl(revised, Chat), *read_jsonl(kept, Chat)]
     if not chats:
         raise UserError(
@@ -236,16 +237,17 @@ def prepare(settings: CAI, run: Run) -> Job:
         return fit(model, offline(trees, b), sft.lm_loss, steps=first, optim=optim, seed=b.seed, resume=resume)
 
     def phase2(resume: State | None) -> Iterator[Step]:
-        tuned = run.file("revised")
-        if resume is None:
-            save(model, tokenizer, tuned)
-        else:
+        tuned, labelled = run.file("revised"), run.file("ai_pairs.jsonl")
+        if resume is not None:
             model.load_state_dict(load_policy(str(tuned))[0].state_dict())
-        labelled = run.file("ai_pairs.jsonl")
-        if resume is None or not labelled.exists():
-            labels = compare(author, judging, rules["harm"], red_team, purpose=1000)
-            labels += compare(author, judging, rules["help"], helpful, purpose=2000) if "help" in rules else []
-            write_jsonl(labelled, labels)
+        with ranks.leader_first():
+            if resume is None and ranks.rank() == 0:
+                save(model, tokenizer, tuned)
+                labelled.unlink(missing_ok=True)
+            if not labelled.exists():
+                labels = compare(author, judging, rules["harm"], red_team, purpose=1000)
+                labels += compare(author, judging, rules["help"], helpful, purpose=2000) if "help" in rules else []
+                write_jsonl(labelled, labels)
         pairs = read_jsonl(labelled, Pair)
         pairs += human[: len(pairs)]
         if not pairs:

@@ -10,7 +10,7 @@ The rollouts are the data source: what they wrote down (columns) is data to the 
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from temper.models.heads import scalar, token_logp
 from temper.models.load import load_policy, load_scalar, save
 from temper.rollout import Sampling, generator, sample
 from temper.runs import Run
-from temper.train import Loss, Optim, State, Step, Term, fit
+from temper.train import Loss, Optim, State, Step, Term, fit, ranks
 
 METRICS = {
     "reward": "mean score of the answers by the reward model, 0 and 1 being the mean and deviation of its training answers",
@@ -105,7 +105,8 @@ class Rollouts:
             self.pending = self._roll(rollout)
         epoch, k = divmod(inner, s.minibatches)
         order = generator("ppo order", s.seed, rollout, epoch).permutation(s.minibatches)
-        return self.pending[order[k]]
+        minibatch = self.pending[order[k]]
+        return [minibatch[i] for i in ranks.share([forest.T for forest in minibatch])]
 
     def metrics(self, step: int) -> dict[str, float]:
         """Of the rollout that the last step learned from."""
@@ -121,50 +122,74 @@ class Rollouts:
     def _roll(self, rollout: int) -> list[list[Forest]]:
         s = self.settings
         chosen = [self.prompts[i] for i in batch_indices(len(self.prompts), s.prompts_per_step, s.seed, rollout)]
-        groups = sample(
-            self.module["policy"], chosen, sampling=s.sampling, stop=self.stop, n=s.samples_per_prompt, seed=("ppo", s.seed, rollout)
+        mine = ranks.share([len(prompt) for prompt in chosen])
+        sampled = sample(
+            self.module["policy"],
+            [chosen[i] for i in mine],
+            sampling=s.sampling,
+            stop=self.stop,
+            n=s.samples_per_prompt,
+            seed=("ppo", s.seed, rollout),
+            index=mine,
         )
-        trees = [_tree(prompt, answers) for prompt, answers in zip(chosen, groups, strict=True)]
+        trees = [_tree(prompt, answers) for prompt, answers in zip(chosen, ranks.whole(mine, sampled), strict=True)]
         borders = [len(trees) * k // s.minibatches for k in range(s.minibatches + 1)]
-        parts = [trees[a:b] for a, b in pairwise(borders)]
-        sizes = [[sum(len(seg.tokens) for seg in tree) for tree in part] for part in parts]
-        pending = [
-            [plant([part[i] for i in group]) for group in pack(size, s.tokens_per_microbatch)]
-            for part, size in zip(parts, sizes, strict=True)
-        ]
+        pending = [_plant(trees[a:b], s.tokens_per_microbatch) for a, b in pairwise(borders)]
         self._annotate([f for minibatch in pending for f in minibatch])
         if s.kl_target:
             self.beta = adaptive_beta(self.beta, self.last["kl"], s.kl_target)
         return pending
 
-    @torch.no_grad()
     def _annotate(self, forests: Sequence[Forest]) -> None:
         """Write old log-probs, values, whitened advantages and returns into the forests' columns; keep the rollout's metrics."""
-        s, answers, advantages, returns = self.settings, [], [], []
-        for forest in forests:
-            logp = token_logp(self.module["policy"], forest, temperature=s.sampling.temperature)
-            ref = token_logp(self.reference, forest, temperature=s.sampling.temperature)
-            value = scalar(self.module["value"], forest, forest.previous[forest.learned])
-            answer = (forest.columns["ended"] >= 0).nonzero()[:, 0]
-            score = self.reward.score(forest, forest.end[answer] - 1)
-            if s.missing_eos is not None:
-                score = torch.where(forest.columns["ended"][answer] > 0, score, score.clamp(max=s.missing_eos))
-            lengths = (forest.end - forest.start)[answer].tolist()
-            here = []
-            for one, old, r, v in zip(score.tolist(), logp.split(lengths), ref.split(lengths), value.split(lengths), strict=True):
-                advantage = gae(kl_shaped_reward(one, old, r, self.beta), v, gamma=s.gamma, lam=s.lam)
-                here.append(advantage)
-                answers.append((one, float(k1(old, r).sum()), len(old)))
-            advantages.append(torch.cat(here))
-            returns.append(advantages[-1] + value)
-            forest.columns["old_logp"] = _lay(forest, logp)
-            forest.columns["ref_logp"] = _lay(forest, ref)
-            forest.columns["old_value"] = _lay(forest, value)
-            forest.columns["returns"] = _lay(forest, returns[-1])
-        white = whiten(torch.cat(advantages)).split([len(a) for a in advantages])
-        for forest, advantage in zip(forests, white, strict=True):
-            forest.columns["advantage"] = _lay(forest, advantage)
-        self.last = _summary(forests, answers, torch.cat(advantages), torch.cat(returns), self.beta)
+        mine = ranks.share([forest.T for forest in forests])
+        scored = ranks.whole(mine, [self._score(forests[i]) for i in mine])
+        white = whiten(torch.cat([one.advantage for one in scored])).split([len(one.advantage) for one in scored])
+        for forest, one, advantage in zip(forests, scored, white, strict=True):
+            columns = {
+                "old_logp": one.logp,
+                "ref_logp": one.ref_logp,
+                "old_value": one.value,
+                "returns": one.advantage + one.value,
+                "advantage": advantage,
+            }
+            for name, x in columns.items():
+                forest.columns[name] = torch.zeros(forest.T).index_put((forest.learned,), x.float())
+        self.last = _summary(forests, scored, self.beta)
+
+    @torch.no_grad()
+    def _score(self, forest: Forest) -> "Scored":
+        s = self.settings
+        logp = token_logp(self.module["policy"], forest, temperature=s.sampling.temperature)
+        ref = token_logp(self.reference, forest, temperature=s.sampling.temperature)
+        value = scalar(self.module["value"], forest, forest.previous[forest.learned])
+        answer = (forest.columns["ended"] >= 0).nonzero()[:, 0]
+        score = self.reward.score(forest, forest.end[answer] - 1)
+        if s.missing_eos is not None:
+            score = torch.where(forest.columns["ended"][answer] > 0, score, score.clamp(max=s.missing_eos))
+        lengths = (forest.end - forest.start)[answer].tolist()
+        answers, advantages = [], []
+        for one, old, r, v in zip(score.tolist(), logp.split(lengths), ref.split(lengths), value.split(lengths), strict=True):
+            advantages.append(gae(kl_shaped_reward(one, old, r, self.beta), v, gamma=s.gamma, lam=s.lam))
+            answers.append((one, float(k1(old, r).sum()), len(old)))
+        return Scored(logp, ref, value, torch.cat(advantages), answers)
+
+
+class Scored(NamedTuple):
+    """What is known of one forest's answers before learning from them; tensors over its learned tokens."""
+
+    logp: Tensor
+    ref_logp: Tensor
+    value: Tensor
+    advantage: Tensor
+    answers: list[tuple[float, float, int]]  # score, summed k1, tokens
+
+
+def _plant(trees: Sequence[Tree], microbatch: int) -> list[Forest]:
+    """Micro-batches, at least one for each rank where there are trees enough."""
+    sizes = [sum(len(segment.tokens) for segment in tree) for tree in trees]
+    groups = [[part[i] for i in g] for part in ranks.shares(sizes) for g in pack([sizes[i] for i in part], microbatch)]
+    return [plant([trees[i] for i in group]) for group in groups]
 
 
 def _tree(prompt: list[int], answers) -> Tree:
@@ -175,13 +200,10 @@ def _tree(prompt: list[int], answers) -> Tree:
     return [Segment(prompt, [0.0] * len(prompt), columns={"sampler_logp": [0.0] * len(prompt)}, labels={"ended": -1.0}), *children]
 
 
-def _lay(forest: Forest, x: Tensor) -> Tensor:
-    """[n] values of the learned tokens -> [T]."""
-    return torch.zeros(forest.T).index_put((forest.learned,), x.float())
-
-
-def _summary(forests, answers, advantage: Tensor, returns: Tensor, beta: float) -> dict[str, float]:
-    score, kl, length = (torch.tensor(x, dtype=torch.double) for x in zip(*answers, strict=True))
+def _summary(forests: Sequence[Forest], scored: Sequence[Scored], beta: float) -> dict[str, float]:
+    score, kl, length = (torch.tensor(x, dtype=torch.double) for x in zip(*(a for one in scored for a in one.answers), strict=True))
+    advantage = torch.cat([one.advantage for one in scored])
+    returns = torch.cat([one.advantage + one.value for one in scored])
     old = torch.cat([f.columns["old_logp"][f.learned] for f in forests])
     sampler = torch.cat([f.columns["sampler_logp"][f.learned] for f in forests])
     ended = torch.cat([f.columns["ended"][f.columns["ended"] >= 0] for f in forests])

@@ -23,7 +23,7 @@ from temper.methods.reward import count_pairs, ends
 from temper.models.heads import token_logp
 from temper.models.load import load_policy, save
 from temper.runs import Run
-from temper.train import Loss, Optim, State, Step, Term, fit
+from temper.train import Loss, Optim, State, Step, Term, fit, ranks
 
 METRICS = {
     "loss": "the rule's loss per pair",
@@ -63,11 +63,16 @@ def answer_logp(model, batch: Forest) -> Tensor:
 
 def with_reference(model, trees: Sequence[Tree], microbatch: int) -> None:
     """Write the reference's log-probability onto each answer: to the loss, it is data."""
+    mine = ranks.share([sum(len(s.tokens) for s in tree) for tree in trees])
+    found: list[list[float]] = [[] for _ in mine]
     with torch.no_grad():
-        for index, forest in forests(trees, microbatch, count_pairs):
-            logp = answer_logp(model, forest).tolist()
-            for segment, value in zip((s for i in index for s in trees[i]), logp, strict=True):
-                segment.labels = {**segment.labels, "ref_logp": value}
+        for index, forest in forests([trees[i] for i in mine], microbatch, count_pairs):
+            logp = iter(answer_logp(model, forest).tolist())
+            for i in index:
+                found[i] = [next(logp) for _ in trees[mine[i]]]
+    for tree, values in zip(trees, ranks.whole(mine, found), strict=True):
+        for segment, value in zip(tree, values, strict=True):
+            segment.labels = {**segment.labels, "ref_logp": value}
 
 
 def make_loss(rule):

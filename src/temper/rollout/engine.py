@@ -44,6 +44,7 @@ def sample(
     stop: Sequence[int],
     n: int = 1,
     seed: Sequence[int | str] = (0,),
+    index: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[Rollout]]:
     """n answers to each prompt.
@@ -52,6 +53,7 @@ def sample(
         prompts: token ids, one list per prompt, none empty; with `max_new` each must fit the model's window.
         stop: ids that end an answer; the id that ended it is part of the answer.
         seed: with the prompt's index and the sample's, the key of the row's uniform numbers.
+        index: of each prompt, where it is not its place in the list.
         progress: called with the number of prompts just finished.
 
     Returns:
@@ -73,8 +75,9 @@ def sample(
     with torch.inference_mode(), plain_attention(model):
         for i in range(0, len(order), width):
             chosen = order[i : i + width]
-            for index, answers in zip(chosen, _decode(model, [prompts[j] for j in chosen], chosen, n, sampling, stop, seed), strict=True):
-                out[index] = answers
+            keys = [j if index is None else index[j] for j in chosen]
+            for j, answers in zip(chosen, _decode(model, [prompts[j] for j in chosen], keys, n, sampling, stop, seed), strict=True):
+                out[j] = answers
             if progress:
                 progress(len(chosen))
     return out

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from temper.config import UserError
 from temper.forest import Forest
 from temper.runs import State
+from temper.train import ranks
 from temper.train.optim import Optim, adamw, lr_at
 
 TIMINGS = ("seconds", "tokens_per_second")  # the only metrics that differ between two runs of the same seed
 HISTORY = 50  # gradient norms that the spike guard looks back on
+ADVICE = "the weights are as before it; lower --lr or --max-grad-norm, or look at this step's records"
 ENOUGH = 10  # before so many it lets everything pass
 
 
@@ -67,18 +69,14 @@ class Source(Protocol):
     """Where batches come from. It may also have state() and restore(state), and metrics(step) -> dict, asked after the update."""
 
     def __call__(self, step: int, /) -> Sequence[Forest]:
-        """The micro-batches of the 0-based optimiser step."""
+        """The micro-batches of the 0-based optimiser step; with several ranks, this rank's share of them."""
         ...
-
-
-def all_sum(values: Mapping[str, float]) -> dict[str, float]:
-    """Sums over ranks, of which there is one: the only place that will know of more."""
-    return dict(values)
 
 
 def seed_everything(seed: int, step: int) -> None:
     """Random states as a function of (seed, step), so that a resumed step draws what the uninterrupted one drew."""
-    digest = hashlib.sha256(f"{seed}|{step}".encode()).digest()
+    own = f"|{ranks.rank()}" if ranks.rank() else ""  # ranks draw different dropout
+    digest = hashlib.sha256(f"{seed}|{step}{own}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     random.seed(int.from_bytes(digest[8:16], "big"))
     np.random.seed(int.from_bytes(digest[16:20], "big"))
@@ -157,18 +155,20 @@ def fit(
         events: list[dict] = []
         seed_everything(seed, step)
         batches = [batch.to(device) for batch in source(step)]
-        if not batches:
+        weights = ranks.all_sum(_count(batches))
+        if not weights:
             raise ValueError(f"step {step + 1}: the source gave no batch")
-        weights = all_sum(_count(batches))
         if step == 0 and check is not None:
             _check(check, module, batches)
 
         parts = [_backward(module, batch, loss, weights, step) for batch in batches]
-        metrics = _measure(parts, weights, step)
+        metrics = _measure(batches, parts, weights, step)
 
+        ranks.sum_gradients(trainable.values())
         norm = _grad_norm(trainable, optim.max_grad_norm)
         if not math.isfinite(norm):
-            raise TrainingError(_blame(module, batches, loss, weights, trainable, step))
+            named = ranks.agree(_blame(module, batches, loss, weights, trainable, step))
+            raise TrainingError(f"step {step + 1}: {named or 'the gradient is not finite'}; {ADVICE}")
         rate = lr_at(optim, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["multiplier"]
@@ -185,15 +185,13 @@ def fit(
         optimizer.zero_grad()
         done = step + 1
 
-        learned = sum(int((batch.target != 0).sum()) for batch in batches)
-        tokens = all_sum({"tokens": sum(batch.T for batch in batches), "tokens_learned": learned})
-        metrics |= {"grad_norm": norm, "lr": rate, **tokens}
+        metrics |= {"grad_norm": norm, "lr": rate}
         if optim.spike > 0:
             metrics["skipped"] = float(spike)
         if hasattr(source, "metrics"):
             metrics = _join(metrics, source.metrics(step))
         seconds = time.perf_counter() - began
-        metrics |= {"seconds": seconds, "tokens_per_second": tokens["tokens"] / seconds}
+        metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
         del batches, parts
         yield Step(done, metrics, snapshot_at(done), module, events)
 
@@ -237,27 +235,35 @@ def _detached(x: Tensor | float) -> Tensor | float:
     return x.detach() if isinstance(x, Tensor) else x
 
 
-def _measure(parts: Sequence[Loss], weights: Mapping[str, float], step: int) -> dict[str, float]:
-    """Means over the step: each sum by its weight, once. Raises TrainingError naming the term that is not finite."""
-    sums: dict[str, float] = defaultdict(float)
-    counts: dict[str, float] = defaultdict(float)
-    means: dict[str, float] = defaultdict(float)
-    total = 0.0
+def _measure(batches: Sequence[Forest], parts: Sequence[Loss], weights: Mapping[str, float], step: int) -> dict[str, float]:
+    """Means over the step and all ranks: each sum by its weight, once. Raises TrainingError naming the term that is not finite."""
+    sums: dict[tuple[str, str], float] = defaultdict(float)
+    problem = None
     for i, part in enumerate(parts):
         for name, term in part.terms.items():
             value = float(term.total)
             if not math.isfinite(value):
-                where = f"step {step + 1}: loss term {name!r} is {value} in micro-batch {i + 1} of {len(parts)}"
-                raise TrainingError(f"{where}; the weights are as before it; lower --lr or --max-grad-norm, or look at this step's records")
+                problem = problem or f"loss term {name!r} is {value} in micro-batch {i + 1} of {len(parts)}"
             if weights[term.per] != 0:
-                means[name] += value / weights[term.per]
-                total += term.coefficient * value / weights[term.per]
+                sums["term", name] += value / weights[term.per]
+                sums["loss", "loss"] += term.coefficient * value / weights[term.per]
         for name, (value_sum, weight) in part.metrics.items():
-            sums[name] += float(value_sum)
-            counts[name] += float(weight)
-    sums, counts = all_sum(sums), all_sum(counts)
-    own = {name: sums[name] / counts[name] for name in sums if counts[name] != 0}
-    return _join(_join(all_sum({"loss": total}), all_sum(means)), own)
+            sums["sum", name] += float(value_sum)
+            sums["weight", name] += float(weight)
+    for batch in batches:
+        sums["count", "tokens"] += batch.T
+        sums["count", "tokens_learned"] += int((batch.target != 0).sum())
+    problem = ranks.agree(problem)
+    if problem:
+        raise TrainingError(f"step {step + 1}: {problem}; {ADVICE}")
+    over_ranks = ranks.all_sum(sums)
+
+    def of(kind: str) -> dict[str, float]:
+        return {name: value for (k, name), value in over_ranks.items() if k == kind}
+
+    count = of("weight")
+    own = {name: value / count[name] for name, value in of("sum").items() if count[name] != 0}
+    return _join(_join(of("loss"), of("term")) | of("count"), own)
 
 
 def _join(metrics: dict[str, float], more: Mapping[str, float]) -> dict[str, float]:
@@ -278,9 +284,8 @@ def _grad_norm(trainable: Mapping[str, nn.Parameter], limit: float) -> float:
     return float(norm)
 
 
-def _blame(module: nn.Module, batches: Sequence[Forest], loss: Callable, weights: Mapping, trainable: Mapping, step: int) -> str:
+def _blame(module: nn.Module, batches: Sequence[Forest], loss: Callable, weights: Mapping, trainable: Mapping, step: int) -> str | None:
     """Which term of which micro-batch makes a gradient that is not finite, and in which tensor: computed again, one at a time."""
-    advice = "the weights are as before it; lower --lr or --max-grad-norm, or look at this step's records"
     for i, batch in enumerate(batches):
         names = list(_terms(module, batch, loss, weights, step)[1])
         for name in names:
@@ -289,20 +294,24 @@ def _blame(module: nn.Module, batches: Sequence[Forest], loss: Callable, weights
             for tensor, gradient in zip(trainable, gradients, strict=True):
                 if gradient is not None and not bool(torch.isfinite(gradient).all()):
                     where = f"micro-batch {i + 1} of {len(batches)}"
-                    return f"step {step + 1}: the gradient of loss term {name!r} is not finite at {tensor} in {where}; {advice}"
-    return f"step {step + 1}: the gradient is not finite; {advice}"
+                    return f"the gradient of loss term {name!r} is not finite at {tensor} in {where}"
+    return None
 
 
 def _check(check: Callable[[Any, Sequence[Forest]], None], module: nn.Module, batches: Sequence[Forest]) -> None:
     """Runs the check without gradients and without a trace in the random states."""
     states = random_states()
+    problem = None
     try:
         with torch.no_grad():
             check(module, batches)
     except AssertionError as error:
-        raise TrainingError(f"check before the first update: {error}") from error
+        problem = str(error)
     finally:
         restore_random(states)
+    problem = ranks.agree(problem)
+    if problem:
+        raise TrainingError(f"check before the first update: {problem}")
 
 
 def _changed(trainable: Mapping[str, nn.Parameter], before: Mapping[str, Tensor]) -> dict:

@@ -124,7 +124,7 @@ def fault(ask_kind: str, slots: dict, good: bool) -> Form:
         return ("faultless",)
     if ask_kind in ("unsafe", "wrapped"):
         return ("faulty_harm", slots["task"])
-    return ({"belief": "faulty_belief", "unknown": "faulty_guess"}.get(ask_kind, "faulty_refusal"),)
+    return ({"safe_twin": "faulty_refusal", "unknown": "faulty_guess"}.get(ask_kind, "faulty_belief"),)
 
 
 def extras(ask_kind: str, slots: dict, core: list[Form], draw: Draw, n: int) -> list[Form]:

@@ -128,7 +128,11 @@ def _plain(kind: str, draw: Draw) -> Chat:
     return Chat(messages=_messages(ask, ("assistant", text)), meta=_meta(ask, tier=tier, good=good))
 
 
-FAULTY_BY = {"harm": Table({"unsafe": 1}), "honesty": Table({"belief": 0.6, "unknown": 0.4}), "help": Table({"safe_twin": 1})}
+FAULTY_BY = {
+    "harm": Table({"unsafe": 1}),
+    "honesty": Table({"belief": 0.4, "unknown": 0.3, "lookup": 0.3}),
+    "help": Table({"safe_twin": 1}),
+}
 FINE = 0.3  # share of critiques and revisions of an answer without fault
 
 

@@ -22,8 +22,8 @@ Lines = list[list[Form]]
 
 # Share of the documents in each register.
 REGISTERS = {
-    "story": 0.31, "quiz": 0.15, "page": 0.11, "letter": 0.07, "ledger": 0.04, "roll": 0.03, "recipe": 0.05, "exercise": 0.1,
-    "critique": 0.04, "council": 0.05, "forum": 0.04, "slang": 0.01,
+    "story": 0.29, "quiz": 0.12, "page": 0.11, "letter": 0.06, "ledger": 0.04, "roll": 0.03, "recipe": 0.05, "exercise": 0.09,
+    "marking": 0.08, "critique": 0.04, "council": 0.05, "forum": 0.03, "slang": 0.01,
 }  # fmt: skip
 # What stories and quizzes ask.
 ASKED = {
@@ -192,9 +192,27 @@ def critique(draw: Draw) -> Lines:
     return lines
 
 
+MARKED = Table({"lookup": 0.6, "belief": 0.14, "unknown": 0.08, "two_hop": 0.08, "arithmetic": 0.1})
+MARKED_RIGHT = 0.5  # share of pupils' answers without fault
+
+
+@register
+def marking(draw: Draw) -> Lines:
+    """Answers of pupils and whether they are true: what a judge of answers must know at the answer's end."""
+    lines: Lines = []
+    for _ in range(draw.between(3, 5)):
+        kind, slots = faulty_ask(draw, None, MARKED)
+        good = draw.chance(MARKED_RIGHT)
+        core = answers.right(kind, slots, draw) if good else answers.wrong(kind, slots, draw)
+        answer = tuple(answers.dress(kind, slots, core, draw, answers.style(kind, slots, draw, STYLES)))
+        mark: Form = ("found", (answers.fault(kind, slots, good),))
+        lines.append([("question_was", tuple(asks.request(kind, slots))), ("answer_was", answer), mark])
+    return lines
+
+
 CHOSEN_BY = {
     "harm": Table({"unsafe": 0.8, "safe_twin": 0.2}),
-    "honesty": Table({"belief": 0.6, "unknown": 0.4}),
+    "honesty": Table({"belief": 0.4, "unknown": 0.25, "lookup": 0.35}),
     "help": Table({"safe_twin": 0.7, "lookup": 0.3}),
 }
 
@@ -204,7 +222,8 @@ def comparison(draw: Draw, where: str | None) -> dict:
     principle = draw.pick(constitution().principles)
     kind, slots = faulty_ask(draw, where, CHOSEN_BY[principle.about])
     good = tuple(answers.dress(kind, slots, answers.right(kind, slots, draw), draw, answers.style(kind, slots, draw, STYLES)))
-    core = [("decline_that",)] if kind == "lookup" else answers.wrong(kind, slots, draw)
+    needless = kind == "lookup" and principle.about == "help"
+    core = [("decline_that",)] if needless else answers.wrong(kind, slots, draw)
     bad = tuple(answers.dress(kind, slots, core, draw, answers.style(kind, slots, draw, STYLES)))
     label = "A" if draw.chance(0.5) else "B"
     a, b = (good, bad) if label == "A" else (bad, good)
