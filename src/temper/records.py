@@ -81,10 +81,10 @@ class Pair(Record):
 
 
 class Ranked(Record):
-    """Answers to one prompt, the best first."""
+    """Two or more answers to one prompt, the best first."""
 
     prompt: list[Message]
-    answers: list[str]
+    answers: list[str] = pydantic.Field(min_length=2)
 
     _check = pydantic.field_validator("prompt")(_ends_with_question)
 

@@ -8,7 +8,7 @@ from temper.config import UserError
 from temper.data.files import kind_of, parts_of, rows
 from temper.data.sources import formats, read
 from temper.data.template import attach_default_template
-from temper.data.trees import chat_trees, pair_trees, text_trees
+from temper.data.trees import chat_trees, comparison_trees, text_trees
 from temper.records import Chat, Message, Pair, Prompt, write_jsonl
 
 HH = {
@@ -269,7 +269,7 @@ def test_hh_file(real, make_tokenizer, window):
     assert [n for n, why in lines.items() if "prompts of chosen and rejected differ" in why] == [1255, 1689, 1951, 1953, 2037]
     tokenizer = make_tokenizer(eos="<|endoftext|>")
     attach_default_template(tokenizer)
-    trees, fit = pair_trees(tokenizer, records[:200], 4096, window(900, "drop"))
+    trees, fit = comparison_trees(tokenizer, records[:200], 4096, window(900, "drop"))
     assert len(trees) + len(fit.dropped) == 200
     assert all(len(tree) == 3 for tree in trees)
     assert fit.tokens < fit.tokens_unshared

@@ -2,7 +2,7 @@ import pytest
 
 from temper.config import UserError
 from temper.data.template import render_chat, render_prompt
-from temper.data.trees import chat_trees, pair_tree, pair_trees, prompt_ids, text_trees
+from temper.data.trees import chat_trees, comparison_tree, comparison_trees, prompt_ids, text_trees
 from temper.forest import plant
 from temper.records import Chat, Message, Pair, Prompt, Text
 
@@ -82,7 +82,7 @@ def test_an_earlier_answer_that_is_cut_is_no_longer_learned(chatml, window):
 def test_pairs_share_the_prompt_and_unroll_to_the_two_conversations(name, request):
     tokenizer = request.getfixturevalue(name)
     record = Pair(prompt=[user("What is the price?")], chosen="Three crowns.", rejected="Three", margin=0.5, soft=0.9)
-    prompt, chosen, rejected = pair_tree(tokenizer, record)
+    prompt, chosen, rejected = comparison_tree(tokenizer, record)
     assert prompt.tokens == render_prompt(tokenizer, record.prompt)
     for segment, text in ((chosen, record.chosen), (rejected, record.rejected)):
         ids, target = render_chat(tokenizer, [*record.prompt, Message(role="assistant", content=text)])
@@ -96,13 +96,13 @@ def test_pairs_share_the_prompt_and_unroll_to_the_two_conversations(name, reques
 
 def test_pairs_obey_the_policy(chatml, window):
     pairs = [Pair(prompt=[user(LONG)], chosen="Fine.", rejected="Hello there."), Pair(prompt=[user("Hi")], chosen="a", rejected=LONG)]
-    trees, report = pair_trees(chatml, pairs, None, window(40, "cut-prompt"))
+    trees, report = comparison_trees(chatml, pairs, None, window(40, "cut-prompt"))
     assert list(report.cut) == [0]
     assert list(report.dropped) == [1]
     assert max(len(trees[0][0].tokens) + len(s.tokens) for s in trees[0][1:]) == 40
     assert report.tokens < report.tokens_unshared
     with pytest.raises(UserError, match=r"row 1: .* more rows"):
-        pair_trees(chatml, pairs, None, window(40))
+        comparison_trees(chatml, pairs, None, window(40))
 
 
 def test_prompts_leave_room_for_the_answer(chatml, window):
@@ -153,4 +153,4 @@ def test_text_parts_end_once_and_empty_documents_are_listed(base, llama3):
 
 
 def test_empty_lists_give_nothing(chatml, base, window):
-    assert chat_trees(chatml, [], 64, window())[0] == pair_trees(chatml, [], 64, window())[0] == text_trees(base, [], 8)[0] == []
+    assert chat_trees(chatml, [], 64, window())[0] == comparison_trees(chatml, [], 64, window())[0] == text_trees(base, [], 8)[0] == []

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from temper.config import UserError, build
 from temper.data.sources import read
 from temper.data.template import render_chat
-from temper.data.trees import pair_trees
+from temper.data.trees import comparison_trees
 from temper.judges.reward_model import RewardModel
 from temper.losses.reward import bradley_terry
 from temper.methods import preference, reward
@@ -60,7 +60,7 @@ def pairs(toy):
 def test_scores_are_read_at_the_last_token_whatever_they_are_packed_with(toy, pairs, budget):
     """= transformers' own reading of each conversation alone: the prompt shared, the pairs packed, the prompt's end never read."""
     model, tokenizer = load_scalar(toy.reward)
-    trees, _ = pair_trees(tokenizer, pairs, model, WINDOW)
+    trees, _ = comparison_trees(tokenizer, pairs, model, WINDOW)
     won, lost = reward.scores(model, trees, budget)
     both = [rendered(tokenizer, p) for p in pairs]
     torch.testing.assert_close(won, plain_scores(toy.reward, [ids for (ids, _), _ in both]), atol=2e-5, rtol=1e-5)
@@ -153,7 +153,7 @@ def test_a_reward_model_needs_a_template(toy, tmp_path):
 
 def test_the_reference_is_the_model_at_the_start_computed_once(toy, pairs, monkeypatch):
     model, tokenizer = load_policy(toy.sft)
-    trees, _ = pair_trees(tokenizer, pairs, model, WINDOW)
+    trees, _ = comparison_trees(tokenizer, pairs, model, WINDOW)
     preference.with_reference(model, trees, 80)
     both = [rendered(tokenizer, p) for p in pairs]
     for side in 0, 1:
@@ -177,7 +177,7 @@ def test_dpo_starts_at_ln_two(toy, tmp_path):
 def test_its_second_loss_is_that_of_the_formula(toy, pairs):
     """One step is taken; then -log sigma(beta h) from plain forwards of the new policy and of the reference."""
     model, tokenizer = load_policy(toy.sft)
-    trees, _ = pair_trees(tokenizer, pairs, model, WINDOW)
+    trees, _ = comparison_trees(tokenizer, pairs, model, WINDOW)
     preference.with_reference(model, trees, 8192)
     b = Batching(batch=18, epochs=2)
     run = preference.train_on(model, trees, "dpo", {"beta": 0.7}, b, Optim(lr=3e-3, warmup=0), 2)
@@ -198,7 +198,7 @@ def test_its_second_loss_is_that_of_the_formula(toy, pairs):
 @pytest.mark.parametrize("gap", [0.01, -2.0])
 def test_the_check_before_the_first_step_finds_another_reference(toy, pairs, gap):
     model, tokenizer = load_policy(toy.sft)
-    trees, _ = pair_trees(tokenizer, pairs, model, WINDOW)
+    trees, _ = comparison_trees(tokenizer, pairs, model, WINDOW)
     preference.with_reference(model, trees, 8192)
     trees[4][2].labels["ref_logp"] += gap
     run = preference.train_on(model, trees, "dpo", {"beta": 0.1}, Batching(batch=18), Optim(), 1)
@@ -242,7 +242,7 @@ def test_the_pairs_of_collect_feed_both(toy, tmp_path):
 def test_settings_reach_the_loss(toy):
     s = build(preference.DPO, values_of("dpo", toy) | {"beta": 0.5, "label_smoothing": 0.2})
     model, tokenizer = load_policy(toy.sft)
-    trees, _ = pair_trees(tokenizer, read(toy.pairs, "pairs").records, model, WINDOW)
+    trees, _ = comparison_trees(tokenizer, read(toy.pairs, "pairs").records, model, WINDOW)
     preference.with_reference(model, trees, 8192)
     for name, value in ("beta", 5.0), ("label_smoothing", 0.0):
         runs = []

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from temper.config import UserError
 from temper.data.template import bos_id, end_id, render_chat, render_prompt
 from temper.forest import Segment, Tree
-from temper.records import Chat, Message, Pair, Prompt, Record, Text
+from temper.records import Chat, Message, Pair, Prompt, Ranked, Record, Text
 
 TooLong = Literal["error", "drop", "cut-prompt"]
 
@@ -209,60 +209,58 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return n
 
 
-def _render_pair(tokenizer, record: Pair) -> tuple[int, list[int], list[float], list[int], list[float]]:
-    """(shared tokens, ids and target of the chosen and of the rejected conversation).
+def _render_answers(tokenizer, record: Pair | Ranked) -> tuple[int, list[tuple[list[int], list[float]]]]:
+    """(shared tokens, ids and target of the conversation with each answer, the best first).
 
-    Shared is the rendered prompt where it is proven to be a token prefix of both; else the longest common prefix.
+    Shared is the rendered prompt where it is proven to be a token prefix of all; else the longest common prefix.
     """
-    sides = [
-        render_chat(tokenizer, [*record.prompt, Message(role="assistant", content=a)], "last") for a in (record.chosen, record.rejected)
-    ]
-    (chosen, won), (rejected, lost) = sides
+    answers = [record.chosen, record.rejected] if isinstance(record, Pair) else record.answers
+    chats = [render_chat(tokenizer, [*record.prompt, Message(role="assistant", content=a)], "last") for a in answers]
     prompt = render_prompt(tokenizer, record.prompt)
     n = len(prompt)
-    if not (chosen[:n] == prompt == rejected[:n]):
-        n = _common(chosen, rejected)
-    return min(n, won.index(1.0), lost.index(1.0)), chosen, won, rejected, lost
+    if any(ids[:n] != prompt for ids, _ in chats):
+        n = min(_common(chats[0][0], ids) for ids, _ in chats)
+    return min(n, *(target.index(1.0) for _, target in chats)), chats
 
 
-def _pair(record: Pair, shared: int, chosen, won, rejected, lost) -> Tree:
-    rating = {"soft": record.soft, "margin": record.margin or 0.0}
+def _compared(record: Pair | Ranked, shared: int, chats: Sequence[tuple[list[int], list[float]]]) -> Tree:
+    soft, margin = (record.soft, record.margin or 0.0) if isinstance(record, Pair) else (1.0, 0.0)
     top = 0 if shared else -1
     answers = [
-        Segment(chosen[shared:], won[shared:], top, labels={"side": 1.0, **rating}),
-        Segment(rejected[shared:], lost[shared:], top, labels={"side": -1.0, **rating}),
+        Segment(ids[shared:], target[shared:], top, labels={"rank": float(rank), "soft": soft, "margin": margin})
+        for rank, (ids, target) in enumerate(chats)
     ]
     if not shared:
         return answers
-    return [Segment(chosen[:shared], [0.0] * shared, labels={"side": 0.0, "soft": 0.0, "margin": 0.0}), *answers]
+    return [Segment(chats[0][0][:shared], [0.0] * shared, labels={"rank": -1.0, "soft": 0.0, "margin": 0.0}), *answers]
 
 
-def pair_tree(tokenizer, record: Pair) -> Tree:
-    """The prompt, and the two answers under it: the prompt's tokens stand once.
+def comparison_tree(tokenizer, record: Pair | Ranked) -> Tree:
+    """The prompt, and the answers under it: the prompt's tokens stand once.
 
-    Labels: side (1 chosen, -1 rejected, 0 prompt), soft, margin (0 where none was given).
+    Labels: rank (0 the best or chosen answer, 1 the next, ...; -1 the prompt), soft, margin (of a pair; 0 where none was given).
     """
-    return _pair(record, *_render_pair(tokenizer, record))
+    return _compared(record, *_render_answers(tokenizer, record))
 
 
-def pair_trees(tokenizer, records: Sequence[Pair], model: Any, window: Window) -> tuple[list[Tree], Report]:
-    """One tree per pair that fits, in order: prompt + the longer answer must be within the limit."""
+def comparison_trees(tokenizer, records: Sequence[Pair | Ranked], model: Any, window: Window) -> tuple[list[Tree], Report]:
+    """One tree per record that fits, in order: prompt + the longest answer must be within the limit."""
     fit, trees = _Fit(records, model, window), []
     for i, record in fit:
-        rendered = fit.attempt(i, _render_pair, tokenizer, record)
+        rendered = fit.attempt(i, _render_answers, tokenizer, record)
         if rendered is None:
             continue
-        shared, chosen, won, rejected, lost = rendered
-        begin = min(_begins(tokenizer, chosen), shared)
-        over = fit.excess(i, max(len(chosen), len(rejected)), cuttable=shared - max(1, begin))
+        shared, chats = rendered
+        begin = min(_begins(tokenizer, chats[0][0]), shared)
+        over = fit.excess(i, max(len(ids) for ids, _ in chats), cuttable=shared - max(1, begin))
         if over is None:
             continue
-        chosen, won = _cut(chosen, won, over, begin)
-        rejected, lost = _cut(rejected, lost, over, begin)
+        chats = [_cut(ids, target, over, begin) for ids, target in chats]
         shared -= over
-        fit.report.tokens += len(chosen) + len(rejected) - shared
-        fit.report.tokens_unshared += len(chosen) + len(rejected)
-        trees.append(_pair(record, shared, chosen, won, rejected, lost))
+        whole = sum(len(ids) for ids, _ in chats)
+        fit.report.tokens += whole - (len(chats) - 1) * shared
+        fit.report.tokens_unshared += whole
+        trees.append(_compared(record, shared, chats))
     return trees, fit.done(trees)
 
 

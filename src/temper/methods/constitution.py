@@ -20,11 +20,10 @@ import torch
 from temper.config import Settings, UserError, opt
 from temper.data.sources import read
 from temper.data.template import render_prompt, stop_ids
-from temper.data.trees import chat_trees, limit_of, pair_trees, prompt_ids
+from temper.data.trees import chat_trees, comparison_trees, limit_of, prompt_ids
 from temper.forest import Segment, Tree
 from temper.methods import preference, sft
 from temper.methods.base import Batching, Job, Window, forests, offline
-from temper.methods.collect import differing
 from temper.models.heads import token_logp
 from temper.models.load import load_policy, save
 from temper.records import Chat, Message, Pair, read_jsonl, write_jsonl
@@ -183,6 +182,11 @@ def revise(author: Author, constitution: Constitution, prompts: Sequence[list[Me
     return out
 
 
+def differing(answers: list[str]) -> tuple[str, str] | None:
+    """The first answer and the first that is not the same."""
+    return next(((answers[0], other) for other in answers[1:] if other != answers[0]), None)
+
+
 def compare(author: Author, judge: Author, constitution: Constitution, prompts: Sequence[list[Message]], purpose: int) -> list[Pair]:
     """Pairs of the author's answers with the judge's soft labels: chosen is the likelier, soft its probability."""
     groups = author.answers(prompts, purpose, n=4)
@@ -216,7 +220,7 @@ def prepare(settings: CAI, run: Run) -> Job:
     if s.helpful_pairs:  # looked at now: a mistake in it must not come up after the first phase
         found, _ = read(s.helpful_pairs, "pairs", skip_bad=s.window.skip_bad)
         human = [p for p in found if p.prompt[-1].content not in dangerous][: len(red_team)]
-        pair_trees(tokenizer, human, model, s.window)
+        comparison_trees(tokenizer, human, model, s.window)
     revised, kept = run.file("revisions.jsonl"), run.file("helpful.jsonl")
     with ranks.leader_first():
         if not kept.exists():  # written after revisions.jsonl, so it stands for both
@@ -252,9 +256,9 @@ def prepare(settings: CAI, run: Run) -> Job:
         pairs += human[: len(pairs)]
         if not pairs:
             raise UserError(f"{s.red_team}: no prompt got two different answers that could be compared; raise --temperature or --max-new")
-        pair_tree, _ = pair_trees(tokenizer, pairs, model, s.window)
-        preference.with_reference(model, pair_tree, b.tokens_per_microbatch)
-        return preference.train_on(model, pair_tree, "dpo", {"beta": s.beta}, b, s.optim, steps=second, resume=resume)
+        answer_trees, _ = comparison_trees(tokenizer, pairs, model, s.window)
+        preference.with_reference(model, answer_trees, b.tokens_per_microbatch)
+        return preference.train_on(model, answer_trees, "dpo", {"beta": s.beta}, b, s.optim, steps=second, resume=resume)
 
     def steps(resume: State | None) -> Iterator[Step]:
         phase = resume["phase"] if resume else 1

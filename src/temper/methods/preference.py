@@ -15,11 +15,11 @@ from temper.config import Settings, opt
 from temper.data.sources import read
 from temper.data.split import split
 from temper.data.template import stop_ids
-from temper.data.trees import pair_trees
+from temper.data.trees import comparison_trees
 from temper.forest import Forest, Tree, per_segment
 from temper.losses.preference import RULES, Pairs
 from temper.methods.base import Batching, Job, Split, Window, forests, offline
-from temper.methods.reward import count_pairs, ends
+from temper.methods.reward import count_records, ends
 from temper.models.heads import token_logp
 from temper.models.load import load_policy, save
 from temper.runs import Run
@@ -66,7 +66,7 @@ def with_reference(model, trees: Sequence[Tree], microbatch: int) -> None:
     mine = ranks.share([sum(len(s.tokens) for s in tree) for tree in trees])
     found: list[list[float]] = [[] for _ in mine]
     with torch.no_grad():
-        for index, forest in forests([trees[i] for i in mine], microbatch, count_pairs):
+        for index, forest in forests([trees[i] for i in mine], microbatch, count_records):
             logp = iter(answer_logp(model, forest).tolist())
             for i in index:
                 found[i] = [next(logp) for _ in trees[mine[i]]]
@@ -89,7 +89,7 @@ def make_loss(rule):
             "chosen_logp": (pairs.chosen.detach().sum(), n),
             "rejected_logp": (pairs.rejected.detach().sum(), n),
         }
-        return Loss({"preference": Term(items.sum(), per="pairs")}, metrics)
+        return Loss({"preference": Term(items.sum(), per="records")}, metrics)
 
     return loss
 
@@ -104,7 +104,7 @@ def check_reference(model, batches: Sequence[Forest]) -> None:
 
 def train_on(model, trees, name: str, how: dict, b: Batching, optim: Optim, steps: int, resume: State | None = None) -> Iterator[Step]:
     """Train on pair trees that carry their reference log-probs, by the rule of that name with settings `how`."""
-    source, loss = offline(trees, b, count_pairs), make_loss(partial(RULES[name], **how))
+    source, loss = offline(trees, b, count_records), make_loss(partial(RULES[name], **how))
     return fit(model, source, loss, steps=steps, optim=optim, seed=b.seed, resume=resume, check=check_reference)
 
 
@@ -118,14 +118,14 @@ def prepare(settings: DPO, run: Run) -> Job:
     model, tokenizer = load_policy(settings.model)
     records, report = read(settings.data, "pairs", skip_bad=settings.window.skip_bad)
     kept, out = split(records, settings.split.held_out, b.seed)
-    trees, cut = pair_trees(tokenizer, kept, model, settings.window)
-    tests, test_cut = pair_trees(tokenizer, out, model, settings.window)
+    trees, cut = comparison_trees(tokenizer, kept, model, settings.window)
+    tests, test_cut = comparison_trees(tokenizer, out, model, settings.window)
     with_reference(model, [*trees, *tests], b.tokens_per_microbatch)
 
     def held_out() -> dict[str, float]:
         right = 0
         with torch.no_grad():
-            for _, forest in forests(tests, b.tokens_per_microbatch, count_pairs):
+            for _, forest in forests(tests, b.tokens_per_microbatch, count_records):
                 chosen, rejected = ends(forest)
                 gain = answer_logp(model, forest) - forest.columns["ref_logp"]
                 right += int((gain[chosen] > gain[rejected]).sum())

@@ -1,47 +1,56 @@
-"""A reward model from preference pairs: a scalar head on the SFT model, read at the answer's last token. Floor 5.
+"""A reward model from comparisons: a scalar head on the SFT model, read at the answer's last token. Floor 5.
 
-L = -log sigma(r_chosen - r_rejected - margin), with soft labels and centring as settings (arXiv:2009.01325 eq. 1;
-arXiv:2203.02155 eq. 1; margin arXiv:2307.09288; centring arXiv:2312.09244). The last token is the end of the turn, and it is
-found by its index in the forest, never by looking for padding. The prompt of a pair is computed once.
+L = -log sigma(r_better - r_worse - margin) per pair, with soft labels and centring as settings (arXiv:2009.01325 eq. 1; margin
+arXiv:2307.09288; centring arXiv:2312.09244). A ranking of K answers is its K(K-1)/2 pairs, averaged, in one forest: each answer is
+computed once (arXiv:2203.02155 eq. 1). The last token is the end of the turn, and it is found by its index in the forest, never by
+looking for padding. The prompt of a comparison is computed once.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import combinations
+from math import comb
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from temper.config import Settings, opt
 from temper.data.sources import read
 from temper.data.split import split
-from temper.data.trees import pair_trees
+from temper.data.trees import comparison_trees
 from temper.forest import Forest, Tree
 from temper.judges.reward_model import remember_scale
 from temper.losses.reward import bradley_terry
 from temper.methods.base import Batching, Job, Split, Window, forests, offline
 from temper.models.heads import scalar
 from temper.models.load import load_scalar, save
+from temper.records import Pair, Ranked
 from temper.runs import Run
 from temper.train import Loss, Optim, State, Step, Term, fit
 
 METRICS = {
-    "loss": "Bradley-Terry loss per pair",
-    "accuracy": "share of pairs whose chosen answer scores strictly higher",
-    "margin": "mean of r_chosen - r_rejected",
-    "held_out_accuracy": "accuracy against the labels of pairs kept out of training",
+    "loss": "Bradley-Terry loss per record",
+    "accuracy": "share of pairs whose better answer scores strictly higher",
+    "margin": "mean of r_better - r_worse",
+    "held_out_accuracy": "accuracy against the labels of records kept out of training",
+    "held_out_pairs": "pairs in these",
     "expected_accuracy": "the same in expectation over the raters, where their exact probabilities are known",
     "ceiling": "E max(P, 1 - P): what no model can exceed, where the raters' exact probabilities are known",
 }
+SCALED = 1000  # training records over whose answers the scores' mean and deviation are taken
 EXAMPLES = """
   temper reward --model runs/sft --data hh.jsonl.gz --out runs/reward --skip-bad --too-long drop
+  temper reward --model runs/sft --data runs/comparisons/rankings.jsonl --out runs/reward
 """
 
 
 class Reward(Settings):
-    """Train a reward model from pairs of answers."""
+    """Train a reward model from pairs or rankings of answers."""
 
     model: str = opt(..., "the SFT model: a folder or a Hugging Face name")
-    data: str = opt(..., "pairs: chosen/rejected, HH dialogues, or the pairs of `temper collect`")
+    data: str = opt(..., "pairs (chosen/rejected, HH dialogues) or rankings, such as `temper collect` writes")
     centring: float = opt(0.01, "weight of (r_chosen + r_rejected)^2, which fixes the free constant", ge=0)
     window: Window = Window()
     split: Split = Split()
@@ -53,47 +62,69 @@ def settings(name: str) -> type[Settings]:
     return Reward
 
 
-def count_pairs(trees: Sequence[Tree]) -> dict[str, float]:
-    return {"pairs": float(len(trees))}
+def count_records(trees: Sequence[Tree]) -> dict[str, float]:
+    return {"records": float(len(trees))}
 
 
 def ends(batch: Forest) -> tuple[Tensor, Tensor]:
-    """Indices of the segments that hold the chosen and the rejected answers, [N] each, in the same order."""
-    side = batch.columns["side"]
-    return (side > 0).nonzero()[:, 0], (side < 0).nonzero()[:, 0]
+    """Of pairs: the segments that hold the chosen and the rejected answers, [N] each, in the same order."""
+    rank = batch.columns["rank"]
+    return (rank == 0).nonzero()[:, 0], (rank == 1).nonzero()[:, 0]
+
+
+class Compared(NamedTuple):
+    """The comparisons in a forest. The answers are its segments of rank >= 0, in order."""
+
+    answers: Tensor  # [A] segments
+    better: Tensor  # [C] places in `answers`
+    worse: Tensor  # [C]
+    share: Tensor  # [C] one over the comparisons of the record
+
+
+def compared(batch: Forest) -> Compared:
+    """All pairs of answers of one record, the better first."""
+    rank = batch.columns["rank"]
+    answers = (rank >= 0).nonzero()[:, 0]
+    rank = rank[answers]
+    record = (rank == 0).cumsum(0)
+    better, worse = ((record[:, None] == record) & (rank[:, None] < rank)).nonzero(as_tuple=True)
+    return Compared(answers, better, worse, 1.0 / torch.bincount(record[better])[record[better]])
 
 
 def make_loss(centring: float):
     def loss(model, batch: Forest) -> Loss:
-        chosen, rejected = ends(batch)
-        r = scalar(model, batch, torch.cat([batch.end[chosen], batch.end[rejected]]) - 1)
-        won, lost = r.chunk(2)
-        items = bradley_terry(won, lost, margin=batch.columns["margin"][chosen], soft=batch.columns["soft"][chosen], centring=centring)
-        n, gap = len(chosen), (won - lost).detach()
-        return Loss({"preference": Term(items.sum(), per="pairs")}, {"accuracy": ((gap > 0).sum(), n), "margin": (gap.sum(), n)})
+        c = compared(batch)
+        r = scalar(model, batch, batch.end[c.answers] - 1)
+        won, lost = r[c.better], r[c.worse]
+        margin, soft = (batch.columns[name][c.answers][c.better] for name in ("margin", "soft"))
+        items = bradley_terry(won, lost, margin=margin, soft=soft, centring=centring) * c.share
+        n, gap = len(c.better), (won - lost).detach()
+        return Loss({"preference": Term(items.sum(), per="records")}, {"accuracy": ((gap > 0).sum(), n), "margin": (gap.sum(), n)})
 
     return loss
 
 
-def scores(model, trees: Sequence[Tree], microbatch: int) -> tuple[Tensor, Tensor]:
-    """Raw scores of the chosen and rejected answers, [N] each, in the order of the trees."""
-    out = torch.zeros(2, len(trees))
+def scores(model, trees: Sequence[Tree], microbatch: int) -> list[list[float]]:
+    """Raw scores of each record's answers, the best first."""
+    out: list[list[float]] = [[] for _ in trees]
     with torch.no_grad():
-        for index, forest in forests(trees, microbatch, count_pairs):
-            for row, segments in enumerate(ends(forest)):
-                out[row, index] = scalar(model, forest, forest.end[segments] - 1).float()
-    return out[0], out[1]
+        for index, forest in forests(trees, microbatch, count_records):
+            answers = compared(forest).answers
+            raw = iter(scalar(model, forest, forest.end[answers] - 1).tolist())
+            for i in index:
+                out[i] = [next(raw) for segment in trees[i] if segment.labels["rank"] >= 0]
+    return out
 
 
-def held_out(model, trees: Sequence[Tree], records, microbatch: int) -> dict[str, float]:
-    """Accuracy on held-out pairs; with the raters' exact probabilities also its expectation and its ceiling."""
-    won, lost = scores(model, trees, microbatch)
-    right = (won > lost).double()
-    out = {"held_out_accuracy": float(right.mean()), "held_out_pairs": len(trees)}
-    if all("probability" in r.meta for r in records):
-        p = torch.tensor([r.meta["probability"] for r in records], dtype=torch.double)
+def held_out(model, trees: Sequence[Tree], records: Sequence[Pair | Ranked], microbatch: int) -> dict[str, float]:
+    """Accuracy on held-out comparisons; with the raters' exact probabilities also its expectation and its ceiling."""
+    pairs = [pair for each in scores(model, trees, microbatch) for pair in combinations(each, 2)]
+    right = np.array([better > worse for better, worse in pairs], dtype=float)
+    out = {"held_out_accuracy": float(right.mean()), "held_out_pairs": len(pairs)}
+    if all(record.meta.keys() & {"probability", "probabilities"} for record in records):
+        p = np.array([x for r in records for x in r.meta.get("probabilities", [r.meta.get("probability")])])
         out["expected_accuracy"] = float((right * p + (1 - right) * (1 - p)).mean())
-        out["ceiling"] = float(torch.maximum(p, 1 - p).mean())
+        out["ceiling"] = float(np.maximum(p, 1 - p).mean())
     return out
 
 
@@ -101,7 +132,7 @@ def train(settings: Reward, model, trees, resume: State | None = None) -> Iterat
     b = settings.batching
     return fit(
         model,
-        offline(trees, b, count_pairs),
+        offline(trees, b, count_records),
         make_loss(settings.centring),
         steps=b.steps(len(trees)),
         optim=settings.optim,
@@ -113,14 +144,15 @@ def train(settings: Reward, model, trees, resume: State | None = None) -> Iterat
 def prepare(settings: Reward, run: Run) -> Job:
     b = settings.batching
     model, tokenizer = load_scalar(settings.model, seed=b.seed)
-    records, report = read(settings.data, "pairs", skip_bad=settings.window.skip_bad)
+    records, report = read(settings.data, "comparisons", skip_bad=settings.window.skip_bad)
     kept, out = split(records, settings.split.held_out, b.seed)
-    trees, cut = pair_trees(tokenizer, kept, model, settings.window)
-    tests, test_cut = pair_trees(tokenizer, out, model, settings.window)
+    trees, cut = comparison_trees(tokenizer, kept, model, settings.window)
+    tests, test_cut = comparison_trees(tokenizer, out, model, settings.window)
     tested = [r for i, r in enumerate(out) if i not in test_cut.dropped]
 
     def finish(path: Path) -> None:
-        remember_scale(model, torch.cat(scores(model, trees, b.tokens_per_microbatch)))
+        seen = scores(model, trees[:SCALED], b.tokens_per_microbatch)
+        remember_scale(model, torch.tensor([score for each in seen for score in each]))
         save(model, tokenizer, path)
 
     return Job(
@@ -129,7 +161,8 @@ def prepare(settings: Reward, run: Run) -> Job:
         save=finish,
         card={
             "source": report.summary(),
-            "pairs": len(trees),
+            "records": len(trees),
+            "comparisons": sum(comb(len(tree) - (tree[0].labels["rank"] < 0), 2) for tree in trees),
             "held_out": len(tests),
             "tokens": sum(len(s.tokens) for t in trees for s in t),
             "cut": cut.summary(),

@@ -136,5 +136,3 @@ def leader_first() -> Iterator[None]:
 def agree(problem: str | None) -> str | None:
     """The first rank's problem where any rank has one: all must stop together."""
     return next((p for p in gather(problem) if p), None)
-
-

@@ -154,6 +154,20 @@ class Annotator:
         u = rng.random()
         return Choice(1 if u < win else 0 if u < win + tie else -1, self.name, order)
 
+    def rank(self, x: np.ndarray, rng: np.random.Generator) -> list[int]:
+        """x [n, F] -> the rows, the best first: a draw from Plackett and Luce's model, whose pairwise chances are those of `chances`.
+
+        The answers are shown in a random order; being shown first is worth `position` more than being shown last. No ties.
+        """
+        shown = rng.permutation(len(x))
+        worth = self.utilities(x) - self.position * shown / max(1, len(x) - 1)
+        noise = rng.gumbel(size=len(x))
+        if rng.random() < self.lapse:
+            worth = noise
+        elif self.tau > 0 and not self.greedy:
+            worth = worth + self.tau * noise
+        return np.argsort(-worth, kind="stable").tolist()
+
 
 class Oracle(Annotator):
     """Whose utility is the gold score itself. `weights` are its slopes for the first unit of each feature, for people to read."""
@@ -187,11 +201,14 @@ class Panel:
     def probability(self, a: Features, b: Features, order: int = 0) -> float:
         return float(self.probabilities(matrix([a]), matrix([b]), order)[0])
 
+    def draw(self, rng: np.random.Generator) -> Annotator:
+        """A member, drawn by weight."""
+        edges = np.cumsum([w for _, w in self.members])
+        return self.members[min(int(np.searchsorted(edges, rng.random(), side="right")), len(self.members) - 1)][0]
+
     def choose(self, a: Features, b: Features, rng: np.random.Generator, order: int | None = None) -> Choice:
         """One label by a member drawn by weight."""
-        edges = np.cumsum([w for _, w in self.members])
-        member = self.members[min(int(np.searchsorted(edges, rng.random(), side="right")), len(self.members) - 1)][0]
-        return member.choose(a, b, rng, order)
+        return self.draw(rng).choose(a, b, rng, order)
 
 
 def agreement(first: np.ndarray, second: np.ndarray) -> float:

@@ -119,9 +119,13 @@ def two_hop(draw: Draw, where: str | None) -> Slots:
 @kind
 def compare(draw: Draw, where: str | None) -> Slots:
     facts = town()
+
+    def shared(entity: str) -> list[str]:
+        return [name for name in facts.known(entity) if RELATIONS[name].shared]
+
     while True:
-        a = _entity(draw, where)
-        relation = draw.pick([name for name in facts.known(a) if RELATIONS[name].shared])
+        a = _entity(draw, where, lambda entity: bool(shared(entity)))
+        relation = draw.pick(shared(a))
         value = facts.truth[a, relation]
         others = facts.people if facts.kind(a) == "person" else facts.places
         same = draw.chance(SAME)

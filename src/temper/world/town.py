@@ -11,11 +11,11 @@ from temper.world import lookups
 from temper.world.lookups import RELATIONS
 from temper.world.streams import Draw, Table, stream
 
-N_PEOPLE = 60  # at most len(lookups.PEOPLE)
-N_PLACES = 20
+N_PEOPLE = 48  # at most len(lookups.PEOPLE)
+N_PLACES = 16
 NEVER_STATED = 0.10  # share of (entity, relation) that no text states: the honest answer is "I do not know"
 DOUBTED = 0.05  # share of stated facts that sailors contradict
-POPULARITY = 5.0  # how much more often the best known entity is told of than the least known
+POPULARITY = 3.0  # how much more often the best known entity is told of than the least known
 HELD_OUT = 4  # one entity in HELD_OUT is never asked about in demonstrations and training prompts
 
 

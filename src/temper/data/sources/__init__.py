@@ -24,12 +24,14 @@ import pydantic
 
 from temper.config import UserError
 from temper.data.files import SUFFIXES, Row, rows
-from temper.records import Chat, Message, Pair, Prompt, Record, Text, one_line
+from temper.records import Chat, Message, Pair, Prompt, Ranked, Record, Text, one_line
 
-Kind = Literal["text", "chat", "pairs", "prompts"]
-KINDS: dict[str, type[Record]] = {"text": Text, "chat": Chat, "pairs": Pair, "prompts": Prompt}
+Kind = Literal["text", "chat", "pairs", "prompts", "comparisons"]
+KINDS: dict[str, tuple[type[Record], ...]] = {
+    "text": (Text,), "chat": (Chat,), "pairs": (Pair,), "prompts": (Prompt,), "comparisons": (Pair, Ranked),
+}  # fmt: skip
 SAMPLE = 100  # rows that are looked at to recognise a format
-_WHAT = {Text: "plain text", Chat: "conversations", Pair: "pairs of answers", Prompt: "prompts"}
+_WHAT = {Text: "plain text", Chat: "conversations", Pair: "pairs of answers", Prompt: "prompts", Ranked: "rankings of answers"}
 
 
 @functools.cache
@@ -111,13 +113,16 @@ def as_kind(record: Record, kind: str) -> tuple[Record, str]:
         return record, ""
     if isinstance(record, KINDS[kind]):
         return record, ""
-    raise ValueError(f"holds {_WHAT.get(type(record), 'other records')}, needed are {_WHAT[KINDS[kind]]}")
+    needed = " or ".join(_WHAT[k] for k in KINDS[kind])
+    raise ValueError(f"holds {_WHAT.get(type(record), 'other records')}, needed are {needed}")
 
 
 def _empty_answer(record: Record) -> str:
     """Which answer says nothing, or ""."""
     if isinstance(record, Pair):
         return next((f"the {side} answer is empty" for side in ("chosen", "rejected") if not getattr(record, side).strip()), "")
+    if isinstance(record, Ranked):
+        return next((f"answer {i} is empty" for i, answer in enumerate(record.answers, 1) if not answer.strip()), "")
     if isinstance(record, Chat):
         return next(
             (

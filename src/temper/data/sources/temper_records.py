@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from temper.records import Chat, Pair, Prompt, Record, Text
+from temper.records import Chat, Pair, Prompt, Ranked, Record, Text
 
 NAME = "temper records"
 HELP = "what temper itself writes, told by its 'meta'"
 FIRST = True
-FIELDS: dict[frozenset[str], type[Record]] = {frozenset(model.model_fields): model for model in (Text, Chat, Pair)}
+FIELDS: dict[frozenset[str], type[Record]] = {frozenset(model.model_fields): model for model in (Text, Chat, Pair, Ranked)}
 
 
 def recognise(row: dict[str, Any]) -> str:
