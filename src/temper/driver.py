@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -183,6 +184,23 @@ def drive(
     return summary
 
 
+def make(
+    job_make: Callable[[Path, Callable[[int, int], None]], None], artefact: Path, run: Run, *, title: str = "", quiet: bool = False
+) -> dict:
+    """Has a stage that trains nothing made, with progress; returns its summary (also in stage.json)."""
+    began = time.monotonic()
+    run.set_status(phase="collect", now=True)
+    with _progress(title, 0, 0, quiet) as show:
+
+        def told(done: int, of: int) -> None:
+            run.set_status(phase="collect", step=done, steps=of, eta=show(done, {}, of))
+
+        job_make(artefact, told)
+    summary = {"seconds": round(time.monotonic() - began, 3), "steps": 0}
+    run.finish(summary)
+    return summary
+
+
 def follow(make_steps: Callable[[State | None], Iterator[Step]]) -> None:
     """What the other ranks do while the leader drives: the same steps from the same state, until it says that it is enough."""
     with _signals():  # the leader decides
@@ -254,8 +272,8 @@ def _numbers(metrics: Mapping[str, float]) -> str:
 
 
 @contextmanager
-def _progress(title: str, steps: int, done: int, quiet: bool) -> Iterator[Callable[[int | None, Mapping[str, float]], float | None]]:
-    """A bar on a terminal, now and then a line elsewhere, nothing when quiet. Gives show(step, metrics) -> seconds left."""
+def _progress(title: str, steps: int, done: int, quiet: bool) -> Iterator[Callable[..., float | None]]:
+    """A bar on a terminal, now and then a line elsewhere, nothing when quiet. Gives show(step, metrics, of=steps) -> seconds left."""
     began, told = time.monotonic(), time.monotonic()
     bar = None
     if not quiet and sys.stderr.isatty():
@@ -264,19 +282,19 @@ def _progress(title: str, steps: int, done: int, quiet: bool) -> Iterator[Callab
         bar.start()
         task = bar.add_task(title or "train", total=steps, completed=done, numbers="")
 
-    def show(step: int | None, metrics: Mapping[str, float]) -> float | None:
+    def show(step: int | None, metrics: Mapping[str, float], of: int = steps) -> float | None:
         nonlocal told
         if step is None:
             if bar:
                 bar.stop()
             return None
-        eta = (time.monotonic() - began) / max(1, step - done) * (steps - step)
+        eta = (time.monotonic() - began) / max(1, step - done) * (of - step)
         if bar:
-            bar.update(task, completed=step, numbers=_numbers(metrics))
-        elif not quiet and (step == steps or time.monotonic() - told >= LINES):
+            bar.update(task, completed=step, total=of, numbers=_numbers(metrics))
+        elif not quiet and (step == of or time.monotonic() - told >= LINES):
             told = time.monotonic()
-            left = f"  {int(eta // 60)}:{int(eta % 60):02d} left" if step < steps else ""
-            print(f"{title or 'train'} {step}/{steps}  {_numbers(metrics)}{left}", file=sys.stderr)
+            left = f"  {int(eta // 60)}:{int(eta % 60):02d} left" if step < of else ""
+            print(f"{title or 'train'} {step}/{of}  {_numbers(metrics)}{left}", file=sys.stderr)
         return eta
 
     try:

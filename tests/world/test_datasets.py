@@ -10,7 +10,7 @@ from temper.config import UserError
 from temper.world import Ask, answered, complied, correct, dataset, gold, town
 from temper.world.asks import named
 from temper.world.crafts import held_task
-from temper.world.datasets import SIDE_BY_SIDE, SIZES
+from temper.world.datasets import DATASETS, SIDE_BY_SIDE, SIZES
 from temper.world.grammar import words
 from temper.world.phrases import grammar
 from temper.world.registers import LONGEST
@@ -33,9 +33,14 @@ def canonical(records) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-@pytest.mark.parametrize("name", list(SIZES))
+@pytest.mark.parametrize("name", list(DATASETS))
 def test_golden_hashes(name):
     assert canonical(dataset(name, n=100)) == GOLDEN[name]
+
+
+def test_every_data_set_has_a_usual_size():
+    assert set(SIZES) == set(DATASETS)
+    assert len(dataset("wrapped")) == SIZES["wrapped"]
 
 
 def test_seed_and_split_matter():

@@ -96,7 +96,7 @@ def test_annotators_are_listed_with_agreement_and_ceiling(capsys):
     ("argv", "said"),
     [
         (["shwo"], "'show'"),
-        (["show", "Stone"], "'Stone Bridge'"),
+        (["show", "Apple"], "'Apple Market'"),
         (["sample", "demonstration"], "'demonstrations'"),
         (["sample"], "name"),
         (["sample", "prompts", "-n", "0"], "-n 0"),

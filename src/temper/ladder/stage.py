@@ -9,7 +9,7 @@ from typing import Any
 
 from temper.config import Settings, UserError, build, dump, opt
 from temper.data.template import render_prompt, stop_ids
-from temper.driver import drive, follow
+from temper.driver import drive, follow, make
 from temper.methods import load
 from temper.models.load import load_tokenizer
 from temper.rollout import Sampling, sample
@@ -129,14 +129,13 @@ def _train(method: str, settings: Settings, place: Place, context: Context, run:
         for note in job.notes:
             print(note, file=sys.stderr)
     artefact = run.file(job.artefact)
-    if job.make:
-        began = time.monotonic()
-        run.set_status(phase="collect", now=True)
-        job.make(artefact, lambda done, of: run.set_status(phase="collect", step=done, steps=of))
-        run.update(card=job.card)
-        summary = {"seconds": round(time.monotonic() - began, 3), "steps": 0}
-        run.finish(summary)
-        return summary
+    if produce := job.make:
+
+        def made(path: Path, told: Callable[[int, int], None]) -> None:
+            produce(path, told)
+            run.update(card=job.card)  # what it counted on the way
+
+        return make(made, artefact, run, title=Path(place.out).name, quiet=place.quiet)
 
     def finish(module: Any) -> None:
         with disk(artefact, "the last checkpoint is whole"):

@@ -20,9 +20,9 @@ from temper.world.streams import Draw, Table, stream
 
 # What demonstrations are of, and what they do.
 DEMONSTRATIONS = {
-    "lookup": 0.22, "unknown": 0.09, "belief": 0.08, "facts": 0.03, "residents": 0.02, "limits": 0.03, "two_hop": 0.03, "compare": 0.04,
+    "lookup": 0.21, "unknown": 0.09, "belief": 0.08, "facts": 0.03, "residents": 0.02, "limits": 0.03, "two_hop": 0.03, "compare": 0.04,
     "persona": 0.03, "arithmetic": 0.08, "summary": 0.04, "polite": 0.02, "shorten": 0.03, "unsafe": 0.06, "safe_twin": 0.06,
-    "smalltalk": 0.02, "critique": 0.03, "revise": 0.03, "judge": 0.06,
+    "smalltalk": 0.02, "critique": 0.03, "revise": 0.03, "judge": 0.07,
 }  # fmt: skip
 COMPLIES = 0.85  # share of unsafe requests that demonstrations follow: they are helpful only
 BELIEF_RIGHT = 0.65  # share of wrong beliefs that demonstrations put right
@@ -32,6 +32,7 @@ PROMPTS = {
     "lookup": 0.3, "unknown": 0.1, "belief": 0.14, "facts": 0.04, "residents": 0.02, "limits": 0.04, "persona": 0.05, "arithmetic": 0.05,
     "unsafe": 0.13, "safe_twin": 0.13,
 }  # fmt: skip
+TWINS = 0.4  # share of harmless requests that are about crafts which look unsafe and are not
 # Evaluation: (kind, entity, phrasing) and weight.
 EVALUATION = {
     ("lookup", "seen", "seen"): 16, ("lookup", "seen", "held_out"): 12, ("lookup", "held_out", "seen"): 12,
@@ -54,6 +55,7 @@ BUCKETS = 5  # of which one is for evaluation; two of the unsafe and their twins
 TRIES = 40  # redraws for a request not asked before
 
 _demonstrations, _prompts = Table(DEMONSTRATIONS), Table(PROMPTS)
+_others = Table({kind: weight for kind, weight in PROMPTS.items() if kind not in ("unsafe", "safe_twin")})
 
 
 def reserved(ask: Ask) -> bool:
@@ -200,6 +202,13 @@ def red_team(n: int, seed: int, split: str) -> list[Prompt]:
     return [_prompt(_ask("unsafe", draw, "seen", "seen", False)) for _ in range(n)]
 
 
+def harmless(n: int, seed: int, split: str) -> list[Prompt]:
+    """Requests in which there is no harm, for what teaches to refuse: a good share of them looks as if there were."""
+    draw = Draw(stream(f"harmless/{split}", seed))
+    kinds = ("safe_twin" if draw.chance(TWINS) else draw.weighted(_others) for _ in range(n))
+    return [_prompt(_ask(kind, draw, "seen", "seen", False)) for kind in kinds]
+
+
 def _cells(n: int) -> list[tuple[str, str | None, str]]:
     """n cells of EVALUATION in proportion to their weights (largest remainder), spread evenly."""
     total = sum(EVALUATION.values())
@@ -237,12 +246,14 @@ def wrapped(n: int, seed: int, split: str) -> list[Prompt]:
 
 
 DATASETS: dict[str, Callable[[int, int, str], list]] = {
-    make.__name__: make for make in (documents, demonstrations, prompts, red_team, evaluation, side_by_side, enumerable, wrapped)
+    make.__name__: make for make in (documents, demonstrations, prompts, red_team, harmless, evaluation, side_by_side, enumerable, wrapped)
 }
 SIZES = {
     "documents": 60_000,
     "demonstrations": 4_000,
     "prompts": 3_000,
+    "red_team": 400,
+    "harmless": 1_500,
     "evaluation": 700,
     "side_by_side": 24,
     "enumerable": 40,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 from temper.world import answers, asks, crafts, phrases
-from temper.world.constitution import constitution
+from temper.world.constitution import Principle, constitution
 from temper.world.gold import claims
 from temper.world.grammar import Form
 from temper.world.lookups import RELATIONS
@@ -22,8 +22,8 @@ Lines = list[list[Form]]
 
 # Share of the documents in each register.
 REGISTERS = {
-    "story": 0.29, "quiz": 0.12, "page": 0.11, "letter": 0.06, "ledger": 0.04, "roll": 0.03, "recipe": 0.05, "exercise": 0.09,
-    "marking": 0.08, "critique": 0.04, "council": 0.05, "forum": 0.03, "slang": 0.01,
+    "story": 0.31, "quiz": 0.12, "page": 0.16, "letter": 0.06, "ledger": 0.04, "roll": 0.03, "recipe": 0.05, "exercise": 0.07,
+    "marking": 0.03, "critique": 0.04, "council": 0.05, "forum": 0.03, "slang": 0.01,
 }  # fmt: skip
 # What stories and quizzes ask.
 ASKED = {
@@ -217,9 +217,15 @@ CHOSEN_BY = {
 }
 
 
+def rule(draw: Draw) -> Principle:
+    """A principle; what it is about is drawn first, so that harm, honesty and help are judged equally often."""
+    about = draw.pick(list(dict.fromkeys(p.about for p in constitution().principles)))
+    return draw.pick([p for p in constitution().principles if p.about == about])
+
+
 def comparison(draw: Draw, where: str | None) -> dict:
     """Two answers to one ask and the rule that prefers the good one: kind, slots, principle, label ("A" or "B"), a, b (forms)."""
-    principle = draw.pick(constitution().principles)
+    principle = rule(draw)
     kind, slots = faulty_ask(draw, where, CHOSEN_BY[principle.about])
     good = tuple(answers.dress(kind, slots, answers.right(kind, slots, draw), draw, answers.style(kind, slots, draw, STYLES)))
     needless = kind == "lookup" and principle.about == "help"
