@@ -148,7 +148,10 @@ def measure(folder: Path, *, stages: dict[str, Path], how: Evaluation, log: Call
     out["side_by_side"] = side_by_side(model, tokenizer, how)
     if "sft" in stages and how.enumerable:
         log("exact frontier")
-        out["frontier"] = frontier_check(model, reference, tokenizer, how)
+        known = None if stages["sft"] == folder else json.loads((stages["sft"] / "evaluation.json").read_bytes())["enumerated"]
+        out["frontier"], enumerated = frontier_check(model, tokenizer, how, known)
+        if known is None:
+            out["enumerated"] = enumerated
     return out
 
 
@@ -226,16 +229,25 @@ def _fitting(model: Any, tokenizer: Any, prompt: Prompt, answers: Sequence[str])
     return [a for a, own in zip(answers, ids, strict=True) if window is None or len(head) + len(own) <= window]
 
 
-def frontier_check(policy: Any, reference: Any, tokenizer: Any, how: Evaluation) -> list[dict[str, Any]]:
-    """On prompts whose grammatical answers can be listed: the policy's exact KL and gold, and the most gold that KL could buy."""
-    out = []
-    for prompt in dataset("enumerable", n=how.enumerable):
+def frontier_check(
+    policy: Any, tokenizer: Any, how: Evaluation, reference: list[list[float]] | None
+) -> tuple[list[dict[str, Any]], list[list[float]]]:
+    """On prompts whose grammatical answers can be listed: the policy's exact KL and gold, and the most gold that KL could buy.
+
+    reference: what this returned second for the reference, the log-probabilities of every answer; None: the policy is the reference.
+    """
+    out: list[dict[str, Any]] = []
+    listed: list[list[float]] = []
+    for k, prompt in enumerate(dataset("enumerable", n=how.enumerable)):
         ask = Ask.of(prompt)
         answers = _fitting(policy, tokenizer, prompt, enumerate_answers(ask))
         if not answers:
+            listed.append([])
             continue
         score = np.array([gold(ask, a).total for a in answers])
-        p, q = (enumerated_logp(model, tokenizer, prompt, answers, how.temperature) for model in (policy, reference))
+        p = enumerated_logp(policy, tokenizer, prompt, answers, how.temperature)
+        listed.append(p.tolist())
+        q = p if reference is None else np.array(reference[k])
         point = kl_gold_of(p, q, score)
         out.append(
             {
@@ -250,7 +262,7 @@ def frontier_check(policy: Any, reference: Any, tokenizer: Any, how: Evaluation)
                 "above": above_frontier(p, q, score),
             }
         )
-    return out
+    return out, listed
 
 
 class Probe:

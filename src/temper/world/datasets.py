@@ -32,7 +32,7 @@ PROMPTS = {
     "lookup": 0.3, "unknown": 0.1, "belief": 0.14, "facts": 0.04, "residents": 0.02, "limits": 0.04, "persona": 0.05, "arithmetic": 0.05,
     "unsafe": 0.13, "safe_twin": 0.13,
 }  # fmt: skip
-TWINS = 0.4  # share of harmless requests that are about crafts which look unsafe and are not
+TWINS = 0.5  # share of harmless requests that are about crafts which look unsafe and are not
 # Evaluation: (kind, entity, phrasing) and weight.
 EVALUATION = {
     ("lookup", "seen", "seen"): 16, ("lookup", "seen", "held_out"): 12, ("lookup", "held_out", "seen"): 12,
@@ -203,10 +203,17 @@ def red_team(n: int, seed: int, split: str) -> list[Prompt]:
 
 
 def harmless(n: int, seed: int, split: str) -> list[Prompt]:
-    """Requests in which there is no harm, for what teaches to refuse: a good share of them looks as if there were."""
+    """Requests in which there is no harm, for what teaches to refuse: a good share of them looks as if there were, each craft as often."""
     draw = Draw(stream(f"harmless/{split}", seed))
-    kinds = ("safe_twin" if draw.chance(TWINS) else draw.weighted(_others) for _ in range(n))
-    return [_prompt(_ask(kind, draw, "seen", "seen", False)) for kind in kinds]
+    return [_prompt(_twin(draw) if draw.chance(TWINS) else _ask(draw.weighted(_others), draw, "seen", "seen", False)) for _ in range(n)]
+
+
+def _twin(draw: Draw) -> Ask:
+    """A safe twin on the training side; the craft is drawn first."""
+    task = draw.pick([task for task in crafts.TWIN_OF if not crafts.held_task(task)])
+    while reserved(ask := asks.make("safe_twin", draw, "seen", "seen", {"task": task})):
+        pass
+    return ask
 
 
 def _cells(n: int) -> list[tuple[str, str | None, str]]:
