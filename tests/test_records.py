@@ -87,6 +87,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         (lambda: Prompt(messages=[]), "at least one message"),
         (lambda: Pair(prompt=SAID, chosen="a", rejected="b"), "ends with a user turn"),
         (lambda: Pair(prompt=ASK, chosen="a", rejected="b", soft=1.5), "less than or equal to 1"),
+        (lambda: Ranked(prompt=ASK, answers=["a"]), "at least 2 items"),
+        (lambda: Ranked(prompt=SAID, answers=["a", "b"]), "ends with a user turn"),
         (lambda: Steps(prompt=ASK, steps=["a"], labels=[]), "1 steps but 0 labels"),
         (lambda: Text(text="a", extra=1), "extra"),
     ],

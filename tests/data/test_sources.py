@@ -9,7 +9,7 @@ from temper.data.files import kind_of, parts_of, rows
 from temper.data.sources import formats, read
 from temper.data.template import attach_default_template
 from temper.data.trees import chat_trees, comparison_trees, text_trees
-from temper.records import Chat, Message, Pair, Prompt, write_jsonl
+from temper.records import Chat, Message, Pair, Prompt, Ranked, write_jsonl
 
 HH = {
     "chosen": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Who?\n\nAssistant: Me.",
@@ -215,6 +215,8 @@ def test_own_records_come_back_whole(tmp_path):
         ("pairs", Pair(prompt=prompt, chosen="A", rejected="B", soft=0.7, meta={"ask": {"kind": "lookup"}})),
         ("chat", Chat(messages=[*prompt, Message(role="assistant", content="A")], meta={"k": 1})),
         ("prompts", Prompt(messages=prompt, meta={"k": 1})),
+        ("comparisons", Ranked(prompt=prompt, answers=["A", "B", "C"], meta={"probabilities": [0.7, 0.8, 0.6]})),
+        ("comparisons", Pair(prompt=prompt, chosen="A", rejected="B", margin=2.0)),
     ):
         path = tmp_path / f"{kind}.jsonl"
         write_jsonl(path, [record])
@@ -222,6 +224,32 @@ def test_own_records_come_back_whole(tmp_path):
         at = {"at": f"{path}:1"}
         assert got == record.model_copy(update={"meta": record.meta | at})
         assert report.source == "temper records"
+
+
+def test_comparisons_are_pairs_or_rankings(put):
+    ranked = {"prompt": [USER], "answers": ["A", "B", "C"], "meta": {}}
+    (got,), report = read(put("r.jsonl", ranked), "comparisons")
+    assert (got.answers, report.source) == (["A", "B", "C"], "temper records")
+    for row in HH, {"prompt": "Q", "chosen": "A", "rejected": "B", "margin": 2}:  # every format of pairs
+        assert read(put("p.jsonl", row), "comparisons").records == read(put("p.jsonl", row), "pairs").records
+    with pytest.raises(UserError, match=r"r\.jsonl: temper records: holds rankings of answers, needed are pairs of answers"):
+        read(put("r.jsonl", ranked), "pairs")
+    with pytest.raises(UserError, match="holds conversations, needed are pairs of answers or rankings of answers"):
+        read(put("c.jsonl", {"messages": [USER, GOOD]}), "comparisons")
+    with pytest.raises(UserError, match=r"answers: got .*at least 2 items"):
+        read(put("one.jsonl", {**ranked, "answers": ["A"]}), "comparisons")
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_an_empty_answer_of_a_ranking_is_named(put, empty):
+    row = {"prompt": [USER], "answers": ["A", "B", "C"], "meta": {}}
+    bad = {**row, "answers": [" \n" if i == empty else a for i, a in enumerate(row["answers"])]}
+    path = put("r.jsonl", row, bad)
+    with pytest.raises(UserError, match=rf"r\.jsonl:2: answer {empty + 1} is empty"):
+        read(path, "comparisons")
+    records, report = read(path, "comparisons", skip_bad=True)
+    assert len(records) == 1
+    assert report.skipped[0][0] == f"{path}:2"
 
 
 @pytest.mark.parametrize("text", ["", "a", "a\n\nb", "x" * 50 + "\n\n\n" + "y\n" * 40 + "\u2028z", "a\r\n\r\nb\r\n" * 10])

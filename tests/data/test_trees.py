@@ -4,7 +4,7 @@ from temper.config import UserError
 from temper.data.template import render_chat, render_prompt
 from temper.data.trees import chat_trees, comparison_tree, comparison_trees, prompt_ids, text_trees
 from temper.forest import plant
-from temper.records import Chat, Message, Pair, Prompt, Text
+from temper.records import Chat, Message, Pair, Prompt, Ranked, Text
 
 
 def user(text):
@@ -88,7 +88,7 @@ def test_pairs_share_the_prompt_and_unroll_to_the_two_conversations(name, reques
         ids, target = render_chat(tokenizer, [*record.prompt, Message(role="assistant", content=text)])
         assert [*prompt.tokens, *segment.tokens] == ids
         assert [*prompt.target, *segment.target] == target
-    assert (prompt.labels["side"], chosen.labels["side"], rejected.labels["side"]) == (0, 1, -1)
+    assert [segment.labels["rank"] for segment in (prompt, chosen, rejected)] == [-1, 0, 1]
     assert chosen.labels["margin"] == 0.5
     assert rejected.labels["soft"] == 0.9
     plant([[prompt, chosen, rejected]])
@@ -103,6 +103,65 @@ def test_pairs_obey_the_policy(chatml, window):
     assert report.tokens < report.tokens_unshared
     with pytest.raises(UserError, match=r"row 1: .* more rows"):
         comparison_trees(chatml, pairs, None, window(40))
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3"])
+def test_a_ranking_shares_the_prompt_and_unrolls_to_its_conversations(name, request):
+    tokenizer = request.getfixturevalue(name)
+    record = Ranked(prompt=[user("What is the price?")], answers=["Three crowns.", "Three", "I do not know.", "Herring."])
+    prompt, *answers = comparison_tree(tokenizer, record)
+    assert prompt.tokens == render_prompt(tokenizer, record.prompt)
+    assert [segment.labels for segment in answers] == [{"rank": rank, "soft": 1.0, "margin": 0.0} for rank in range(4)]
+    assert prompt.labels["rank"] == -1
+    for segment, text in zip(answers, record.answers, strict=True):
+        ids, target = render_chat(tokenizer, [*record.prompt, Message(role="assistant", content=text)])
+        assert [*prompt.tokens, *segment.tokens] == ids
+        assert [*prompt.target, *segment.target] == target
+        assert segment.parent == 0
+    forest = plant([[prompt, *answers]])
+    assert sum(len(segment.tokens) for segment in (prompt, *answers)) == forest.T
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3"])
+def test_a_ranking_of_two_is_the_pair(name, request, window):
+    tokenizer = request.getfixturevalue(name)
+    asks = ["What is the price?", LONG]
+    pairs = [Pair(prompt=[user(q)], chosen="Three crowns.", rejected="Three") for q in asks]
+    rankings = [Ranked(prompt=[user(q)], answers=["Three crowns.", "Three"]) for q in asks]
+    assert [comparison_tree(tokenizer, r) for r in rankings] == [comparison_tree(tokenizer, p) for p in pairs]
+    for limit, policy in (None, "error"), (40, "cut-prompt"), (40, "drop"):
+        one, other = (comparison_trees(tokenizer, records, None, window(limit, policy)) for records in (rankings, pairs))
+        assert one == other
+    mixed, _ = comparison_trees(tokenizer, [pairs[0], rankings[1]], None, window())
+    assert mixed == comparison_trees(tokenizer, pairs, None, window())[0]
+
+
+def test_rankings_obey_the_policy_by_their_longest_answer(chatml, window):
+    """Whichever answer it is; the prompt is cut by the same tokens for all, and no answer is."""
+    answers = ["Fine.", "Hello there, how are you?", "The boats go out again.", "a"]
+    for turn in range(4):
+        order = answers[turn:] + answers[:turn]
+        record = Ranked(prompt=[user(LONG)], answers=order, meta={"at": "r.jsonl:5"})
+        whole = [render_chat(chatml, [*record.prompt, Message(role="assistant", content=a)]) for a in order]
+        longest = max(len(ids) for ids, _ in whole)
+        ([tree], report) = comparison_trees(chatml, [record], None, window(50, "cut-prompt"))
+        assert report.cut == {0: f"r.jsonl:5: {longest} tokens, {longest - 50} cut"}
+        assert max(len(tree[0].tokens) + len(segment.tokens) for segment in tree[1:]) == 50
+        for segment, (ids, target) in zip(tree[1:], whole, strict=True):
+            assert [*tree[0].tokens, *segment.tokens] == ids[longest - 50 :]
+            assert sum(segment.target) == sum(target)
+        assert report.tokens == sum(len(segment.tokens) for segment in tree)
+        assert report.tokens_unshared == sum(len(ids) for ids, _ in whole) - 4 * (longest - 50)
+        with pytest.raises(UserError, match=rf"^r\.jsonl:5: {longest} tokens > --max-length 50; use --too-long"):
+            comparison_trees(chatml, [record], None, window(50))
+        with pytest.raises(UserError, match="none of the 1 rows is left"):
+            comparison_trees(chatml, [record], None, window(50, "drop"))
+        ([tree], _) = comparison_trees(chatml, [record], None, window(longest, "error"))
+        plant([tree])
+        too_long = Ranked(prompt=[user("Hi")], answers=[*order[:2], LONG, *order[2:]])
+        trees, report = comparison_trees(chatml, [too_long, record], None, window(50, "cut-prompt"))
+        assert "the answer alone does not fit" in report.dropped[0]
+        assert len(trees) == 1
 
 
 def test_prompts_leave_room_for_the_answer(chatml, window):

@@ -141,12 +141,15 @@ def test_no_point_lies_above_the_frontier(sft, other, toy, tmp_path):
     """The reference itself lies on it; policies trained to do better lie below."""
     model, tokenizer = sft
     how = HOW.model_copy(update={"enumerable": 2})
-    for row in frontier_check(model, model, tokenizer, how):
+    rows, reference = frontier_check(model, tokenizer, how, None)
+    reference = json.loads(json.dumps(reference, allow_nan=False))  # as the others read it from the reference's evaluation.json
+    assert frontier_check(model, tokenizer, how, reference) == (rows, reference)
+    for row in rows:
         assert row["kl"] == pytest.approx(0, abs=1e-9)
         assert row["gold"] == row["reference_gold"] == pytest.approx(row["frontier_gold"], abs=1e-6)
     train("ppo", tmp_path / "ppo", **(values_of("ppo", toy) | {"rollouts": 10, "lr": 1e-2, "beta": 0.0}))
     for policy in (other, load_policy(str(tmp_path / "ppo"))[0]):
-        rows = frontier_check(policy, model, tokenizer, how)
+        rows, _ = frontier_check(policy, tokenizer, how, reference)
         assert len(rows) == 2
         for row in rows:
             assert row["kl"] > 0
@@ -190,6 +193,9 @@ def test_figures_of_the_reference_itself(measured):
     assert metrics["win_rate_vs_sft"]["mean"] == 0.5
     assert metrics["gold"]["n"] == 48
     assert set(metrics) <= set(METRICS)
+    (row,), (listed,) = measured["frontier"], measured["enumerated"]  # what the other stages are compared with
+    assert row["kl"] == pytest.approx(0, abs=1e-9)
+    assert len(listed) > 100
     json.dumps(measured, allow_nan=False)
 
 

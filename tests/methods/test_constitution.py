@@ -108,6 +108,11 @@ def test_principles_speak_of_what_they_are_about(principles, toy, tmp_path):
 # ---------------------------------------------------------------- the judge
 
 
+def test_differing():
+    assert cai.differing(["a", "a", "b", "c"]) == ("a", "b")
+    assert cai.differing(["a", "a"]) is None
+
+
 def test_the_label_averages_both_orders_over_the_drawn_principles(author, principles, toy):
     """= by plain forwards: P(A) against P(B) at the first token of the judge's answer."""
     pairs = [("It is red.", "Blue."), ("No.", "I do not know.")]
@@ -220,7 +225,9 @@ def test_the_judge_is_the_model_as_it_was_before_the_tuned_one_answers(toy, tmp_
 def test_human_pairs_on_red_team_prompts_are_left_out(toy, tmp_path, monkeypatch):
     """They say that the more helpful answer to a harmful request is better."""
     trained = []
-    monkeypatch.setattr(cai, "comparison_trees", lambda t, pairs, m, w, inner=cai.comparison_trees: (trained.append(pairs), inner(t, pairs, m, w))[1])
+    monkeypatch.setattr(
+        cai, "comparison_trees", lambda t, pairs, m, w, inner=cai.comparison_trees: (trained.append(pairs), inner(t, pairs, m, w))[1]
+    )
     dangerous = json.loads(Path(toy.red).read_text().splitlines()[0])["messages"][0]["content"]
     rows = [{"prompt": user(q), "chosen": "Yes.", "rejected": "No."} for q in (dangerous, "a safe question")]
     values = values_of("constitution", toy) | {"helpful_pairs": str(write(tmp_path / "human.jsonl", rows)), "sl_epochs": 0.1, "epochs": 0.2}

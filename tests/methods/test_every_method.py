@@ -55,7 +55,8 @@ def test_what_a_stage_leaves_behind(trained, toy, method, capsys):
     assert stage["status"] == "done"
     assert stage["identity"]["method"] == method
     assert stage["card"]
-    assert (folder / ("pairs.jsonl" if method == "collect" else "model/model.safetensors")).stat().st_size > 0
+    for name in ("pairs.jsonl", "rankings.jsonl") if method == "collect" else ("model/model.safetensors",):
+        assert (folder / name).stat().st_size > 0
     assert not (folder / "checkpoints").exists()
     assert not list(folder.rglob(".tmp-*"))
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}

@@ -61,7 +61,7 @@ def test_scores_are_read_at_the_last_token_whatever_they_are_packed_with(toy, pa
     """= transformers' own reading of each conversation alone: the prompt shared, the pairs packed, the prompt's end never read."""
     model, tokenizer = load_scalar(toy.reward)
     trees, _ = comparison_trees(tokenizer, pairs, model, WINDOW)
-    won, lost = reward.scores(model, trees, budget)
+    won, lost = torch.tensor(reward.scores(model, trees, budget)).T
     both = [rendered(tokenizer, p) for p in pairs]
     torch.testing.assert_close(won, plain_scores(toy.reward, [ids for (ids, _), _ in both]), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(lost, plain_scores(toy.reward, [ids for _, (ids, _) in both]), atol=2e-5, rtol=1e-5)
@@ -183,7 +183,7 @@ def test_its_second_loss_is_that_of_the_formula(toy, pairs):
     run = preference.train_on(model, trees, "dpo", {"beta": 0.7}, b, Optim(lr=3e-3, warmup=0), 2)
     next(run)
     with torch.no_grad():
-        forest = offline(trees, b, preference.count_pairs)(0)[0]
+        forest = offline(trees, b, preference.count_records)(0)[0]
         now = preference.answer_logp(model, forest)
         h = [
             float(now[s] - forest.columns["ref_logp"][s] - (now[r] - forest.columns["ref_logp"][r]))
@@ -228,12 +228,17 @@ def test_a_tie_pulls_neither_way(toy, tmp_path, pairs):
     assert row["grad_norm"] == pytest.approx(0, abs=1e-4)
 
 
-def test_the_pairs_of_collect_feed_both(toy, tmp_path):
+@pytest.mark.parametrize("name", ["pairs", "rankings"])
+def test_what_collect_writes_feeds_both(toy, tmp_path, name):
     train("collect", tmp_path / "pairs", **(values_of("collect", toy) | {"prompts": "world:prompts?n=30"}))
-    data = str(tmp_path / "pairs" / "pairs.jsonl")
-    summary = train("reward", tmp_path / "rm", model=toy.sft, data=data, held_out=0.3)
+    summary = train("reward", tmp_path / "rm", model=toy.sft, data=str(tmp_path / "pairs" / f"{name}.jsonl"), held_out=0.3)
     assert 0.5 <= summary["ceiling"] <= 1
     assert min(summary["expected_accuracy"], 1 - summary["expected_accuracy"]) >= 1 - summary["ceiling"] - 1e-9
+    if name == "rankings":
+        with pytest.raises(UserError, match="holds rankings of answers, needed are pairs of answers"):
+            train("dpo", tmp_path / "dpo", model=toy.sft, data=str(tmp_path / "pairs" / "rankings.jsonl"))
+        return
+    data = str(tmp_path / "pairs" / "pairs.jsonl")
     train("dpo", tmp_path / "dpo", model=toy.sft, data=data)
     read_back = [json.loads(line) for line in Path(data).read_text().splitlines()]
     assert Run(tmp_path / "dpo").stage["card"]["pairs"] + Run(tmp_path / "dpo").stage["card"]["held_out"] == len(read_back)

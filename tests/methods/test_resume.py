@@ -61,11 +61,11 @@ def test_killed_at_two_random_moments(toy, tmp_path, method):
 
 @pytest.mark.slow
 def test_collect_killed_makes_the_same_pairs(toy, tmp_path):
-    """It has no steps: it begins again, and its file is there as a whole or not at all."""
+    """It has no steps: it begins again, and its files are there as a whole or not at all."""
     log = tmp_path / "log"
     argv = [*command("collect", toy, tmp_path / "whole"), "--samples-per-prompt", "40"]
     finish(start(argv, log), log)
-    expected = (tmp_path / "whole" / "pairs.jsonl").read_bytes()
+    expected = [(tmp_path / "whole" / name).read_bytes() for name in ("rankings.jsonl", "pairs.jsonl")]
     argv[argv.index("--out") + 1] = str(tmp_path / "killed")
     for moment in 0.1, 0.3:
         process = start(argv, log)
@@ -74,7 +74,7 @@ def test_collect_killed_makes_the_same_pairs(toy, tmp_path):
         process.join()
         assert (tmp_path / "killed" / "pairs.jsonl").exists() == Run(tmp_path / "killed").done
     finish(start(argv, log), log)
-    assert (tmp_path / "killed" / "pairs.jsonl").read_bytes() == expected
+    assert [(tmp_path / "killed" / name).read_bytes() for name in ("rankings.jsonl", "pairs.jsonl")] == expected
 
 
 @pytest.mark.slow

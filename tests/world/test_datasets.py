@@ -9,21 +9,22 @@ import pytest
 from temper.config import UserError
 from temper.world import Ask, answered, complied, correct, dataset, gold, town
 from temper.world.asks import named
-from temper.world.crafts import held_task
-from temper.world.datasets import DATASETS, SIDE_BY_SIDE, SIZES
+from temper.world.crafts import TWIN_OF, held_task
+from temper.world.datasets import DATASETS, SIDE_BY_SIDE, SIZES, TWINS
 from temper.world.grammar import words
 from temper.world.phrases import grammar
 from temper.world.registers import LONGEST
 
 # SHA-256 of each data set's canonical JSON: a change here is a change of the world (world.VERSION tells published worlds apart).
 GOLDEN = {
-    "documents": "d200c031502fa7d0",
-    "demonstrations": "53e171c8f6f374b2",
-    "prompts": "345a22a3f248bd01",
+    "documents": "4fd9c2975c9a1dff",
+    "demonstrations": "e0746c3dd09b613d",
+    "prompts": "fe032d38175bf1f7",
     "red_team": "2e62ed4802f3bd6d",
-    "evaluation": "717abc0c214f82af",
-    "side_by_side": "d4b913a35ae9f61e",
-    "enumerable": "3c0cf09f1e9dbc5f",
+    "harmless": "fe5cf5801c229568",
+    "evaluation": "c979abefc871851f",
+    "side_by_side": "31f66727fb8053a7",
+    "enumerable": "a12353bcb4c7485d",
     "wrapped": "fb1f778a34d227d5",
 }
 
@@ -164,10 +165,38 @@ def test_judge_answers_begin_with_their_letter(demonstrations):
             assert record.messages[-1].content.split()[0] == record.meta["ask"]["slots"]["label"]
 
 
+def test_critiques_and_judgements_are_of_plain_facts_too(demonstrations):
+    found = Counter()
+    for record in demonstrations:
+        ask = Ask.of(record)
+        inner = ask.slots.get("inner", {})
+        if inner.get("kind") == "lookup":
+            found[ask.kind] += 1
+            if ask.kind == "critique":
+                assert correct(Ask(**inner), record.messages[1].content) == (ask.slots["fault"] == ["faultless"])
+    assert min(found[kind] for kind in ("critique", "revise", "judge")) > 3
+
+
 def test_side_by_side_is_fixed():
     records = dataset("side_by_side", seed=3)
     assert len(records) == len(SIDE_BY_SIDE) == 24
     assert records == dataset("side_by_side", seed=4)
+
+
+def test_harmless_requests_hold_no_harm_and_often_look_as_if_they_did(evaluation):
+    records = dataset("harmless", n=1500)
+    asks = [Ask.of(record) for record in records]
+    assert not any(ask.tags["unsafe"] for ask in asks)
+    twins = [ask.slots["task"] for ask in asks if ask.kind == "safe_twin"]
+    assert abs(len(twins) / 1500 - TWINS) < 0.05
+    counts = Counter(twins)
+    assert set(counts) == {task for task in TWIN_OF if not held_task(task)}
+    even = len(twins) / len(counts)
+    assert all(abs(n - even) < 5 * even**0.5 for n in counts.values())  # each craft as often
+    for ask in asks:
+        assert not any(entity in town().held for entity in named(ask.kind, ask.slots))
+    asked = [record.messages for record in evaluation if record.meta["ask"]["kind"] != "smalltalk"]
+    assert not any(record.messages in asked for record in records)
 
 
 def test_wrapped_attacks_are_not_in_training(trained):

@@ -64,17 +64,6 @@ def test_of_two_answers_the_better_one_is_chosen_and_honesty_is_also_about_plain
             f = features(ask, bad)
             assert (f["refusal"], f["wrong"]) == ((1, 0) if about == "help" else (0, 1)), bad
             assert correct(ask, good)
+    assert all(abs(sum(found.values()) / 1500 - 1 / 3) < 0.06 for found in kinds.values())  # harm, honesty and help equally often
     assert {about: set(found) for about, found in kinds.items()} == {about: set(table.values) for about, table in CHOSEN_BY.items()}
     assert 0.25 < kinds["honesty"]["lookup"] / sum(kinds["honesty"].values()) < 0.45
-
-
-def test_critiques_and_judgements_in_demonstrations_are_of_plain_facts_too():
-    found = Counter()
-    for record in dataset("demonstrations", n=6000):
-        ask = Ask.of(record)
-        if ask.kind in ("critique", "revise", "judge") and ask.slots["inner"]["kind"] == "lookup":
-            found[ask.kind] += 1
-        if ask.kind == "critique" and ask.slots["inner"]["kind"] == "lookup":
-            inner = Ask("lookup", ask.slots["inner"]["slots"])
-            assert correct(inner, record.messages[1].content) == (ask.slots["fault"] == ["faultless"])
-    assert min(found[kind] for kind in ("critique", "revise", "judge")) > 3

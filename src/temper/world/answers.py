@@ -125,7 +125,10 @@ def fault(ask_kind: str, slots: dict, good: bool) -> Form:
         return ("faultless",)
     if ask_kind in ("unsafe", "wrapped"):
         return ("faulty_harm", slots["task"])
-    return ({"safe_twin": "faulty_refusal", "unknown": "faulty_guess"}.get(ask_kind, "faulty_belief"),)
+    if ask_kind == "unknown":
+        return ("faulty_guess",)
+    untrue = ask_kind == "arithmetic" or ("entity" in slots and "relation" in slots)
+    return ("faulty_belief" if untrue else "faulty_refusal",)
 
 
 def extras(ask_kind: str, slots: dict, core: list[Form], draw: Draw, n: int) -> list[Form]:
