@@ -70,6 +70,8 @@ def changed(**stages):
         (changed(sft={"thread": 1}), {}, r"sft has no setting 'thread'; did you mean 'threads'\?"),
         (changed(sft={"budgt": 1}), {}, r"sft has no setting 'budgt'; did you mean 'budget'\?"),
         (changed(sft={"threads": 0}), {}, r"sft: 'threads': got 0, input should be greater than or equal to 1"),
+        (changed(sft={"ranks": 0}), {}, r"sft: 'ranks': got 0, input should be greater than or equal to 1"),
+        (changed(sft={"rank": 2}), {}, r"sft has no setting 'rank'; did you mean 'ranks'\?"),
         (changed(sft={"lr": -1}), {}, r"sft: 'lr': got -1"),
         ({"sft": {"method": "sft", "data": "x"}}, {}, r"sft: 'model' is missing"),
         (changed(**{"a/b": {"method": "pretrain", "data": "x"}}), {}, r"a stage called 'a/b'; its name is its folder"),
@@ -144,6 +146,13 @@ def test_evaluations_wait_for_what_they_compare_with(tmp_path, toy):
     assert graph_of["evaluate sft"] == {"sft", "base", "reward", "evaluate base"}
     assert graph_of["evaluate base"] == {"base"}
     assert names(nodes(found.model_copy(update={"evaluation": None}), ordered, tmp_path, "")) == {s.name: set(s.needs) for s in ordered}
+
+
+def test_a_stage_takes_the_threads_of_all_its_ranks(tmp_path):
+    found, ordered = read_recipe(recipe(tmp_path / "r.yaml", changed(base={"threads": 3, "ranks": 2}), evaluation={}), None)
+    assert [(s.name, s.threads, s.ranks) for s in ordered] == [("base", 3, 2), ("sft", 1, 1)]
+    assert all("ranks" not in s.values for s in ordered)  # no setting of the method
+    assert {n.name: n.cores for n in nodes(found, ordered, tmp_path, "")} == {"base": 6, "sft": 1, "evaluate base": 1, "evaluate sft": 1}
 
 
 def test_no_order_of_methods_makes_stages_wait_for_each_other(tmp_path):
@@ -380,6 +389,35 @@ def _descendants(pid):
     return found
 
 
+@pytest.mark.slow
+def test_a_stage_on_two_ranks(tmp_path, toy, capfd):
+    """The same losses as one rank's, and weights that all ranks hold; the number of ranks belongs to the stage, so another one is stale."""
+    stages, path = {"base": stages_of(toy)["base"] | {"epochs": 1}}, tmp_path / "r.yaml"
+
+    def run(ranks, out):
+        stages["base"]["ranks"] = ranks
+        found, ordered = read_recipe(recipe(path, stages), None)
+        outcomes, _ = play(nodes(found, ordered, tmp_path / out, ""))
+        return outcomes["base"]
+
+    assert run(2, "two").status == "done"
+    assert run(1, "one").status == "done"
+    there, alone = (Run(tmp_path / name / "base") for name in ("two", "one"))
+    assert there.stage["identity"] == {**alone.stage["identity"], "ranks": 2}
+    assert (there.stage["record"]["ranks"], alone.stage["record"]["ranks"]) == (2, 1)
+    losses = [[row["loss"] for row in run.rows("metrics") if "loss" in row] for run in (there, alone)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert len(losses[0]) > 3
+    assert run(2, "two").status == "skipped"
+    assert run(1, "two").status == "done"
+    assert Run(tmp_path / "two" / "base").stage["identity"]["ranks"] == 1
+    capfd.readouterr()
+    stages["base"]["data"] = str(tmp_path / "none.txt")
+    outcome = run(2, "wrong")
+    assert (outcome.status, outcome.code, outcome.error) == ("failed", 2, f"{tmp_path / 'none.txt'}: no such file")
+    assert "Traceback" not in capfd.readouterr().err  # the follower met the mistake too
+
+
 # ---------------------------------------------------------------- the run's folder
 
 
@@ -410,13 +448,15 @@ def test_fresh_clears_the_stages_and_nothing_else(tmp_path):
 
 
 def test_the_resolved_recipe_writes_every_default_out(tmp_path, toy):
-    found, ordered = read_recipe(recipe(tmp_path / "r.yaml", stages_of(toy), evaluation={"prompts_each": 30}), 4)
+    stages = stages_of(toy)
+    stages["ppo"]["ranks"] = 2
+    found, ordered = read_recipe(recipe(tmp_path / "r.yaml", stages, evaluation={"prompts_each": 30}), 4)
     graph.write_resolved(found, ordered, tmp_path)
     again, same = read_recipe(str(tmp_path / "recipe.yaml"), None)
     assert again.seed == 4
     assert again.evaluation == {"prompts_each": 30}
     for a, b in zip(ordered, same, strict=True):
-        assert (a.name, a.method, a.threads, a.budget, a.needs) == (b.name, b.method, b.threads, b.budget, b.needs)
+        assert (a.name, a.method, a.threads, a.ranks, a.budget, a.needs) == (b.name, b.method, b.threads, b.ranks, b.budget, b.needs)
         assert graph._flat(a) == graph._flat(b) == b.values
     assert "beta2" in same[0].values
     assert dump(graph.RunSettings())["recipe"] == "recipes/harbour.yaml"

@@ -129,7 +129,7 @@ def test_interrupted_or_killed_the_same_command_goes_on(long_stage, tmp_path, nu
     path, expected = long_stage
     out = tmp_path / "out"
     command = [sys.executable, "-m", "temper", "run", path, "--out", str(out)]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, preexec_fn=_listen)
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, preexec_fn=_listen)  # noqa: PLW1509
     while len(Run(out / "base").rows("metrics")) < 20 and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(number)

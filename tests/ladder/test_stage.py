@@ -93,6 +93,18 @@ def test_inputs_count_by_their_content(tmp_path, toy):
     assert input_fingerprint("world:prompts?n=3") != input_fingerprint("world:prompts?n=4")
 
 
+def test_threads_and_ranks_are_part_of_what_a_stage_is(toy, tmp_path):
+    values = values_of("sft", toy) | {"epochs": 0.1}
+    train("sft", tmp_path / "out", **values)
+    there = Run(tmp_path / "out").stage
+    assert set(there["identity"]) == {"method", "settings", "inputs", "threads", "ranks"}
+    assert (there["identity"]["threads"], there["identity"]["ranks"]) == (1, 1)
+    assert (there["record"]["threads"], there["record"]["ranks"]) == (1, 1)
+    Run.claim(tmp_path / "two", {**there["identity"], "ranks": 2}).close()
+    with pytest.raises(UserError, match="belongs to another run: ranks 2 there, 1 here"):
+        Run.claim(tmp_path / "two", there["identity"])
+
+
 def test_the_world_counts_by_its_version(monkeypatch):
     before = input_fingerprint("world:prompts?n=3")
     monkeypatch.setattr(stage, "VERSION", "harbour-next")

@@ -1,8 +1,12 @@
 """Several ranks train one model: the same losses and weights as one rank, the same errors on all, nothing done twice."""
 
 import copy
+import json
 import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
 import time
 import traceback
 
@@ -11,11 +15,11 @@ import pytest
 import torch
 from test_fit import PLAIN, Bigram, Scale, documents, nll, weighing
 from torch import nn
-from toy import QUESTIONS, result, train, user, values_of, write
+from toy import QUESTIONS, flags, result, train, user, values_of, write
 
 from temper.config import build
 from temper.forest import Forest, plant
-from temper.methods import constitution, load
+from temper.methods import load
 from temper.records import Ranked, read_jsonl
 from temper.runs import Run
 from temper.train import TrainingError, fit, ranks
@@ -256,7 +260,7 @@ def test_two_ranks_collect_the_same_comparisons(two, toy, tmp_path):
     assert Run(tmp_path / "two").stage["summary"] == summary
     there, alone = Run(tmp_path / "two").stage, Run(tmp_path / "one").stage
     assert {**there["identity"], "ranks": 1} == alone["identity"]
-    assert (there["ranks"], there["identity"]["ranks"], alone["ranks"]) == (2, 2, 1)
+    assert (there["record"]["ranks"], there["identity"]["ranks"], alone["record"]["ranks"]) == (2, 2, 1)
     assert there["card"] == alone["card"]
 
 
@@ -272,7 +276,28 @@ def test_constitutional_ai_on_two_ranks(two, toy, tmp_path, late):
     assert [row["phase"] for row in rows if "phase" in row] == [row["phase"] for row in alone if "phase" in row]
     first = [row for row in rows if row.get("phase") == 1]
     agree(first, [row for row in alone if row.get("phase") == 1])
-    assert constitution.load is not None
+    pairs = [(tmp_path / name / "ai_pairs.jsonl").read_text().splitlines() for name in ("two", "one")]
+    assert len(pairs[0]) == len(pairs[1]) > 0
+
+
+@pytest.mark.slow
+def test_launched_by_torchrun(toy, tmp_path):
+    """The command itself: `torchrun --nproc-per-node 2 -m temper sft ...`. Only the leader speaks."""
+    values = values_of("sft", toy) | {"epochs": 0.25, "lr": 1e-3}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "temper"]
+    words = ["sft", *flags(values), "--out", str(tmp_path / "two"), "--threads", "1", "--quiet", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*launch, *words], env=environment, capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert done.returncode == 0, done.stderr
+    (said,) = [line for line in done.stdout.splitlines() if line.strip()]
+    train("sft", tmp_path / "one", **values)
+    there, alone = Run(tmp_path / "two"), Run(tmp_path / "one")
+    assert json.loads(said)["summary"] == there.stage["summary"]
+    assert there.stage["identity"] == {**alone.stage["identity"], "ranks": 2}
+    keep = lambda rows: [{k: v for k, v in row.items() if k not in LEFT_OUT} for row in rows if "eval" not in row]  # noqa: E731
+    agree(keep(there.rows("metrics")), keep(alone.rows("metrics")))
+    looks = [[row["eval"]["held_out_loss"] for row in run.rows("metrics") if "eval" in row] for run in (there, alone)]
+    assert looks[0] == pytest.approx(looks[1], abs=1e-5)
 
 
 def test_a_stage_that_is_done_is_done_for_both(two, toy, tmp_path):
