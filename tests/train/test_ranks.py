@@ -26,7 +26,7 @@ from temper.train import TrainingError, fit, ranks
 from temper.train.fit import TIMINGS, Loss, Term
 
 LIMIT = 300.0  # seconds after which ranks are taken to wait for each other for ever
-STRAGGLE = 40.0  # the same, after the other rank has ended
+STRAGGLE = 20.0  # the same, after the other rank has ended
 LEFT_OUT = {*TIMINGS, "sampler_gap"}  # the latter is rounding and nothing else
 
 
@@ -285,7 +285,7 @@ def test_launched_by_torchrun(toy, tmp_path):
     """The command itself: `torchrun --nproc-per-node 2 -m temper sft ...`. Only the leader speaks."""
     values = values_of("sft", toy) | {"epochs": 0.25, "lr": 1e-3}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "temper"]
-    words = ["sft", *flags(values), "--out", str(tmp_path / "two"), "--threads", "1", "--quiet", "--json"]
+    words = ["sft", *flags(values), "--out", str(tmp_path / "two"), "--threads", "1", "--looks", "1", "--quiet", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([*launch, *words], env=environment, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 0, done.stderr
@@ -383,22 +383,6 @@ def test_what_is_wrong_on_one_rank_stops_both(two, fails, what, rank):
     for message, before, after in two(fails, rank):
         assert message.startswith(what)
         assert before == after
-
-
-def _nothing_on(rank):
-    """All weights are 0, and one rank has no batch at all."""
-    try:
-        source = lambda step: [] if ranks.rank() == rank else [weighing(tokens=0.0)]  # noqa: E731
-        next(fit(Scale(), source, nll, steps=1, optim=PLAIN))
-    except TrainingError as error:
-        return str(error)
-    return None
-
-
-def test_nothing_to_learn_stops_a_rank_without_a_batch_too(two):
-    for how, value in two.outcomes(_nothing_on, 1):
-        assert how == "done", value
-        assert "nothing to learn" in value
 
 
 # ---------------------------------------------------------------- the loop on its own
@@ -502,7 +486,8 @@ def _gradients():
 
 def test_gradients_are_summed_where_any_rank_has_one(two):
     for found in two(_gradients):
-        assert found == {"both": [3.0, 6.0], "one": [7.0, 8.0], "none": None, "long": [1.0 + 2e-12]}
+        assert found.pop("long") == pytest.approx([1.0 + 2e-12], abs=1e-15)  # in float64
+        assert found == {"both": [3.0, 6.0], "one": [7.0, 8.0], "none": None}
 
 
 def test_one_rank_needs_no_group():
