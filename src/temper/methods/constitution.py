@@ -221,8 +221,8 @@ def prepare(settings: CAI, run: Run) -> Job:
         found, _ = read(s.helpful_pairs, "pairs", skip_bad=s.window.skip_bad)
         human = [p for p in found if p.prompt[-1].content not in dangerous][: len(red_team)]
         comparison_trees(tokenizer, human, model, s.window)
-    revised, kept = run.file("revisions.jsonl"), run.file("helpful.jsonl")
     with ranks.leader_first():
+        revised, kept = run.file("revisions.jsonl"), run.file("helpful.jsonl")
         if not kept.exists():  # written after revisions.jsonl, so it stands for both
             write_jsonl(revised, revise(author, rules["harm"], red_team))
             own = zip(helpful, author.answers(helpful, purpose=500), strict=True)
@@ -241,11 +241,11 @@ def prepare(settings: CAI, run: Run) -> Job:
         return fit(model, offline(trees, b), sft.lm_loss, steps=first, optim=optim, seed=b.seed, resume=resume)
 
     def phase2(resume: State | None) -> Iterator[Step]:
-        tuned, labelled = run.file("revised"), run.file("ai_pairs.jsonl")
-        if resume is not None:
-            model.load_state_dict(load_policy(str(tuned))[0].state_dict())
         with ranks.leader_first():
-            if resume is None and ranks.rank() == 0:
+            tuned, labelled = run.file("revised"), run.file("ai_pairs.jsonl")
+            if resume is not None:
+                model.load_state_dict(load_policy(str(tuned))[0].state_dict())
+            elif ranks.rank() == 0:
                 save(model, tokenizer, tuned)
                 labelled.unlink(missing_ok=True)
             if not labelled.exists():

@@ -97,7 +97,7 @@ def make_loss(rule):
 def check_reference(model, batches: Sequence[Forest]) -> None:
     """At step 0 the policy is the reference, so every h is 0 and DPO's loss is ln 2."""
     with torch.no_grad():
-        gap = max(float((answer_logp(model, b) - b.columns["ref_logp"]).abs().max()) for b in batches)
+        gap = max((float((answer_logp(model, b) - b.columns["ref_logp"]).abs().max()) for b in batches), default=0.0)
     if gap > 1e-3:
         raise AssertionError(f"policy and reference differ by {gap:.2g} nats on an answer; they must be the same model")
 
