@@ -18,7 +18,7 @@ from temper.world.registers import LONGEST
 # SHA-256 of each data set's canonical JSON: a change here is a change of the world (world.VERSION tells published worlds apart).
 GOLDEN = {
     "documents": "4fd9c2975c9a1dff",
-    "demonstrations": "e0746c3dd09b613d",
+    "demonstrations": "3e7ca770f904d632",
     "prompts": "fe032d38175bf1f7",
     "red_team": "2e62ed4802f3bd6d",
     "harmless": "fe5cf5801c229568",
