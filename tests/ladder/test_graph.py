@@ -16,8 +16,10 @@ from toy import TINY, values_of
 
 from temper.config import UserError, dump
 from temper.ladder import graph
-from temper.ladder.graph import Node, execute, nodes, read_recipe, wanted
-from temper.ladder.run import by_hand, claim
+from temper.ladder.graph import nodes, wanted
+from temper.ladder.processes import Node, execute
+from temper.ladder.recipe import _flat, read_recipe, write_resolved
+from temper.ladder.run import RunSettings, by_hand, claim
 from temper.runs import Run
 
 
@@ -451,13 +453,24 @@ def test_the_resolved_recipe_writes_every_default_out(tmp_path, toy):
     stages = stages_of(toy)
     stages["ppo"]["ranks"] = 2
     found, ordered = read_recipe(recipe(tmp_path / "r.yaml", stages, evaluation={"prompts_each": 30}), 4)
-    graph.write_resolved(found, ordered, tmp_path)
+    write_resolved(found, ordered, tmp_path)
     again, same = read_recipe(str(tmp_path / "recipe.yaml"), None)
     assert again.seed == 4
     assert again.evaluation == {"prompts_each": 30}
     for a, b in zip(ordered, same, strict=True):
         assert (a.name, a.method, a.threads, a.ranks, a.budget, a.needs) == (b.name, b.method, b.threads, b.ranks, b.budget, b.needs)
-        assert graph._flat(a) == graph._flat(b) == b.values
+        assert _flat(a) == _flat(b) == b.values
     assert "beta2" in same[0].values
-    assert dump(graph.RunSettings())["recipe"] == "recipes/harbour.yaml"
+    assert dump(RunSettings())["recipe"] == "recipes/harbour.yaml"
     assert TINY["vocab"] == same[0].values["vocab"]
+
+
+def test_the_recipes_of_temper_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found, _ = read_recipe("recipes/harbour.yaml", None)
+    assert found.name == "harbour"
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "harbour.yaml").write_text("name: mine\nstages: {a: {method: pretrain, data: x.txt}}\n")
+    assert read_recipe("recipes/harbour.yaml", None)[0].name == "mine"  # the folder's own comes first
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        read_recipe("recipes/nowhere.yaml", None)

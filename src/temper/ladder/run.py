@@ -14,8 +14,10 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from temper.config import UserError, load_yaml, parse
-from temper.ladder.graph import Node, Outcome, RunSettings, execute, nodes, read_recipe, wanted, write_resolved
+from temper.config import Settings, UserError, load_yaml, opt, parse
+from temper.ladder.graph import nodes, wanted
+from temper.ladder.processes import Node, Outcome, execute
+from temper.ladder.recipe import read_recipe, write_resolved
 from temper.runs import Run, atomic_write
 
 EXAMPLES = """
@@ -24,6 +26,18 @@ EXAMPLES = """
   temper run --only ppo                           only PPO and what it needs
 """
 LINES = 30.0  # seconds between two lines where there is no terminal
+
+
+class RunSettings(Settings):
+    """Run a recipe of stages: everything that is stale, and nothing else."""
+
+    recipe: str = opt("recipes/harbour.yaml", "the recipe, a YAML file", positional=True)
+    out: str | None = opt(None, "folder of the run; default: runs/ and the recipe's name")
+    only: str | None = opt(None, "run this stage and whatever stale stages it needs, no other")
+    fresh: bool = opt(False, "start over: remove what temper wrote in --out")
+    seed: int | None = opt(None, "instead of the recipe's seed", ge=0)
+    cores: int | None = opt(None, "cores to use; default: all of them", ge=1)
+    json_: bool = opt(False, "print report.json's figures at the end, nothing else")
 
 
 def clock(seconds: float | None) -> str:
