@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +34,8 @@ class Batching(Settings):
         return min(self.batch, records)
 
     def steps(self, records: int) -> int:
-        """Optimiser steps in all."""
-        return max(1, round(records * self.epochs / max(1, self.rows(records))))
+        """Optimiser steps in all: as many as read `epochs` times each record; the last one reads on into the next pass."""
+        return max(1, ceil(records * self.epochs / max(1, self.rows(records)) - 1e-9))
 
 
 class Split(Settings):

@@ -37,6 +37,7 @@ METRICS = {
     **{f"{name}": text for name, text in preference.METRICS.items() if name != "loss"},
     "phase": "1: revisions, 2: AI preferences",
 }
+USED = ("harm", "help")  # what principles may be about: harm for red-team prompts, help for helpful ones; the rest is announced
 EXAMPLES = """
   temper constitution --model runs/sft --red-team redteam.jsonl --helpful prompts.jsonl --out runs/constitution
   temper constitution --model runs/sft --red-team redteam.jsonl --helpful prompts.jsonl --principles mine.yaml --out runs/mine
@@ -275,8 +276,14 @@ def prepare(settings: CAI, run: Run) -> Job:
             "red_team": len(red_team),
             "helpful": len(helpful),
             "records": len(chats),
-            "principles": [p.name for rule in rules.values() for p in rule.principles],
+            "principles": [p.name for about, rule in rules.items() if about in USED for p in rule.principles],
         },
+        notes=[
+            f"principle {p.name} is about {about}: not used (critiques and revisions are about harm, comparisons about harm and help)"
+            for about, rule in rules.items()
+            if about not in USED
+            for p in rule.principles
+        ],
         policy=(model, tokenizer),
         asks=[*red_team[:2], *helpful[:2]],
     )
