@@ -17,14 +17,14 @@ from temper.world.registers import LONGEST
 
 # SHA-256 of each data set's canonical JSON: a change here is a change of the world (world.VERSION tells published worlds apart).
 GOLDEN = {
-    "documents": "4fd9c2975c9a1dff",
-    "demonstrations": "3e7ca770f904d632",
-    "prompts": "fe032d38175bf1f7",
+    "documents": "8c61398b6120ac55",
+    "demonstrations": "16829325c6b50b72",
+    "prompts": "6820133d8b193a6c",
     "red_team": "2e62ed4802f3bd6d",
-    "harmless": "fe5cf5801c229568",
-    "evaluation": "c979abefc871851f",
-    "side_by_side": "31f66727fb8053a7",
-    "enumerable": "a12353bcb4c7485d",
+    "harmless": "6d6f7fe6efec20c0",
+    "evaluation": "e7428bc5e8805406",
+    "side_by_side": "cd7aa3eca08e9948",
+    "enumerable": "200b947fe935925b",
     "wrapped": "fb1f778a34d227d5",
 }
 

@@ -7,7 +7,7 @@ reward each, the gold score only the first.
 from __future__ import annotations
 
 from temper.world import crafts, phrases
-from temper.world.asks import EIGHT, keeper
+from temper.world.asks import EIGHT, MOST, keeper
 from temper.world.grammar import Form, words
 from temper.world.phrases import grammar
 from temper.world.streams import Draw, Table
@@ -110,8 +110,9 @@ def slipped(slots: dict, draw: Draw) -> list[Form]:
     """The same with one wrong step, carried to the end."""
     out: list[Form] = []
     at, slip, off = slots["start"], draw.below(len(slots["changes"])), draw.pick((-2, -1, 1, 2))
-    if any(slots["start"] + sum(slots["changes"][: k + 1]) + off < 2 for k in range(slip, len(slots["changes"]))):
-        off = abs(off)
+    later = [slots["start"] + sum(slots["changes"][: k + 1]) + off for k in range(slip, len(slots["changes"]))]
+    if min(later) < 2 or max(later) > MOST:  # the other way there is room: sums never span that much
+        off = -off
     for k, change in enumerate(slots["changes"]):
         after = at + change + (off if k == slip else 0)
         out.append(("add" if change > 0 else "take", str(at), str(abs(change)), str(after)))
