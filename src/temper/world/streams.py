@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-VERSION = "harbour-1"  # changes whenever text, facts, gold or annotators change
+VERSION = "harbour-1"  # tells released worlds apart: changes with a release that changes text, facts, gold or annotators
 
 T = TypeVar("T")
 
