@@ -102,7 +102,7 @@ def test_function_against_finite_differences(small_chunks):
     tokens, weight = torch.randint(7, (5,)), torch.randn(5)
     for final in (heads.Final(1.5, None, 0.8), heads.Final(1.5, 2.0, 0.8)):
         leaves = [t.clone().requires_grad_() for t in (x, w, b)]
-        logp = heads._LogProbs.apply(*leaves, tokens, final, False)[0]
+        logp = heads._LogProbs.apply(final, tokens, False, leaves[2], *leaves[:2])[0]
         grads = torch.autograd.grad((logp * weight).sum(), leaves)
 
         def total(values, final=final):
