@@ -68,7 +68,9 @@ def token_logp_entropy(
 
 
 @torch.no_grad()
-def token_top(model: PreTrainedModel, forest: Forest, k: int, *, temperature: float = 1.0, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def token_top(
+    model: PreTrainedModel, forest: Forest, k: int, *, temperature: float = 1.0, indices: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(log-probs, tokens), each [n, k]: the k likeliest tokens at the places of `indices`, likeliest first; without gradient."""
     indices, sources = _wanted(forest, indices)
     head = _head(model, hidden(model, forest)[sources], temperature)
