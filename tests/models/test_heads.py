@@ -138,7 +138,7 @@ def test_kl_between_two_models_is_that_of_their_full_distributions(model, small_
     kl = heads.token_kl(model, other, forest, forward=forward, temperature=0.7)
     p, q = naive(model, forest, 0.7), naive(other, forest, 0.7).detach()
     expected = (q.exp() * (q - p)).sum(-1) if forward else (p.exp() * (p - q)).sum(-1)
-    assert float(expected.min()) > 1e-3
+    assert float(expected.detach().max()) > 1e-4
     torch.testing.assert_close(kl, expected, atol=1e-5, rtol=1e-5)
     weight = torch.linspace(-1, 2, len(kl))
     parameters = [p for p in model.parameters() if p.requires_grad]
