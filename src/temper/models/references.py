@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from temper.config import UserError
 from temper.forest import Tree
 from temper.runs import atomic_write, code_version, fingerprint
 
@@ -49,6 +50,8 @@ class Kept:
         return None
 
     def write(self, values: Sequence[Sequence[float]]) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        """Keep them. A folder that cannot be written costs the next run its time, not this one its life."""
         flat = torch.tensor([x for part in values for x in part], dtype=torch.float64)
-        atomic_write(self.file, save({"values": flat}))
+        with contextlib.suppress(OSError, UserError):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(self.file, save({"values": flat}))
