@@ -58,7 +58,7 @@ def compare(model):
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
 @pytest.mark.parametrize("tied", [False, True])
 def test_lora_on_the_head(tied, monkeypatch):
-    monkeypatch.setattr(heads, "_chunks", lambda n, vocabulary: [slice(i, min(i + 2, n)) for i in range(0, n, 2)])
+    monkeypatch.setattr(heads, "_chunks", lambda n, vocabulary, device: [slice(i, min(i + 2, n)) for i in range(0, n, 2)])
     model, _ = adapted(tied, target_modules=["q_proj", "lm_head"])
     trained = compare(model)
     assert any("lm_head.lora_B" in name for name in trained)

@@ -49,7 +49,7 @@ def model(request):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Two rows at a time, so that every test crosses chunk borders."""
-    monkeypatch.setattr(heads, "_chunks", lambda n, vocabulary: [slice(i, min(i + 2, n)) for i in range(0, n, 2)])
+    monkeypatch.setattr(heads, "_chunks", lambda n, vocabulary, device: [slice(i, min(i + 2, n)) for i in range(0, n, 2)])
 
 
 def naive(model, forest, temperature=1.0):
@@ -218,11 +218,13 @@ def test_many_small_gradients_add_up_in_bfloat16(small_chunks):
     n = 2000
     x, w = torch.ones(n, 2, dtype=torch.bfloat16), torch.zeros(4, 2, dtype=torch.bfloat16, requires_grad=True)
     tokens, weight, final = torch.zeros(n, dtype=torch.int64), torch.ones(n), heads.Final(1.0, None, 1.0)
-    total, _ = heads._WeightedNll.apply(final, tokens, weight, 0.0, True, None, x, w)
-    logp, _ = heads._LogProbs.apply(final, tokens, False, None, x, w)
-    for loss in (total, -logp.sum()):
-        grad = torch.autograd.grad(loss, w)[0]
-        torch.testing.assert_close(grad[:, 0].float(), torch.tensor([-0.75, 0.25, 0.25, 0.25]) * n, rtol=1e-2, atol=0)
+    for weights in (w, w.detach().float().requires_grad_()):
+        total, _ = heads._WeightedNll.apply(final, tokens, weight, 0.0, True, None, x, weights)
+        logp, _ = heads._LogProbs.apply(final, tokens, False, None, x, weights)
+        grads = [torch.autograd.grad(loss, weights)[0] for loss in (total, -logp.sum())]
+        assert {grad.dtype for grad in grads} == {weights.dtype}
+        for grad in grads:
+            torch.testing.assert_close(grad[:, 0].float(), torch.tensor([-0.75, 0.25, 0.25, 0.25]) * n, rtol=1e-2, atol=0)
 
 
 def test_indices_choose_tokens(model):

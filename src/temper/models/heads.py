@@ -21,7 +21,8 @@ from temper.forest import Forest, unroll
 from temper.models import adapters, attention
 
 CHUNK = 1 << 20  # logits at once: 4 MB in float32, about what stays in a core's cache
-ROWS = 256  # states at once at the least: with fewer, adding to the gradient of the weights takes longer than computing it
+ROWS = {"cpu": 256}  # states at once at the least: with fewer, adding to the gradient of the weights takes longer than computing it
+MANY = 2048  # the same on devices that compute so much faster than they read
 
 
 def hidden(model: PreTrainedModel, forest: Forest) -> Tensor:
@@ -157,6 +158,10 @@ class Head(NamedTuple):
     def vocabulary(self) -> int:
         return len(self.factors[1])
 
+    def multiplied(self) -> list[Tensor]:
+        """The factors with weights in the precision of their states, where that is another one (float32 masters, say)."""
+        return [x if i % 2 == 0 else x.to(self.factors[i - 1].dtype) for i, x in enumerate(self.factors)]
+
 
 def _final(model: PreTrainedModel, temperature: float) -> Final:
     if temperature <= 0:
@@ -187,16 +192,16 @@ def _head(model: PreTrainedModel, states: Tensor, temperature: float) -> Head:
     return Head(_final(model, temperature), plain.bias, tuple(factors))
 
 
-def _chunks(n: int, vocabulary: int) -> list[slice]:
-    rows = max(ROWS, CHUNK // vocabulary)
+def _chunks(n: int, vocabulary: int, device: str) -> list[slice]:
+    rows = max(ROWS.get(device, MANY), CHUNK // vocabulary)
     return [slice(at, min(at + rows, n)) for at in range(0, n, rows)]
 
 
 def _logits(head: Head) -> Iterator[tuple[slice, Tensor]]:
     """(which states, their logits [c, V] float32), chunk by chunk. A chunk overwrites the one before, and may be written on."""
-    x, w, *more = head.factors
+    x, w, *more = head.multiplied()
     room = None
-    for at in _chunks(len(x), len(w)):
+    for at in _chunks(len(x), len(w), x.device.type):
         if x.dtype == torch.float32:
             if room is None:
                 room = x.new_empty(at.stop - at.start, len(w))
@@ -233,7 +238,7 @@ class _Grads:
     """Collects the gradients of a head's factors and bias over chunks; those nobody needs stay None."""
 
     def __init__(self, head: Head, needed: Sequence[bool]) -> None:
-        self.head = head
+        self.head, self.multiplied = head, head.multiplied()
         self.bias = torch.zeros_like(head.bias, dtype=torch.float32) if head.bias is not None and needed[0] else None
         self.factors = [  # those of the weights are sums over chunks
             None if not wanted else torch.empty_like(x) if i % 2 == 0 else torch.zeros_like(x, dtype=torch.float32)
@@ -249,9 +254,8 @@ class _Grads:
             dz.mul_(scale / temperature)
         if self.bias is not None:
             self.bias += dz.sum(0)
-        factors = self.head.factors
-        for i in range(0, len(factors), 2):
-            x, w, dx, dw = factors[i], factors[i + 1], self.factors[i], self.factors[i + 1]
+        for i in range(0, len(self.factors), 2):
+            (x, w), (dx, dw) = self.multiplied[i : i + 2], self.factors[i : i + 2]
             if dx is not None:
                 torch.mm(dz.to(w.dtype), w, out=dx[at])
             if dw is not None and x.dtype == torch.float32:
@@ -259,11 +263,14 @@ class _Grads:
             elif dw is not None:
                 dw += _product(dz.to(x.dtype).t(), x[at])
 
-    def scaled(self, by: Tensor | None = None) -> list[Tensor | None]:
-        """Bias and factors in the precision of what they belong to."""
-        kinds = [x if x is None else x.dtype for x in (self.head.bias, *self.head.factors)]
-        grads = [self.bias, *self.factors]
-        return [None if g is None else (g if by is None else g * by).to(kind) for g, kind in zip(grads, kinds, strict=True)]
+    @property
+    def kinds(self) -> list[torch.dtype | None]:
+        """The precision of what each gradient belongs to."""
+        return [None if x is None else x.dtype for x in (self.head.bias, *self.head.factors)]
+
+    def given(self) -> list[Tensor | None]:
+        """Those of bias and factors, in that precision."""
+        return [None if g is None else g.to(kind) for g, kind in zip((self.bias, *self.factors), self.kinds, strict=True)]
 
 
 class _LogProbs(torch.autograd.Function):
@@ -298,7 +305,7 @@ class _LogProbs(torch.autograd.Function):
             dz = z.sub(lse[at, None]) if head.final.softcap else z.sub_(lse[at, None])
             dz.exp_().mul_(-grad[at, None]).scatter_add_(1, tokens[at, None], grad[at, None])
             out.add(at, dz, z)
-        return None, None, None, *out.scaled()
+        return None, None, None, *out.given()
 
 
 class _WeightedNll(torch.autograd.Function):
@@ -330,13 +337,15 @@ class _WeightedNll(torch.autograd.Function):
                 if smoothing:
                     dz.sub_(w * share)
                 out.add(at, dz.scatter_add_(1, tokens[at, None], w * (smoothing - 1)), kept)
-        ctx.save_for_backward(*out.scaled())  # type: ignore
+        ctx.save_for_backward(out.bias, *out.factors)
+        ctx.kinds = out.kinds
         ctx.mark_non_differentiable(logp)
         return -(weight * ((1 - smoothing) * logp + smoothing * even if smoothing else logp)).sum(), logp
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, None, None, None, None, *(None if x is None else x * grads[0].to(x.dtype) for x in ctx.saved_tensors)
+        scaled = (None if g is None else (g * grads[0]).to(kind) for g, kind in zip(ctx.saved_tensors, ctx.kinds, strict=True))
+        return None, None, None, None, None, *scaled
 
 
 class _Divergence(torch.autograd.Function):
@@ -371,4 +380,4 @@ class _Divergence(torch.autograd.Function):
             else:
                 dz = p.exp().mul_(p.sub_(q).sub_(kl[at, None]))
             out.add(at, dz.mul_(grads[0][at, None]), z)
-        return None, None, None, *out.scaled()
+        return None, None, None, *out.given()

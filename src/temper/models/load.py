@@ -219,6 +219,8 @@ def check_forest(model: PreTrainedModel, name: str = "model", tolerance: float |
                 _difference(heads.hidden_by(model, packed, backend), alone[rows.mask]),
             )
             if off <= tolerance:
+                if problem:
+                    log.warning("%s: %s attention, for want of a faster one (%s)", name, backend, problem)
                 break
             problem = problem or f"it differs by {off:.1e}"
         except Exception as error:
