@@ -71,9 +71,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, forest: Forest, *, scale: float, bac
     gqa = k.shape[1] < q.shape[1]
     if backend == "flex":
         kernel = _flex(q.device.type)
-        return kernel(q, k, v, block_mask=block_mask(forest, window), scale=scale, enable_gqa=gqa)[0].transpose(0, 1)
+        return kernel(q, k, v, block_mask=block_mask(forest, window), scale=scale, enable_gqa=gqa).squeeze(0).transpose(0, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(forest, window), scale=scale, enable_gqa=gqa)
-    return out[0].transpose(0, 1)
+    return out.squeeze(0).transpose(0, 1)
 
 
 # ---------------------------------------------------------------- CPU: flash on runs and branchings

@@ -228,10 +228,8 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _normalise(z: Tensor) -> Tensor:
-    """[c, 1] log Σ exp(z) of the logits [c, V], which become log-probs in place."""
-    lse = z.logsumexp(-1, keepdim=True)
-    z.sub_(lse)
-    return lse
+    """Logits [c, V] become log-probs, in place."""
+    return z.sub_(z.logsumexp(-1, keepdim=True))
 
 
 class _Grads:
@@ -359,8 +357,7 @@ class _Divergence(torch.autograd.Function):
         head = Head(final, bias, factors)
         kl = torch.empty(len(factors[0]), dtype=torch.float32, device=factors[0].device)
         for (at, p), (_, q) in zip(_logits(head), _logits(reference), strict=True):
-            _normalise(p)
-            _normalise(q)
+            p, q = _normalise(p), _normalise(q)
             kl[at] = (q.exp() * q.sub_(p)).sum(-1) if forward else (p.exp() * p.sub_(q)).sum(-1)
         ctx.save_for_backward(kl, bias, *factors)
         ctx.final, ctx.reference, ctx.forward = final, reference, forward
@@ -373,8 +370,7 @@ class _Divergence(torch.autograd.Function):
         out = _Grads(head, ctx.needs_input_grad[3:])
         for (at, p), (_, q) in zip(_logits(head), _logits(ctx.reference), strict=True):
             z = p.clone() if head.final.softcap else p
-            _normalise(p)
-            _normalise(q)
+            p, q = _normalise(p), _normalise(q)
             if ctx.forward:
                 dz = p.exp_().sub_(q.exp_())
             else:
