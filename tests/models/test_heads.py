@@ -135,10 +135,11 @@ def test_kl_between_two_models_is_that_of_their_full_distributions(model, small_
     with torch.no_grad():
         for p in other.parameters():
             p.mul_(1 + 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    kl = heads.token_kl(model, other, forest, forward=forward, temperature=0.7)
-    p, q = naive(model, forest, 0.7), naive(other, forest, 0.7).detach()
+    temperature = 8.0 if model.config.tie_word_embeddings else 0.7  # its logits are so large that both are sure of one token
+    kl = heads.token_kl(model, other, forest, forward=forward, temperature=temperature)
+    p, q = naive(model, forest, temperature), naive(other, forest, temperature).detach()
     expected = (q.exp() * (q - p)).sum(-1) if forward else (p.exp() * (p - q)).sum(-1)
-    assert float(expected.detach().max()) > 1e-4
+    assert float(expected.detach().max()) > 1e-3
     torch.testing.assert_close(kl, expected, atol=1e-5, rtol=1e-5)
     weight = torch.linspace(-1, 2, len(kl))
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -83,9 +83,9 @@ class Pieces(NamedTuple):
     """n pieces of tokens that one call of the kernel takes, as [n, heads, width, size]."""
 
     n: int
-    at: slice | None  # the pieces lie side by side and are equally long: a view of the tokens
-    read: Tensor | None  # else [n * width] the token at each place; padding repeats the piece's first
-    write: Tensor | None  # and the same with padding at T, a row more than there are tokens
+    at: slice | None  # the pieces lie side by side and are equally long: a view of the tokens, and no indices
+    read: Tensor  # else [n * width] the token at each place; padding repeats the piece's first
+    write: Tensor  # and the same with padding at T, a row more than there are tokens
 
 
 class Branching(NamedTuple):
@@ -165,7 +165,8 @@ def _pieces(start: np.ndarray, length: np.ndarray, total: int) -> tuple[Pieces, 
     column = np.arange(length.max())
     own = column < length[:, None]
     if own.all() and (start[1:] == start[:-1] + length[:-1]).all():
-        return Pieces(len(start), slice(int(start[0]), int(start[-1] + length[-1])), None, None), own
+        none = torch.empty(0, dtype=torch.int64)
+        return Pieces(len(start), slice(int(start[0]), int(start[-1] + length[-1])), none, none), own
     read = start[:, None] + np.where(own, column, 0)
     write = np.where(own, read, total)
     return Pieces(len(start), None, *(torch.from_numpy(x.ravel()) for x in (read, write))), own
@@ -303,8 +304,9 @@ def block_mask(forest: Forest, window: int | None = None) -> BlockMask:
             some &= near[:, None] - far[None, :] < window
             whole &= far[:, None] - near[None, :] < window
         some |= torch.eye(n, dtype=torch.bool, device=until.device)
-        lists = [part for blocks in (some & ~whole, whole) for part in _listed(blocks)]
-        forest.cache[key] = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(forest.T, forest.T))
+        forest.cache[key] = BlockMask.from_kv_blocks(
+            *_listed(some & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(forest.T, forest.T)
+        )
     return forest.cache[key]
 
 
@@ -332,7 +334,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float, windo
         forest.cache["bounds"] = F.pad(forest.end, (1, 0)).to(torch.int32)
     bounds, longest, back = forest.cache["bounds"], forest.longest, -1 if window is None else window - 1
     how: dict[str, Any] = {"scale": scale, "window_size": (back, 0), "enable_gqa": k.shape[1] < q.shape[1]}
-    return varlen_attn(q, k, v, bounds, bounds, longest, longest, **how)
+    return cast(Tensor, varlen_attn(q, k, v, bounds, bounds, longest, longest, **how))
 
 
 # ---------------------------------------------------------------- the dense oracle
