@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import train, user, values_of, write
+from toy import result, train, user, values_of, write
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from temper.config import UserError, build
@@ -16,7 +16,7 @@ from temper.data.trees import comparison_trees
 from temper.judges.reward_model import RewardModel
 from temper.losses.reward import bradley_terry
 from temper.methods import preference, reward
-from temper.methods.base import Batching, offline
+from temper.methods.base import Batching, forests, offline
 from temper.models.load import load_policy, load_scalar
 from temper.records import Message
 from temper.runs import Run
@@ -165,6 +165,40 @@ def test_the_reference_is_the_model_at_the_start_computed_once(toy, pairs, monke
     steps = list(preference.train_on(model, trees, "dpo", {"beta": 0.1}, b, Optim(lr=1e-3), 3))
     assert len(forwards) == 1 + 3  # the check before the first step, then one forward per step: none of a reference
     assert steps[-1].n == 3
+
+
+def test_a_reference_is_kept_for_the_runs_beside_it(toy, tmp_path, monkeypatch):
+    """A run that reads it and one that computes it are the same to the last bit; other weights or data have another place."""
+    computed = []
+    compute = preference._reference
+    monkeypatch.setattr(preference, "_reference", lambda *given: computed.append(given) or compute(*given))
+    values = values_of("dpo", toy)
+    train("dpo", tmp_path / "a" / "first", **values)
+    train("dpo", tmp_path / "a" / "other", **values | {"beta": 0.5})
+    train("dpo", tmp_path / "a" / "again", **values)
+    assert len(computed) == 1
+    (file,) = (tmp_path / "a" / ".references").iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    train("dpo", tmp_path / "a" / "damaged", **values)
+    assert len(computed) == 2
+    assert len({result(tmp_path / "a" / name)[0] for name in ("first", "again", "damaged")}) == 1
+    assert result(tmp_path / "a" / "again") == result(tmp_path / "a" / "first") != result(tmp_path / "a" / "other")
+    train("dpo", tmp_path / "a" / "fewer", **values | {"held_out": 0.5})
+    train("dpo", tmp_path / "a" / "packed", **values | {"tokens_per_microbatch": 64})
+    train("dpo", tmp_path / "a" / "base", **values | {"model": str(tmp_path / "a" / "first")})
+    assert len(computed) == 5
+
+
+def test_the_reference_of_an_adapted_model_is_the_model_beneath(toy, pairs):
+    peft = pytest.importorskip("peft")
+    model, tokenizer = load_policy(toy.sft)
+    trees = [comparison_trees(tokenizer, pairs, model, WINDOW)[0] for _ in range(2)]
+    preference.with_reference(model, trees[0], 8192)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    preference.with_reference(adapted, trees[1], 8192)
+    labels = [[s.labels["ref_logp"] for tree in part for s in tree] for part in trees]
+    assert labels[0] == labels[1]
+    assert preference.answer_logp(adapted, next(iter(forests(trees[0], 8192)))[1]).requires_grad
 
 
 def test_dpo_starts_at_ln_two(toy, tmp_path):

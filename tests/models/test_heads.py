@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -15,6 +16,7 @@ from transformers import (
     LlamaConfig,
 )
 
+from temper.config import UserError
 from temper.forest import Segment, plant
 from temper.models import heads
 from temper.models.load import check_forest
@@ -47,7 +49,7 @@ def model(request):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Two rows at a time, so that every test crosses chunk borders."""
-    monkeypatch.setattr(heads, "_chunks", lambda n, vocabulary: [slice(i, min(i + 2, n)) for i in range(0, n, 2)])
+    monkeypatch.setattr(heads, "_chunks", lambda n, vocabulary, device: [slice(i, min(i + 2, n)) for i in range(0, n, 2)])
 
 
 def naive(model, forest, temperature=1.0):
@@ -96,13 +98,77 @@ def test_weighted_nll_is_the_same_gradient(model, small_chunks):
     assert not logp.requires_grad
 
 
+def largest(tensors):
+    return max(float(x.abs().max()) for x in tensors)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_label_smoothing_is_that_of_torch(model, small_chunks, smoothing):
+    forest = plant(TREES)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    weight = torch.linspace(-1, 2, len(forest.learned))
+    total, logp = heads.weighted_nll(model, forest, weight, smoothing=smoothing)
+    full = naive(model, forest)
+    labels = forest.tokens[forest.learned]
+    expected = (F.cross_entropy(full, labels, reduction="none", label_smoothing=smoothing) * weight).sum()
+    torch.testing.assert_close(total, expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(logp, full.gather(1, labels[:, None])[:, 0].detach(), atol=1e-5, rtol=1e-5)
+    grads = torch.autograd.grad(expected, parameters)
+    for x, y in zip(torch.autograd.grad(total, parameters), grads, strict=True):
+        assert float((x - y).abs().max()) < 1e-5 * largest(grads)
+
+
+def test_the_likeliest_tokens(model, small_chunks):
+    forest = plant(TREES)
+    logp, tokens = heads.token_top(model, forest, 5, temperature=0.7)
+    expected = naive(model, forest, 0.7).topk(5)
+    torch.testing.assert_close(logp, expected.values, atol=1e-5, rtol=1e-5)
+    assert torch.equal(tokens, expected.indices)
+    assert not logp.requires_grad
+    torch.testing.assert_close(heads.token_top(model, forest, 2, temperature=0.7, indices=forest.learned[[3]])[0], logp[[3], :2])
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_kl_between_two_models_is_that_of_their_full_distributions(model, small_chunks, forward):
+    forest = plant(TREES)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1 + 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    temperature = 8.0 if model.config.tie_word_embeddings else 0.7  # its logits are so large that both are sure of one token
+    kl = heads.token_kl(model, other, forest, forward=forward, temperature=temperature)
+    p, q = naive(model, forest, temperature), naive(other, forest, temperature).detach()
+    expected = (q.exp() * (q - p)).sum(-1) if forward else (p.exp() * (p - q)).sum(-1)
+    assert float(expected.detach().max()) > 1e-3
+    torch.testing.assert_close(kl, expected, atol=1e-5, rtol=1e-5)
+    weight = torch.linspace(-1, 2, len(kl))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad((expected * weight).sum(), parameters)
+    for x, y in zip(torch.autograd.grad((kl * weight).sum(), parameters), grads, strict=True):
+        assert float((x - y).abs().max()) < 2e-5 * largest(grads)
+    assert all(p.grad is None for p in other.parameters())
+    same = heads.token_kl(model, model, forest, forward=forward)
+    assert float(same.detach().abs().max()) < 1e-6
+
+
+def test_kl_of_models_with_different_vocabularies_is_one_line():
+    models = []
+    for size in (61, 64):
+        config = copy.deepcopy(CONFIGS["untied"])
+        config.vocab_size = size
+        models.append(AutoModelForCausalLM.from_config(config))
+        check_forest(models[-1])
+    with pytest.raises(UserError, match="a policy with 61 tokens against a reference with 64"):
+        heads.token_kl(*models, plant(TREES))
+
+
 def test_function_against_finite_differences(small_chunks):
     torch.manual_seed(0)
     x, w, b = torch.randn(5, 3), torch.randn(7, 3), torch.randn(7)
     tokens, weight = torch.randint(7, (5,)), torch.randn(5)
     for final in (heads.Final(1.5, None, 0.8), heads.Final(1.5, 2.0, 0.8)):
         leaves = [t.clone().requires_grad_() for t in (x, w, b)]
-        logp = heads._LogProbs.apply(*leaves, tokens, final, False)[0]
+        logp = heads._LogProbs.apply(final, tokens, False, leaves[2], *leaves[:2])[0]
         grads = torch.autograd.grad((logp * weight).sum(), leaves)
 
         def total(values, final=final):
@@ -146,6 +212,20 @@ def test_bfloat16_accumulates_in_float32():
     torch.testing.assert_close(logp, expected, atol=2e-2, rtol=0)
     logp.sum().backward()
     assert model.lm_head.weight.grad.dtype == torch.bfloat16
+
+
+def test_many_small_gradients_add_up_in_bfloat16(small_chunks):
+    """A sum kept in bfloat16 would stop growing at 256 times its steps."""
+    n = 2000
+    x, w = torch.ones(n, 2, dtype=torch.bfloat16), torch.zeros(4, 2, dtype=torch.bfloat16, requires_grad=True)
+    tokens, weight, final = torch.zeros(n, dtype=torch.int64), torch.ones(n), heads.Final(1.0, None, 1.0)
+    for weights in (w, w.detach().float().requires_grad_()):
+        total, _ = heads._WeightedNll.apply(final, tokens, weight, 0.0, True, None, x, weights)
+        logp, _ = heads._LogProbs.apply(final, tokens, False, None, x, weights)
+        grads = [torch.autograd.grad(loss, weights)[0] for loss in (total, -logp.sum())]
+        assert {grad.dtype for grad in grads} == {weights.dtype}
+        for grad in grads:
+            torch.testing.assert_close(grad[:, 0].float(), torch.tensor([-0.75, 0.25, 0.25, 0.25]) * n, rtol=1e-2, atol=0)
 
 
 def test_indices_choose_tokens(model):

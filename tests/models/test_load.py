@@ -7,7 +7,18 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BloomConfig, GPT2Config, LlamaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
+    MistralConfig,
+)
 
 from temper.config import UserError
 from temper.forest import Segment, plant
@@ -200,6 +211,39 @@ def test_a_model_that_cannot_see_the_forest_runs_in_rows(caplog):
     forest = plant([[Segment([1, 2, 3]), Segment([4, 5], [1, 1], 0), Segment([6], [1], 0)]])
     logits = model(input_ids=torch.tensor([[1, 2, 3, 4, 5]])).logits[0].log_softmax(-1)
     torch.testing.assert_close(heads.token_logp(model, forest)[:2], torch.stack([logits[2, 4], logits[3, 5]]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [MambaConfig, Mamba2Config])
+def test_a_state_space_model_runs_in_rows(config, caplog):
+    """Its layers have no attention that could be told who sees whom."""
+    torch.manual_seed(0)
+    more = {"num_heads": 4, "head_dim": 16, "n_groups": 1} if config is Mamba2Config else {}
+    model = AutoModelForCausalLM.from_config(config(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=8, **more)).eval()
+    with caplog.at_level(logging.WARNING, "temper"):
+        assert check_forest(model, "m") == "rows"
+    assert "cannot share prefixes" in caplog.text
+    logits = model(input_ids=torch.tensor([[1, 2, 3, 4, 5]])).logits[0].log_softmax(-1)
+    forest = plant([[Segment([1, 2, 3]), Segment([4, 5], [1, 1], 0), Segment([6], [1], 0)]])
+    logp = heads.token_logp(model, forest)
+    torch.testing.assert_close(logp[:2], torch.stack([logits[2, 4], logits[3, 5]]), atol=1e-5, rtol=1e-5)
+    logp.sum().backward()
+
+
+def test_soft_capped_scores_are_those_of_the_model(caplog):
+    """The kernels here do not cap scores, so such a model keeps its own attention."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=0.5)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4.0) if p.dim() > 1 else None
+    bare = copy.deepcopy(model)
+    assert bare.config._attn_implementation == "eager"
+    with caplog.at_level(logging.WARNING, "temper"):
+        assert check_forest(model) == "rows"
+    assert "softcap" in caplog.text
+    forest = plant([[Segment(list(range(12)), [0.0] + [1.0] * 11)]])
+    theirs = bare(input_ids=torch.arange(12)[None]).logits[0].log_softmax(-1)[range(11), range(1, 12)]
+    torch.testing.assert_close(heads.token_logp(model, forest), theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_an_attention_that_drops_the_forest_is_noticed(monkeypatch):

@@ -258,7 +258,7 @@ def prepare(settings: CAI, run: Run) -> Job:
         if not pairs:
             raise UserError(f"{s.red_team}: no prompt got two different answers that could be compared; raise --temperature or --max-new")
         answer_trees, _ = comparison_trees(tokenizer, pairs, model, s.window)
-        preference.with_reference(model, answer_trees, b.tokens_per_microbatch)
+        preference.with_reference(model, answer_trees, b.tokens_per_microbatch, preference.references(run))
         return preference.train_on(model, answer_trees, "dpo", {"beta": s.beta}, b, s.optim, steps=second, resume=resume)
 
     def steps(resume: State | None) -> Iterator[Step]:

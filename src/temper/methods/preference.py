@@ -1,12 +1,13 @@
 """Learning from pairs, offline: DPO, and every rule registered in losses/preference.py. Floor 5.
 
 L = -log sigma(beta h), h = (logp_w - ref_w) - (logp_l - ref_l), log-probabilities summed over the answer with its end-of-turn
-token (arXiv:2305.18290 eq. 7). The reference is the model as it was loaded; its log-probabilities are computed once and are
-then data. Deviation: AdamW where the paper used RMSprop.
+token (arXiv:2305.18290 eq. 7). The reference is the model as it was loaded; its log-probabilities are computed once, kept
+beside the run and are then data. Deviation: AdamW where the paper used RMSprop.
 """
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,8 +21,10 @@ from temper.forest import Forest, Tree, per_segment
 from temper.losses.preference import RULES, Pairs
 from temper.methods.base import Batching, Job, Split, Window, forests, offline
 from temper.methods.reward import count_records, ends
+from temper.models.adapters import without_adapter
 from temper.models.heads import token_logp
 from temper.models.load import load_policy, save
+from temper.models.references import Kept
 from temper.runs import Run
 from temper.train import Loss, Optim, State, Step, Term, fit, ranks
 
@@ -61,18 +64,37 @@ def answer_logp(model, batch: Forest) -> Tensor:
     return per_segment(token_logp(model, batch).float(), batch, batch.learned)
 
 
-def with_reference(model, trees: Sequence[Tree], microbatch: int) -> None:
-    """Write the reference's log-probability onto each answer: to the loss, it is data."""
+def with_reference(model, trees: Sequence[Tree], microbatch: int, keep: Path | None = None) -> None:
+    """Write the reference's log-probability onto each answer: to the loss, it is data.
+
+    The reference is the model as it is, or what its adapter was put on. keep: a folder where what it gives is kept.
+    """
+    kept = Kept(keep, model, trees, microbatch=microbatch, ranks=ranks.count()) if keep else None
+    found = ranks.led(kept.read() if kept else None)
+    if found is None:
+        found = _reference(model, trees, microbatch)
+        if kept and ranks.rank() == 0:
+            kept.write(found)
+    for tree, values in zip(trees, found, strict=True):
+        for segment, value in zip(tree, values, strict=True):
+            segment.labels = {**segment.labels, "ref_logp": value}
+
+
+def references(run: Run) -> Path:
+    """Where runs beside each other keep their references' log-probabilities."""
+    return run.folder.parent / ".references"
+
+
+def _reference(model, trees: Sequence[Tree], microbatch: int) -> list[list[float]]:
+    """One number per segment of each tree; the ranks share the work."""
     mine = ranks.share([sum(len(s.tokens) for s in tree) for tree in trees])
     found: list[list[float]] = [[] for _ in mine]
-    with torch.no_grad():
+    with torch.no_grad(), without_adapter(model):
         for index, forest in forests([trees[i] for i in mine], microbatch, count_records):
             logp = iter(answer_logp(model, forest).tolist())
             for i in index:
                 found[i] = [next(logp) for _ in trees[mine[i]]]
-    for tree, values in zip(trees, ranks.whole(mine, found), strict=True):
-        for segment, value in zip(tree, values, strict=True):
-            segment.labels = {**segment.labels, "ref_logp": value}
+    return ranks.whole(mine, found)
 
 
 def make_loss(rule):
@@ -120,7 +142,7 @@ def prepare(settings: DPO, run: Run) -> Job:
     kept, out = split(records, settings.split.held_out, b.seed)
     trees, cut = comparison_trees(tokenizer, kept, model, settings.window)
     tests, test_cut = comparison_trees(tokenizer, out, model, settings.window)
-    with_reference(model, [*trees, *tests], b.tokens_per_microbatch)
+    with_reference(model, [*trees, *tests], b.tokens_per_microbatch, references(run))
 
     def held_out() -> dict[str, float]:
         right = 0

@@ -4,37 +4,53 @@ Registered with transformers as the attention implementation "forest". The trunk
 transformers hands through to the attention of every layer; without it the implementation is plain SDPA, so `generate` works as ever.
 
 Backends, which agree to 1e-5 in float32, in values and gradients:
-    flash   CPU. The flash kernel on runs and branches (below), merged by log-sum-exp.
-    dense   SDPA under a [T, T] mask: the oracle, and what runs on other devices.
+    flash   CPU. The flash kernel on runs and branchings (below), merged by log-sum-exp.
+    flex    CUDA. FlexAttention with a block mask made from the segments' intervals; where every segment is a root and the precision
+            is half, varlen flash. On the CPU it has no backward pass and serves to test the mask.
+    dense   SDPA under a [T, T] mask: the oracle, and what runs on other devices and where flash cannot (a sliding window that is
+            shorter than a path).
     rows    for models whose attention cannot see the forest: one padded row per leaf, gathered back (`heads.hidden` unrolls).
 
 A run is a segment followed by its first child, that one's first child, and so on. Its tokens are contiguous and each sees all that
-come before it in the run, so one causal call serves the whole run; runs of similar length share a call, padded on the right, where
-causality keeps the padding unseen. What remains are the subtrees of later children: all their tokens see the run up to where they
-branch off, which is one unmasked call per branching, with its result merged into what these tokens have seen elsewhere. A pair costs
-two causal pieces and one branching, a chain of process steps a single causal piece.
+come before it in the run, so one causal call serves the whole run. What remains are the subtrees of later children: all their tokens
+see the run up to where they branch off, which is one unmasked call per branching, with its result merged into what these tokens have
+seen elsewhere. A pair costs two causal pieces and one branching, a chain of process steps a single causal piece. Long pieces are
+views of the tokens, short ones of similar length are copied to share a call, padded on the right, where causality keeps the padding
+unseen.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from temper.forest import Forest, dense_mask
+from temper.models import adapters
 
-BACKENDS = ("flash", "dense", "rows")
+BACKENDS = ("flash", "flex", "dense", "rows")
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+SHORT = 64  # tokens: a call of the kernel costs about as much as copying so many there and back
+BLOCK = 128  # tokens: FlexAttention's usual block
 _UNSEEN = 1e30  # log-sum-exp of padding: exp(score - 1e30) = 0 whatever the score
+
+
+def backends(device: torch.device) -> list[str]:
+    """The backends for models on this device whose attention sees the forest, best first."""
+    return {"cpu": ["flash"], "cuda": ["flex", "dense"]}.get(device.type, ["dense"])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, forest: Forest, *, scale: float, backend: str, window: int | None = None) -> Tensor:
@@ -44,37 +60,47 @@ def attend(q: Tensor, k: Tensor, v: Tensor, forest: Forest, *, scale: float, bac
     """
     if window is not None and window >= forest.longest:
         window = None
-    if backend == "flash" and window is None and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
+    same = q.shape[-1] == v.shape[-1]
+    if backend == "flex" and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and same and _all_roots(forest):
+        return _varlen(q, k, v, forest, scale, window)
+    if backend == "flash" and q.device.type == "cpu" and same and window is None:
         if k.shape[1] < q.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         return _Flash.apply(q, k, v, layout(forest), scale)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    mask = _mask(forest, window)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.shape[1] < q.shape[1])
-    return out[0].transpose(0, 1)
+    gqa = k.shape[1] < q.shape[1]
+    if backend == "flex":
+        kernel = _flex(q.device.type)
+        return kernel(q, k, v, block_mask=block_mask(forest, window), scale=scale, enable_gqa=gqa).squeeze(0).transpose(0, 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(forest, window), scale=scale, enable_gqa=gqa)
+    return out.squeeze(0).transpose(0, 1)
 
 
-class Branches(NamedTuple):
-    """Unmasked calls whose queries are disjoint, and whose keys are too."""
+# ---------------------------------------------------------------- CPU: flash on runs and branchings
 
-    query: Tensor  # [P] token at each padded place
-    query_pads: Tensor  # places that hold no token
-    key: Tensor
-    calls: list[tuple[slice, slice, int, Tensor | None]]  # places of the queries and of the keys, how many branchings, mask of the keys
-    tokens: Tensor  # [m] the tokens that ask
-    take: Tensor  # [m] their places
-    keys: Tensor  # [j] the tokens that are seen
-    keys_take: Tensor
+
+class Pieces(NamedTuple):
+    """n pieces of tokens that one call of the kernel takes, as [n, heads, width, size]."""
+
+    n: int
+    at: slice | None  # the pieces lie side by side and are equally long: a view of the tokens, and no indices
+    read: Tensor  # else [n * width] the token at each place; padding repeats the piece's first
+    write: Tensor  # and the same with padding at T, a row more than there are tokens
+
+
+class Branching(NamedTuple):
+    """What `query` sees of the runs it branches off; queries of one call are disjoint, and keys too."""
+
+    query: Pieces
+    key: Pieces
+    mask: Tensor | None  # [n, 1, 1, width] where keys are padded
 
 
 class Layout(NamedTuple):
-    """Index tensors of the flash backend; they depend on the forest only, so all layers and both directions share them."""
+    """The calls of the flash backend; they depend on the forest only, so all layers and both directions share them."""
 
-    run: Tensor | None  # [P] token at each padded place; None: the places are the tokens
-    run_pads: Tensor
-    calls: list[tuple[slice, int]]  # places and how many runs
-    take: Tensor  # [T] the place of each token
-    branches: list[Branches]
+    runs: list[Pieces]
+    branchings: list[Branching]  # in this order: a token's log-sum-exps merge from its own run upwards
 
 
 def layout(forest: Forest) -> Layout:
@@ -93,12 +119,7 @@ def _lay_out(forest: Forest) -> Layout:
     head = np.maximum.accumulate(np.where(continues, 0, row))  # [S] the segment that begins the run
     heads = np.flatnonzero(~continues)
     length = np.diff(start[heads], append=forest.T)
-    place, pads, groups = _pad(start[heads], length)
-    identical = len(place) == forest.T and bool((place == np.arange(forest.T)).all())
-    take = np.empty(forest.T, np.int64)
-    valid = np.ones(len(place), bool)
-    valid[pads] = False
-    take[place[valid]] = np.flatnonzero(valid)
+    runs = [_pieces(start[heads][at], length[at], forest.T)[0] for at in _calls(length)]
 
     # A level holds the branchings at one depth of runs that are the k-th of their run: queries and keys are disjoint within it.
     branching = np.unique(parent[heads][parent[heads] >= 0])
@@ -110,82 +131,98 @@ def _lay_out(forest: Forest) -> Layout:
         at = np.where(at >= 0, above[at], -1)
     run = head[branching]
     nth = np.arange(len(run)) - np.searchsorted(run, run)  # run is sorted: heads come in order
-    branches = []
+    branchings = []
     for level in sorted(set(zip(depth[branching].tolist(), nth.tolist(), strict=True))):
         s = branching[(depth[branching] == level[0]) & (nth == level[1])]
-        first = until[s + 1]  # the first child's subtree belongs to the run or to deeper branchings
-        branches.append(_branches(first, until[s] - first, start[head[s]], end[s] - start[head[s]]))
-    tensor = torch.from_numpy
-    return Layout(None if identical else tensor(place), tensor(pads), [(p, n) for p, n, _ in groups], tensor(take), branches)
+        query = until[s + 1]  # the first child's subtree belongs to the run or to deeper branchings
+        queries, key, keys = until[s] - query, start[head[s]], end[s] - start[head[s]]
+        for at in _calls(queries, keys):
+            asking, _ = _pieces(query[at], queries[at], forest.T)
+            seen, own = _pieces(key[at], keys[at], forest.T)
+            mask = None
+            if not own.all():
+                mask = torch.zeros(own.shape).masked_fill_(~torch.from_numpy(own), -torch.inf)[:, None, None, :]
+            branchings.append(Branching(asking, seen, mask))
+    return Layout(runs, branchings)
 
 
-def _branches(query: np.ndarray, queries: np.ndarray, key: np.ndarray, keys: np.ndarray) -> Branches:
-    """n branchings: the `queries` tokens from `query` on see the `keys` tokens from `key` on."""
-    kind = _size(queries) * 1000 + _size(keys)
-    parts: list[list[np.ndarray]] = [[], [], [], [], [], []]
-    calls: list[tuple[slice, slice, int, Tensor | None]] = []
-    asked = seen = 0
-    for which in np.unique(kind):
-        at = np.flatnonzero(kind == which)
-        token, own = _rectangle(query[at], queries[at])
-        other, shown = _rectangle(key[at], keys[at])
-        mask = None
-        if not shown.all():
-            mask = torch.zeros(shown.shape).masked_fill_(~torch.from_numpy(shown), -torch.inf)[:, None, None, :]
-        calls.append((slice(asked, asked + own.size), slice(seen, seen + shown.size), len(at), mask))
-        for part, x in zip(parts, (token, own, other, shown), strict=False):
-            part.append(x.ravel())
-        asked, seen = asked + own.size, seen + shown.size
-    token, own, other, shown = (np.concatenate(part) for part in parts[:4])
-    tensor = torch.from_numpy
-    take, keys_take = np.flatnonzero(own), np.flatnonzero(shown)
-    pads = tensor(np.flatnonzero(~own))
-    return Branches(tensor(token), pads, tensor(other), calls, *map(tensor, (token[take], take, other[keys_take], keys_take)))
+def _calls(*lengths: np.ndarray) -> list[np.ndarray]:
+    """Which pieces share a call: short ones of similar length, and neighbours of equal length. A long one is a call of its own, for
+    that costs less than to copy its tokens."""
+    total = sum(lengths)
+    short = total <= SHORT * len(lengths)
+    kind = sum(np.where(length <= 8, 0, 1 + (length - 1) // 32) * 1000**i for i, length in enumerate(lengths))
+    calls = [np.flatnonzero(short & (kind == which)) for which in np.unique(kind[short])]
+    long = np.flatnonzero(~short)
+    if len(lengths) == 1 and len(long):
+        new = (np.diff(long) != 1) | (np.diff(lengths[0][long]) != 0)
+        return calls + np.split(long, np.flatnonzero(new) + 1)
+    return calls + [long[i : i + 1] for i in range(len(long))]
 
 
-def _pad(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[tuple[slice, int, int]]]:
-    """Lay pieces out in groups of similar length: (token at each place, places without a token, (places, pieces, width) per group)."""
-    kind = _size(length)
-    places, pads, groups, used = [], [], [], 0
-    for which in np.unique(kind):
-        at = np.flatnonzero(kind == which)
-        token, own = _rectangle(start[at], length[at])
-        places.append(token.ravel())
-        pads.append(np.flatnonzero(~own.ravel()) + used)
-        groups.append((slice(used, used + token.size), len(at), token.shape[1]))
-        used += token.size
-    return np.concatenate(places), np.concatenate(pads), groups
-
-
-def _rectangle(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[n, widest] tokens and which of them are the piece's own; padding repeats the piece's first token."""
+def _pieces(start: np.ndarray, length: np.ndarray, total: int) -> tuple[Pieces, np.ndarray]:
+    """(the pieces, [n, width] which places hold a token)."""
     column = np.arange(length.max())
     own = column < length[:, None]
-    return start[:, None] + np.where(own, column, 0), own
+    if own.all() and (start[1:] == start[:-1] + length[:-1]).all():
+        none = torch.empty(0, dtype=torch.int64)
+        return Pieces(len(start), slice(int(start[0]), int(start[-1] + length[-1])), none, none), own
+    read = start[:, None] + np.where(own, column, 0)
+    write = np.where(own, read, total)
+    return Pieces(len(start), None, *(torch.from_numpy(x.ravel()) for x in (read, write))), own
 
 
-def _size(length: np.ndarray) -> np.ndarray:
-    """Pieces of one size share a call. The kernel works in blocks of 32 queries, so finer than that saves little except for tiny ones."""
-    steps = np.ceil(np.log2(np.maximum(length, 256) / 256) * 4)  # above 256 tokens: quarter octaves
-    return np.where(length <= 8, 0, np.where(length <= 256, 1 + (length - 1) // 32, 10 + steps)).astype(np.int64)
+def _read(x: Tensor, p: Pieces) -> Tensor:
+    """[H, T, D] -> [n, H, width, D], a view where the pieces lie side by side."""
+    if p.at is not None:
+        x = x[:, p.at]
+    elif x.stride(0) < x.stride(1):  # tokens are outermost in memory: whole rows are copied
+        x = x.transpose(0, 1).index_select(0, p.read).transpose(0, 1)
+    else:
+        x = x.index_select(1, p.read)
+    return x.unflatten(1, (p.n, -1)).transpose(0, 1)
 
 
-def _heads(x: Tensor, n: int) -> Tensor:
-    """[P, H, D], n pieces of equal width -> [n, H, width, D], a view."""
-    return x.view(n, -1, *x.shape[1:]).transpose(1, 2)
+def _at(x: Tensor, p: Pieces) -> Tensor:
+    """[T + 1, H, ...] -> [n * width, H, ...]; padding reads the last row."""
+    return x[p.at] if p.at is not None else x.index_select(0, p.write)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[n, H, width, D] or [n, H, width] -> [n * width, H, ...]."""
+    """[n, H, width, ...] -> [n * width, H, ...]: a view of what the kernel gives."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _cat(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _apart(x: Tensor, p: Pieces) -> Tensor:
+    """The inverse of `_rows`."""
+    return x.unflatten(0, (p.n, -1)).transpose(1, 2)
 
 
-def _pick(x: Tensor, index: Tensor | None) -> Tensor:
-    return x.contiguous() if index is None else x.reshape(x.shape[0], -1).index_select(0, index).view(-1, *x.shape[1:])
+def _put(out: Tensor, p: Pieces, rows: Tensor) -> None:
+    """Write [n * width, H, ...] into [T + 1, H, ...]; padding goes to the last row."""
+    if p.at is not None:
+        out[p.at] = rows
+    else:
+        out.index_copy_(0, p.write, rows)
+
+
+def _add(out: Tensor, p: Pieces, rows: Tensor) -> None:
+    """The same, added."""
+    if p.at is not None:
+        out[p.at] += rows
+    else:
+        out.index_add_(0, p.write, rows)
+
+
+def _together(runs: list[Pieces], parts: Sequence[Tensor], tokens: int) -> Tensor:
+    """The kernel's [n, H, width, ...] of every run as [T + 1, H, ...]; of a single run, that is all there is, as [T, H, ...]."""
+    if len(runs) == 1 and runs[0].at is not None:
+        return _rows(parts[0])
+    first = parts[0]
+    out = first.new_zeros(tokens + 1, first.shape[1], *first.shape[3:])
+    for run, part in zip(runs, parts, strict=True):
+        _put(out, run, _rows(part))
+    return out
 
 
 class _Flash(torch.autograd.Function):
@@ -193,64 +230,114 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Layout, scale: float) -> Tensor:
-        placed = [_pick(x, plan.run) for x in (q, k, v)]
-        parts = [_flash(*(_heads(x[at], n) for x in placed), 0.0, True, scale=scale) for at, n in plan.calls]
-        take = None if plan.run is None else plan.take
-        out = _pick(_cat([_rows(o) for o, _ in parts]), take)
-        lse = _pick(_cat([_rows(l) for _, l in parts]), take)
-        for branch in plan.branches:
-            asking, seen = _pick(q, branch.query), [_pick(x, branch.key) for x in (k, v)]
-            parts = [
-                _flash(_heads(asking[at], n), *(_heads(x[of], n) for x in seen), 0.0, False, attn_mask=_as(mask, q), scale=scale)
-                for at, of, n, mask in branch.calls
-            ]
-            more = _pick(_cat([_rows(o) for o, _ in parts]), branch.take)
-            its = _pick(_cat([_rows(l) for _, l in parts]), branch.take)
-            own = lse[branch.tokens]
-            both = torch.logaddexp(own, its)
-            merged = out[branch.tokens] * (own - both).exp().unsqueeze(-1) + more * (its - both).exp().unsqueeze(-1)
-            out[branch.tokens] = merged.to(out.dtype)
-            lse[branch.tokens] = both
+        T = len(q)
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        parts = [_flash(*(_read(x, run) for x in (q, k, v)), 0.0, True, scale=scale) for run in plan.runs]
+        out, lse = (_together(plan.runs, [part[i] for part in parts], T) for i in range(2))
+        lse[T:] = _UNSEEN
+        for asking, seen, mask in plan.branchings:
+            o, l = _flash(_read(q, asking), _read(k, seen), _read(v, seen), 0.0, False, attn_mask=_as(mask, q), scale=scale)
+            own, its = _at(lse, asking), _rows(l)
+            share = torch.sigmoid(its - own).unsqueeze(-1)
+            merged = torch.lerp(_at(out, asking).to(share.dtype), _rows(o).to(share.dtype), share)
+            _put(out, asking, merged.to(out.dtype))
+            _put(lse, asking, torch.logaddexp(own, its))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale = plan, scale
-        return out
+        return out[:T]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        plan, scale, grad = ctx.plan, ctx.scale, grads[0]
+        plan, scale, T = ctx.plan, ctx.scale, q.shape[1]
+        grad, out = grads[0].transpose(0, 1), out[:T].transpose(0, 1)
 
-        def placed(index: Tensor | None, pads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            """grad, q, out and lse at the places; padding asks for nothing."""
-            l = _pick(lse, index)
-            if len(pads):
-                l = l.index_fill_(0, pads, _UNSEEN)
-            return _pick(grad, index), _pick(q, index), _pick(out, index), l
+        def kernel(asking: Pieces, seen: Pieces, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+            g, a, o, b, c = (_read(x, p) for x, p in ((grad, asking), (q, asking), (out, asking), (k, seen), (v, seen)))
+            return _flash_backward(g, a, b, c, o, _apart(_at(lse, asking), asking), 0.0, causal, attn_mask=_as(mask, q), scale=scale)
 
-        g, asking, o, l = placed(plan.run, plan.run_pads)
-        keys, values = (_pick(x, plan.run) for x in (k, v))
-        parts = []
-        for at, n in plan.calls:
-            a, b, c, d, e = (_heads(x[at], n) for x in (g, asking, keys, values, o))
-            parts.append(_flash_backward(a, b, c, d, e, _heads(l[at], n), 0.0, True, scale=scale))
-        take = None if plan.run is None else plan.take
-        dq, dk, dv = (_pick(_cat([_rows(part[i]) for part in parts]), take) for i in range(3))
-        for branch in plan.branches:
-            g, asking, o, l = placed(branch.query, branch.query_pads)
-            keys, values = (_pick(x, branch.key) for x in (k, v))
-            parts = []
-            for at, of, n, mask in branch.calls:
-                a, b, e = (_heads(x[at], n) for x in (g, asking, o))
-                c, d = (_heads(x[of], n) for x in (keys, values))
-                parts.append(_flash_backward(a, b, c, d, e, _heads(l[at], n), 0.0, False, attn_mask=_as(mask, q), scale=scale))
-            dq[branch.tokens] += _pick(_cat([_rows(part[0]) for part in parts]), branch.take)
-            dk[branch.keys] += _pick(_cat([_rows(part[1]) for part in parts]), branch.keys_take)
-            dv[branch.keys] += _pick(_cat([_rows(part[2]) for part in parts]), branch.keys_take)
-        return dq, dk, dv, None, None
+        parts = [kernel(run, run, True, None) for run in plan.runs]
+        dq, dk, dv = (_together(plan.runs, [part[i] for part in parts], T) for i in range(3))
+        for asking, seen, mask in plan.branchings:
+            a, b, c = kernel(asking, seen, False, mask)
+            for into, p, more in ((dq, asking, a), (dk, seen, b), (dv, seen, c)):
+                _add(into, p, _rows(more))
+        return dq[:T], dk[:T], dv[:T], None, None
 
 
 def _as(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return mask if mask is None else mask.to(like.dtype)
+
+
+# ---------------------------------------------------------------- CUDA: FlexAttention, varlen flash
+
+
+@cache
+def _flex(device: str) -> Any:
+    """Compiled where it is to be fast; lengths differ from batch to batch, so they are dynamic."""
+    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
+
+
+@torch.inference_mode(False)
+def block_mask(forest: Forest, window: int | None = None) -> BlockMask:
+    """The forest for FlexAttention, kept with it; no [T, T] tensor is made.
+
+    Token i sees j when j <= i < until[segment j]. So a block of queries that comes after a block of keys sees some of it if it begins
+    before the largest `until` there, and all of it if it ends before the smallest.
+    """
+    key = ("blocks", window)
+    if key not in forest.cache:
+        until, position = forest.until[forest.segment], forest.position
+
+        def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            seen = (j <= i) & (i < until[j])
+            return seen if window is None else seen & (position[i] - position[j] < window)
+
+        n = -(-forest.T // BLOCK)
+        begin = torch.arange(n, device=until.device) * BLOCK
+        low, high = _extremes(until, n)
+        after = begin[:, None] > begin[None, :]
+        some = after & (begin[:, None] < high)
+        whole = after & (begin[:, None] + BLOCK <= low)
+        if window is not None:
+            near, far = _extremes(position, n)
+            some &= near[:, None] - far[None, :] < window
+            whole &= far[:, None] - near[None, :] < window
+        some |= torch.eye(n, dtype=torch.bool, device=until.device)
+        forest.cache[key] = BlockMask.from_kv_blocks(
+            *_listed(some & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(forest.T, forest.T)
+        )
+    return forest.cache[key]
+
+
+def _extremes(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """([n] least, [n] largest) of x [T] in each block; the last one is filled up with its last value."""
+    blocks = torch.cat([x, x[-1:].expand(n * BLOCK - len(x))]).view(n, BLOCK)
+    return blocks.amin(1), blocks.amax(1)
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, n] bool -> ([1, 1, n] how many blocks of keys each block of queries sees, [1, 1, n, n] which, first of all)."""
+    order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None].contiguous()
+
+
+def _all_roots(forest: Forest) -> bool:
+    if "roots" not in forest.cache:
+        forest.cache["roots"] = bool((forest.parent < 0).all())
+    return forest.cache["roots"]
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float, window: int | None) -> Tensor:
+    """Packed documents: one causal call over all of them."""
+    if "bounds" not in forest.cache:
+        forest.cache["bounds"] = F.pad(forest.end, (1, 0)).to(torch.int32)
+    bounds, longest, back = forest.cache["bounds"], forest.longest, -1 if window is None else window - 1
+    how: dict[str, Any] = {"scale": scale, "window_size": (back, 0), "enable_gqa": k.shape[1] < q.shape[1]}
+    return cast(Tensor, varlen_attn(q, k, v, bounds, bounds, longest, longest, **how))
+
+
+# ---------------------------------------------------------------- the dense oracle
 
 
 @torch.inference_mode(False)
@@ -263,6 +350,9 @@ def _mask(forest: Forest, window: int | None) -> Tensor:
             mask &= forest.position[:, None] - forest.position[None, :] < window
         forest.cache[key] = mask
     return forest.cache[key]
+
+
+# ---------------------------------------------------------------- transformers
 
 
 _PLAIN = {"softcap", "s_aux", "position_bias", "head_mask"}  # what changes the scores in ways that the kernel here does not
@@ -290,7 +380,7 @@ def _attention(
     if unknown or dropout or query.shape[0] != 1 or key.shape[2] != query.shape[2] or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"forest attention: one causal row, no dropout, no cache and no {', '.join(unknown) or 'extras'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # the gradient of x[0] would be a copy
     return attend(q, k, v, forest, scale=scale, backend=forest_backend, window=sliding_window).unsqueeze(0), None
 
 
@@ -299,9 +389,10 @@ ALL_MASK_ATTENTION_FUNCTIONS.register("forest", ALL_MASK_ATTENTION_FUNCTIONS["sd
 
 
 def trunk_states(model: PreTrainedModel, forest: Forest, backend: str) -> Tensor:
-    """[T, d] final states of the trunk under "flash" or "dense". A mask of four dimensions keeps transformers from building its own."""
+    """[T, d] final states of the trunk under a backend other than "rows"."""
+    # A mask of four dimensions keeps transformers from building its own.
     none = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=forest.tokens.device)
-    out = model.base_model(
+    out = adapters.beneath(model).base_model(
         input_ids=forest.tokens[None],
         position_ids=forest.position[None],
         attention_mask=none,

@@ -1,24 +1,28 @@
-"""What losses read off a model: hidden states, log-probs of tokens, scores. Floor 2.
+"""What losses read off a model: hidden states, log-probs of tokens, their entropy and divergence, scores. Floor 2.
 
 No [T, vocabulary] tensor ever exists: the language-model head runs in chunks, only on the states that predict a wanted token, and the
 backward pass computes each chunk again. Where the weights are known beforehand (pretraining, SFT), `weighted_nll` takes the gradient
 in the forward pass and saves that second product. Log-probs are aligned as everywhere: logp of token t, read off hidden[previous[t]].
+Logits, their sums and the gradients of the head's weights are float32 whatever the model's precision.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from temper.config import UserError
 from temper.forest import Forest, unroll
-from temper.models import attention
+from temper.models import adapters, attention
 
-CHUNK = 1 << 19  # logits at once: 2 MB in float32, which stays in a core's cache
+CHUNK = 1 << 20  # logits at once: 4 MB in float32, about what stays in a core's cache
+ROWS = {"cpu": 256}  # states at once at the least: with fewer, adding to the gradient of the weights takes longer than computing it
+MANY = 2048  # the same on devices that compute so much faster than they read
 
 
 def hidden(model: PreTrainedModel, forest: Forest) -> Tensor:
@@ -39,7 +43,7 @@ def hidden_by(model: PreTrainedModel, forest: Forest, backend: str) -> Tensor:
     if "rows" not in forest.cache:
         forest.cache["rows"] = unroll(forest)
     rows = forest.cache["rows"]
-    trunk = model.base_model
+    trunk = adapters.beneath(model).base_model
     extra = {"use_cache": False} if "use_cache" in inspect.signature(trunk.forward).parameters else {}
     states = trunk(input_ids=rows.ids, attention_mask=rows.mask.long(), **extra).last_hidden_state  # rows begin at position 0
     return states.flatten(0, 1)[rows.where]
@@ -59,32 +63,74 @@ def token_logp_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`token_logp`, and from the same pass the entropy [n] in nats of the distribution each token was drawn from, without gradient."""
     indices, sources = _wanted(forest, indices)
-    states, head = hidden(model, forest)[sources], _head(model)
-    logp, entropy = _LogProbs.apply(states, head.weight, head.bias, forest.tokens[indices], _final(model, temperature), True)
+    head = _head(model, hidden(model, forest)[sources], temperature)
+    logp, entropy = _LogProbs.apply(head.final, forest.tokens[indices], True, head.bias, *head.factors)
     return logp, entropy
+
+
+@torch.no_grad()
+def token_top(
+    model: PreTrainedModel, forest: Forest, k: int, *, temperature: float = 1.0, indices: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(log-probs, tokens), each [n, k]: the k likeliest tokens at the places of `indices`, likeliest first; without gradient."""
+    indices, sources = _wanted(forest, indices)
+    head = _head(model, hidden(model, forest)[sources], temperature)
+    logp = torch.empty(len(sources), k, dtype=torch.float32, device=sources.device)
+    tokens = torch.empty_like(logp, dtype=torch.int64)
+    for at, z in _logits(head):
+        top = z.topk(k)
+        tokens[at] = top.indices
+        logp[at] = top.values - z.logsumexp(-1, keepdim=True)
+    return logp, tokens
+
+
+def token_kl(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    forest: Forest,
+    *,
+    forward: bool = False,
+    temperature: float = 1.0,
+    indices: Tensor | None = None,
+) -> Tensor:
+    """[n] float32 KL(policy || reference) in nats of the whole distributions at the places of `indices`; with `forward`,
+    KL(reference || policy). Differentiable in the policy; the reference gets no gradient.
+
+    Raises UserError when their vocabularies differ in size.
+    """
+    indices, sources = _wanted(forest, indices)
+    with torch.no_grad():
+        theirs = _head(reference, hidden(reference, forest)[sources], temperature)
+    ours = _head(policy, hidden(policy, forest)[sources], temperature)
+    if ours.vocabulary != theirs.vocabulary:
+        raise UserError(
+            f"a policy with {ours.vocabulary} tokens against a reference with {theirs.vocabulary}: "
+            "their distributions cannot be compared; take a reference with the policy's tokenizer"
+        )
+    return _Divergence.apply(ours.final, theirs, forward, ours.bias, *ours.factors)
 
 
 def log_probs(model: PreTrainedModel, states: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
     """[n] float32 log-prob of tokens [n], each predicted by one of the states [n, d]; differentiable."""
-    head = _head(model)
-    return _LogProbs.apply(states, head.weight, head.bias, tokens, _final(model, temperature), False)[0]
+    head = _head(model, states, temperature)
+    return _LogProbs.apply(head.final, tokens, False, head.bias, *head.factors)[0]
 
 
-def weighted_nll(model: PreTrainedModel, forest: Forest, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def weighted_nll(model: PreTrainedModel, forest: Forest, weight: Tensor | None = None, *, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """(Σ -weight · logp over forest.learned, logp [n] without gradient) for weights [n] known beforehand, by default the
     targets.
 
-    The same gradient as through `token_logp`, with three products of the head instead of four.
+    The same gradient as through `token_logp`, with three products of the head instead of four. smoothing: this share of each
+    target is spread evenly over the vocabulary (label smoothing, arXiv:1512.00567, sec. 7); the logp returned is without it.
     """
     indices, sources = _wanted(forest, None)
     if weight is None:
         weight = forest.target[indices]
     if weight.shape != indices.shape:
         raise ValueError(f"{tuple(weight.shape)} weights for {len(indices)} learned tokens")
-    states, head = hidden(model, forest)[sources], _head(model)
-    return _WeightedNll.apply(
-        states, head.weight, head.bias, forest.tokens[indices], weight.float(), _final(model, 1.0), torch.is_grad_enabled()
-    )
+    head = _head(model, hidden(model, forest)[sources], 1.0)
+    tokens, learn = forest.tokens[indices], torch.is_grad_enabled()
+    return _WeightedNll.apply(head.final, tokens, weight.float(), smoothing, learn, head.bias, *head.factors)
 
 
 def scalar(model: PreTrainedModel, forest: Forest, at: Tensor) -> Tensor:
@@ -99,6 +145,22 @@ class Final(NamedTuple):
     scale: float
     softcap: float | None
     temperature: float
+
+
+class Head(NamedTuple):
+    """Logits before `final`: Σ x_i w_iᵀ + bias, over states and head weight, and over what each adapter adds."""
+
+    final: Final
+    bias: Tensor | None
+    factors: tuple[Tensor, ...]  # x_0 [n, d], w_0 [V, d], x_1 [n, r], w_1 [V, r], ...
+
+    @property
+    def vocabulary(self) -> int:
+        return len(self.factors[1])
+
+    def multiplied(self) -> list[Tensor]:
+        """The factors with weights in the precision of their states, where that is another one (float32 masters, say)."""
+        return [x if i % 2 == 0 else x.to(self.factors[i - 1].dtype) for i, x in enumerate(self.factors)]
 
 
 def _final(model: PreTrainedModel, temperature: float) -> Final:
@@ -119,126 +181,199 @@ def _wanted(forest: Forest, indices: Tensor | None) -> tuple[Tensor, Tensor]:
     return indices, sources
 
 
-def _head(model: PreTrainedModel) -> torch.nn.Linear:
-    head = model.get_output_embeddings()
-    if head is None:
+def _head(model: PreTrainedModel, states: Tensor, temperature: float) -> Head:
+    layer: Any = model.get_output_embeddings()
+    if layer is None:
         raise TypeError(f"{type(model).__name__} has no language-model head")
-    return head
+    plain, low_rank = adapters.linear(layer)
+    factors = [states, plain.weight]
+    for down, up, scale in low_rank:
+        factors += [down(states) * scale, up]
+    return Head(_final(model, temperature), plain.bias, tuple(factors))
 
 
-def _logits(x: Tensor, w: Tensor, b: Tensor | None, final: Final) -> Tensor:
-    """[c, V] float32."""
-    z = F.linear(x, w, b).float()
-    if final.softcap is None:
-        factor = final.scale / final.temperature
-        return z if factor == 1.0 else z.mul_(factor)
-    return z.mul_(final.scale / final.softcap).tanh_().mul_(final.softcap / final.temperature)
-
-
-def _through(dz: Tensor, z: Tensor | None, final: Final) -> Tensor:
-    """dz [c, V], the gradient of the logits z, taken back to the product of state and head; in place."""
-    if z is None:  # no softcap
-        factor = final.scale / final.temperature
-        return dz if factor == 1.0 else dz.mul_(factor)
-    squashed = z * (final.temperature / final.softcap)  # type: ignore[operator]
-    return dz.mul_((1 - squashed.square_()).mul_(final.scale / final.temperature))
-
-
-def _chunks(n: int, vocabulary: int) -> list[slice]:
-    rows = max(32, CHUNK // vocabulary)
+def _chunks(n: int, vocabulary: int, device: str) -> list[slice]:
+    rows = max(ROWS.get(device, MANY), CHUNK // vocabulary)
     return [slice(at, min(at + rows, n)) for at in range(0, n, rows)]
 
 
+def _logits(head: Head) -> Iterator[tuple[slice, Tensor]]:
+    """(which states, their logits [c, V] float32), chunk by chunk. A chunk overwrites the one before, and may be written on."""
+    x, w, *more = head.multiplied()
+    room = None
+    for at in _chunks(len(x), len(w), x.device.type):
+        if x.dtype == torch.float32:
+            if room is None:
+                room = x.new_empty(at.stop - at.start, len(w))
+            z = torch.mm(x[at], w.t(), out=room[: at.stop - at.start])
+        else:
+            z = _product(x[at], w.t())
+        for low, up in zip(more[::2], more[1::2], strict=True):
+            z += _product(low[at], up.t())
+        if head.bias is not None:
+            z += head.bias
+        scale, softcap, temperature = head.final
+        if softcap is not None:
+            z.mul_(scale / softcap).tanh_().mul_(softcap / temperature)
+        elif scale != temperature:
+            z.mul_(scale / temperature)
+        yield at, z
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y in float32; where the device can, it is not rounded in between."""
+    if x.dtype != torch.float32 and x.is_cuda:
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return torch.mm(x, y).float()
+
+
+def _normalise(z: Tensor) -> Tensor:
+    """Logits [c, V] become log-probs, in place."""
+    return z.sub_(z.logsumexp(-1, keepdim=True))
+
+
 class _Grads:
-    """Collects the gradients of states, head and bias over chunks; those nobody needs stay None."""
+    """Collects the gradients of a head's factors and bias over chunks; those nobody needs stay None."""
 
-    def __init__(self, x: Tensor, w: Tensor, b: Tensor | None, needed: tuple[bool, ...]) -> None:
-        self.x, self.w = x, w
-        self.dx = torch.empty_like(x) if needed[0] else None
-        self.dw = torch.zeros_like(w, dtype=torch.float32) if needed[1] else None
-        self.db = torch.zeros_like(b, dtype=torch.float32) if b is not None and needed[2] else None
+    def __init__(self, head: Head, needed: Sequence[bool]) -> None:
+        self.head, self.multiplied = head, head.multiplied()
+        self.bias = torch.zeros_like(head.bias, dtype=torch.float32) if head.bias is not None and needed[0] else None
+        self.factors = [  # those of the weights are sums over chunks
+            None if not wanted else torch.empty_like(x) if i % 2 == 0 else torch.zeros_like(x, dtype=torch.float32)
+            for i, (x, wanted) in enumerate(zip(head.factors, needed[1:], strict=True))
+        ]
 
-    def add(self, at: slice, dz: Tensor) -> None:
-        """dz [c, V] float32: the gradient of the chunk's product of state and head."""
-        if self.db is not None:
-            self.db += dz.sum(0)
-        dz = dz.to(self.x.dtype)
-        if self.dx is not None:
-            torch.mm(dz, self.w, out=self.dx[at])
-        if self.dw is not None:
-            if self.x.dtype == torch.float32:
-                self.dw.addmm_(dz.t(), self.x[at])
-            else:
-                self.dw += dz.t() @ self.x[at]
+    def add(self, at: slice, dz: Tensor, z: Tensor) -> None:
+        """dz [c, V]: the gradient of the chunk's logits. z: the logits, needed under a softcap only. Both are written on."""
+        scale, softcap, temperature = self.head.final
+        if softcap is not None:
+            dz.mul_(z.mul_(temperature / softcap).square_().neg_().add_(1).mul_(scale / temperature))
+        elif scale != temperature:
+            dz.mul_(scale / temperature)
+        if self.bias is not None:
+            self.bias += dz.sum(0)
+        for i in range(0, len(self.factors), 2):
+            (x, w), (dx, dw) = self.multiplied[i : i + 2], self.factors[i : i + 2]
+            if dx is not None:
+                torch.mm(dz.to(w.dtype), w, out=dx[at])
+            if dw is not None and x.dtype == torch.float32:
+                dw.addmm_(dz.t(), x[at])
+            elif dw is not None:
+                dw += _product(dz.to(x.dtype).t(), x[at])
+
+    @property
+    def kinds(self) -> list[torch.dtype | None]:
+        """The precision of what each gradient belongs to."""
+        return [None if x is None else x.dtype for x in (self.head.bias, *self.head.factors)]
+
+    def given(self) -> list[Tensor | None]:
+        """Those of bias and factors, in that precision."""
+        return [None if g is None else g.to(kind) for g, kind in zip((self.bias, *self.factors), self.kinds, strict=True)]
 
 
 class _LogProbs(torch.autograd.Function):
-    """(x [n, d], head weight [V, d], bias [V] or None, tokens [n]) -> logp [n], entropy [n] or empty; logits computed again in backward."""
+    """(final, tokens [n], whether entropy is wanted, bias, *factors) -> logp [n], entropy [n] or [0]; backward computes logits again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, tokens: Tensor, final: Final, entropy: bool) -> tuple[Tensor, Tensor]:
-        logp = x.new_empty(len(x), dtype=torch.float32)
+    def forward(ctx: Any, final: Final, tokens: Tensor, entropy: bool, bias: Tensor | None, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        head = Head(final, bias, factors)
+        logp = torch.empty(len(tokens), dtype=torch.float32, device=tokens.device)
         lse, spread = torch.empty_like(logp), torch.empty_like(logp if entropy else logp[:0])
-        for at in _chunks(len(x), len(w)):
-            z = _logits(x[at], w, b, final)
-            lse[at] = z.logsumexp(-1)
-            logp[at] = z.gather(-1, tokens[at, None]).squeeze(-1) - lse[at]
+        for at, z in _logits(head):
+            most = z.amax(-1, keepdim=True)
+            z.sub_(most)
+            picked = z.gather(-1, tokens[at, None])
+            p = z.exp() if entropy else z.exp_()
+            total = p.sum(-1, keepdim=True)
+            logp[at] = (picked - total.log()).squeeze(-1)
+            lse[at] = (most + total.log()).squeeze(-1)
             if entropy:
-                z.sub_(lse[at, None])  # log-probs: lse - Σ p·z would cancel where logits are large
-                spread[at] = -(z.exp() * z).sum(-1)
-        ctx.save_for_backward(x, w, b, tokens, lse)
+                spread[at] = (total.log() - p.mul_(z).sum(-1, keepdim=True) / total).squeeze(-1)  # neither is negative: nothing cancels
+        ctx.save_for_backward(tokens, lse, bias, *factors)
         ctx.final = final
         ctx.mark_non_differentiable(spread)
         return logp, spread
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, b, tokens, lse = ctx.saved_tensors
-        grad, final = grads[0].float(), ctx.final
-        out = _Grads(x, w, b, ctx.needs_input_grad)
-        for at in _chunks(len(x), len(w)):
-            z = _logits(x[at], w, b, final)
-            dz = z.sub(lse[at, None]).exp_().mul_(-grad[at, None]) if final.softcap else z.sub_(lse[at, None]).exp_().mul_(-grad[at, None])
-            dz.scatter_add_(1, tokens[at, None], grad[at, None])
-            out.add(at, _through(dz, z if final.softcap else None, final))
-        dw = None if out.dw is None else out.dw.to(w.dtype)
-        db = None if out.db is None or b is None else out.db.to(b.dtype)
-        return out.dx, dw, db, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        tokens, lse, bias, *factors = ctx.saved_tensors
+        head, grad = Head(ctx.final, bias, tuple(factors)), grads[0].float()
+        out = _Grads(head, ctx.needs_input_grad[3:])
+        for at, z in _logits(head):
+            dz = z.sub(lse[at, None]) if head.final.softcap else z.sub_(lse[at, None])
+            dz.exp_().mul_(-grad[at, None]).scatter_add_(1, tokens[at, None], grad[at, None])
+            out.add(at, dz, z)
+        return None, None, None, *out.given()
 
 
 class _WeightedNll(torch.autograd.Function):
-    """(x [n, d], w [V, d], b, tokens [n], weight [n]) -> Σ -weight · logp, and logp [n]; the gradient is taken on the way forward."""
+    """(final, tokens [n], weight [n], smoothing, whether a gradient is wanted, bias, *factors) -> Σ -weight · logp, and logp [n]; the
+    gradient is taken on the way forward."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, tokens: Tensor, weight: Tensor, final: Final, learn: bool
+        ctx: Any, final: Final, tokens: Tensor, weight: Tensor, smoothing: float, learn: bool, bias: Tensor | None, *factors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        needed = tuple(learn and n for n in ctx.needs_input_grad)
-        out = _Grads(x, w, b, needed)
-        logp = x.new_empty(len(x), dtype=torch.float32)
-        for at in _chunks(len(x), len(w)):
-            z = _logits(x[at], w, b, final)
-            p = torch.log_softmax(z, -1)
-            logp[at] = p.gather(-1, tokens[at, None]).squeeze(-1)
+        head = Head(final, bias, factors)
+        out = _Grads(head, [learn and needed for needed in ctx.needs_input_grad[5:]])
+        logp = torch.empty(len(tokens), dtype=torch.float32, device=tokens.device)
+        even = torch.zeros_like(logp)  # mean log-prob over the vocabulary
+        share = smoothing / head.vocabulary
+        for at, z in _logits(head):
+            kept = z.clone() if final.softcap and learn else z
+            most = z.amax(-1, keepdim=True)
+            z.sub_(most)
+            picked = z.gather(-1, tokens[at, None])
+            mean = z.mean(-1, keepdim=True) if smoothing else None
+            total = z.exp_().sum(-1, keepdim=True)
+            logp[at] = (picked - total.log()).squeeze(-1)
+            if mean is not None:
+                even[at] = (mean - total.log()).squeeze(-1)
             if learn:
-                dz = p.exp_().mul_(weight[at, None])
-                dz.scatter_add_(1, tokens[at, None], -weight[at, None])
-                out.add(at, _through(dz, z if final.softcap else None, final))
-        ctx.save_for_backward(out.dx, out.dw, out.db)
-        ctx.types = w.dtype, None if b is None else b.dtype
+                w = weight[at, None]
+                dz = z.mul_(w / total)
+                if smoothing:
+                    dz.sub_(w * share)
+                out.add(at, dz.scatter_add_(1, tokens[at, None], w * (smoothing - 1)), kept)
+        ctx.save_for_backward(out.bias, *out.factors)
+        ctx.kinds = out.kinds
         ctx.mark_non_differentiable(logp)
-        return -(weight * logp).sum(), logp
+        return -(weight * ((1 - smoothing) * logp + smoothing * even if smoothing else logp)).sum(), logp
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw, db = ctx.saved_tensors
-        grad = grads[0]
-        return (
-            None if dx is None else dx * grad.to(dx.dtype),
-            None if dw is None else (dw * grad).to(ctx.types[0]),
-            None if db is None else (db * grad).to(ctx.types[1]),
-            None,
-            None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        scaled = (None if g is None else (g * grads[0]).to(kind) for g, kind in zip(ctx.saved_tensors, ctx.kinds, strict=True))
+        return None, None, None, None, None, *scaled
+
+
+class _Divergence(torch.autograd.Function):
+    """(final, the reference's head, forward, bias, *factors) -> KL [n]; backward computes the logits of both again.
+
+    With p the policy and q the reference, d KL(p || q) / dz = p (log p - log q - KL), and d KL(q || p) / dz = p - q.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, final: Final, reference: Head, forward: bool, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        head = Head(final, bias, factors)
+        kl = torch.empty(len(factors[0]), dtype=torch.float32, device=factors[0].device)
+        for (at, p), (_, q) in zip(_logits(head), _logits(reference), strict=True):
+            p, q = _normalise(p), _normalise(q)
+            kl[at] = (q.exp() * q.sub_(p)).sum(-1) if forward else (p.exp() * p.sub_(q)).sum(-1)
+        ctx.save_for_backward(kl, bias, *factors)
+        ctx.final, ctx.reference, ctx.forward = final, reference, forward
+        return kl
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        kl, bias, *factors = ctx.saved_tensors
+        head = Head(ctx.final, bias, tuple(factors))
+        out = _Grads(head, ctx.needs_input_grad[3:])
+        for (at, p), (_, q) in zip(_logits(head), _logits(ctx.reference), strict=True):
+            z = p.clone() if head.final.softcap else p
+            p, q = _normalise(p), _normalise(q)
+            if ctx.forward:
+                dz = p.exp_().sub_(q.exp_())
+            else:
+                dz = p.exp().mul_(p.sub_(q).sub_(kl[at, None]))
+            out.add(at, dz.mul_(grads[0][at, None]), z)
+        return None, None, None, *out.given()
