@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 
 from bench import curves, rows, table
-from bench.data import Setup, make, records
+from bench.data import SCALES, Setup, make, records
 from bench.machine import Refused, about
 from bench.training import quiet_peers
 from temper.train import machine
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument(
         "rows", nargs="*", choices=[[], *rows.NAMES, *MORE], metavar="ROW", help=f"some of {', '.join((*rows.NAMES, *MORE))}"
     )
-    parser.add_argument("--model", choices=["tiny", "small"], help="one size of model instead of both")
+    parser.add_argument("--model", choices=[*SCALES], help="one size of model instead of tiny and small; smoke is for trying the bench")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--times", type=int, default=7, help="turns that are timed, at least five")
@@ -109,7 +109,7 @@ def full(args: argparse.Namespace) -> int:
                 for one in rows.scaling(setup, args.times):
                     results["scaling"].append(one)
                     console.print(one)
-            if "curves" in asked and size == "tiny":
+            if "curves" in asked and size != "small":
                 for point in curves.points(setup, 3):
                     results["curves"].append(point)
                     console.print(point)

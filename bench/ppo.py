@@ -198,7 +198,7 @@ class Peer:
                 off = torch.maximum((value - old["returns"]) ** 2, (near - old["returns"]) ** 2)[own].sum() / 2
                 loss = (policy + s.value_weight * off) / tokens
                 loss.backward()
-                total += float(loss)
+                total += float(loss.detach())
             trainable = [*self.policy.parameters(), *self.value.parameters()]
             norm = nn.utils.clip_grad_norm_(trainable, OPTIM.max_grad_norm)
             self.optimizer.step()

@@ -3,6 +3,7 @@
 import copy
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -188,7 +189,7 @@ def peak_mb(task: Task, who: str, peer: Peer | None, tokens: int | None) -> floa
 def quiet_peers() -> None:
     """Without the peers' progress bars and notes."""
     os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    warnings.simplefilter("ignore", FutureWarning)
     import datasets
     from transformers.utils import logging
 
