@@ -32,7 +32,7 @@ class Synthetic(SFT):
         self.vocabulary = vocabulary
 
     def model(self) -> Any:
-        return new_model(self.setup.scale.size, self.vocabulary, self.setup.tokenizer, seed=SEED)
+        return new_model(self.setup.scale.size, self.vocabulary, self.setup.tokenizer, seed=SEED, device=self.setup.device)
 
 
 def points(setup: Setup, times: int) -> Iterator[dict[str, Any]]:

@@ -71,7 +71,8 @@ def make(name: str, folder: Path, pairs: list[Pair]) -> None:
     attach_default_template(tokenizer)
     model = new_model(scale.size, scale.vocabulary, tokenizer, seed=SEED)
     window = Window(max_length=LONGEST, too_long="drop")
-    kept = [pair for i, pair in enumerate(pairs) if i not in comparison_trees(tokenizer, pairs, model, window)[1].dropped]
+    long = comparison_trees(tokenizer, pairs, model, window)[1].dropped
+    kept = [pair for i, pair in enumerate(pairs) if i not in long]
     if scale.start:
         trees = chat_trees(tokenizer, [_chat(pair) for pair in kept], model, window)[0][: scale.start * scale.chats]
         batching = Batching(batch=scale.chats, epochs=scale.start * scale.chats / len(trees), seed=SEED)

@@ -63,6 +63,8 @@ class PPO:
 
     def ours(self, steps: int) -> Iterator[Step]:
         """A Step for each update, EPOCHS of them to a PPO step."""
+        if self.setup.device != "cpu":
+            raise Refused("methods/ppo.py computes on the CPU")
         write_jsonl(self.setup.folder / "prompts.jsonl", self.asked)
         return ppo.prepare(self.settings(steps), None).steps(None)  # type: ignore[arg-type]
 

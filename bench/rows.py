@@ -65,11 +65,10 @@ def _training(name: str, setup: Setup, times: int, ceiling: float, say: Say) -> 
     task = TRAINING[name](setup)
     tokens, best = training.search(task, say)
     for against, peer, budget in ("best", best, tokens), ("default", task.default, None):
-        ours, theirs, _, flops = training.side_by_side(task, peer, budget, times)
+        ours, theirs, _, flops = training.side_by_side(task, peer, budget, times if against == "best" else 5)
         of = ratio([t.seconds for t in ours], [t.seconds for t in theirs])
         share = median(f / t.seconds for f, t in zip(flops, ours, strict=True)) / (ceiling * 1e9)
-        which = best if against == "best" else None
-        peaks = [alone(name, setup, who, which is None, best, budget) for who in ("ours", "peer")]
+        peaks = [alone(task, who, peer, budget) for who in ("ours", "peer")]
         yield Row(name, setup.name, against, *of[:3], of.ours, of.peer, "s per step", *peaks, share, str(peer))
 
 
@@ -90,26 +89,26 @@ def _calls(name: str, setup: Setup, times: int, ceiling: float, say: Say) -> Ite
     flops = task.flops()
     for against, how in ("best", best), ("default", task.default):
         task.compare(how)
-        of = ratio(*in_turn(task.side("ours", how), task.side("peer", how), times, setup.device))
-        peaks = [alone(name, setup, who, against == "default", best, None) for who in ("ours", "peer")]
+        of = ratio(*in_turn(task.side("ours", how), task.side("peer", how), times if against == "best" else 5, setup.device))
+        peaks = [alone(task, who, how, None) for who in ("ours", "peer")]
         share = flops / of.ours / (ceiling * 1e9)
         unit = "s per rollout" if name == "rollout" else "s per step"
         yield Row(name, setup.name, against, *of[:3], of.ours, of.peer, unit, *peaks, share, str(how))
 
 
-def alone(name: str, setup: Setup, who: str, default: bool, best: Any, tokens: int | None) -> float | None:
+def alone(task: Any, who: str, peer: Any, tokens: int | None) -> float | None:
     """Peak memory in MB of one side in a process of its own; None where it cannot be measured."""
+    setup = task.setup
     if not can_measure_memory(setup.device):
         return None
-    task = (TRAINING | CALLS)[name](setup)
     what = {
-        **{"name": name, "model": setup.name, "folder": str(setup.folder), "device": setup.device, "who": who, "tokens": tokens},
-        **{"threads": torch.get_num_threads(), "peer": -1 if default else task.candidates.index(best)},
+        **{"name": task.name, "model": setup.name, "folder": str(setup.folder), "device": setup.device, "who": who, "tokens": tokens},
+        **{"threads": torch.get_num_threads(), "peer": -1 if peer == task.default else task.candidates.index(peer)},
     }
     command = [sys.executable, "-m", "bench", "--alone", json.dumps(what)]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise Refused(f"{name}: {who} alone ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+        raise Refused(f"{task.name}: {who} alone ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
     return float(done.stdout.strip().splitlines()[-1])
 
 
