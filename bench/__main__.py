@@ -94,9 +94,9 @@ def full(args: argparse.Namespace) -> int:
             setup = Setup(size, folder, args.device)
             for name in [name for name in rows.NAMES if name in asked]:
 
-                def say(what: str, seconds: float, name: str = name, size: str = size) -> None:
+                def say(what: str, seconds: float | None, name: str = name, size: str = size) -> None:
                     results["tried"].append({"name": name, "model": size, "settings": what, "seconds": seconds})
-                    console.print(f"  {name}, {size}: {seconds:.3f} s  {what}", highlight=False)
+                    console.print(f"  {name}, {size}: {'' if seconds is None else f'{seconds:.3f} s  '}{what}", highlight=False)
 
                 try:
                     for row in rows.measure(name, setup, args.times, results["machine"]["matmul_gflops"], say):

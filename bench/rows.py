@@ -23,7 +23,7 @@ TRAINING: dict[str, Any] = {task.name: task for task in (SFT, DPO, Reward)}
 CALLS: dict[str, Any] = {task.name: task for task in (Rollouts, PPO)}
 NAMES = (*TRAINING, *CALLS)
 
-Say = Callable[[str, float], None]  # one setting that was tried, and its seconds
+Say = Callable[[str, float | None], None]  # one setting that was tried, and its seconds
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def _training(name: str, setup: Setup, times: int, ceiling: float, say: Say) -> 
 
 def _calls(name: str, setup: Setup, times: int, ceiling: float, say: Say) -> Iterator[Row]:
     task = CALLS[name](setup)
+    task.compare(task.candidates[0])  # which warms both up, too
     seconds: dict[int, float] = {}
     for i, how in enumerate(task.candidates):
         run = task.side("peer", how)
@@ -81,7 +82,7 @@ def _calls(name: str, setup: Setup, times: int, ceiling: float, say: Say) -> Ite
         try:
             run()
         except Exception as problem:  # a peer that cannot run here is not this bench's error
-            say(f"{how}: does not run here ({type(problem).__name__}: {next(iter(str(problem).splitlines()), '')})", float("nan"))
+            say(f"{how}: does not run here ({type(problem).__name__}: {next(iter(str(problem).splitlines()), '')})", None)
             continue
         seconds[i] = now(setup.device) - began
         say(str(how), seconds[i])
@@ -102,8 +103,14 @@ def alone(task: Any, who: str, peer: Any, tokens: int | None) -> float | None:
     if not can_measure_memory(setup.device):
         return None
     what = {
-        **{"name": task.name, "model": setup.name, "folder": str(setup.folder), "device": setup.device, "who": who, "tokens": tokens},
-        **{"threads": torch.get_num_threads(), "peer": -1 if peer == task.default else task.candidates.index(peer)},
+        "name": task.name,
+        "model": setup.name,
+        "folder": str(setup.folder),
+        "device": setup.device,
+        "threads": torch.get_num_threads(),
+        "who": who,
+        "peer": -1 if peer == task.default else task.candidates.index(peer),
+        "tokens": tokens,
     }
     command = [sys.executable, "-m", "bench", "--alone", json.dumps(what)]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)

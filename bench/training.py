@@ -104,13 +104,25 @@ def run_peer(task: Task, peer: Peer, steps: int, ours: Iterator[Step] | None = N
     turns = InTurn(device, ours, peak)
     with tempfile.TemporaryDirectory() as folder:
         common = {
-            **{"output_dir": folder, "max_steps": steps, "seed": SEED, "use_cpu": device == "cpu", "bf16": False},
-            **{"per_device_train_batch_size": peer.micro, "gradient_accumulation_steps": task.batch // peer.micro},
-            **{"learning_rate": OPTIM.lr, "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": OPTIM.max_grad_norm},
-            **{"train_sampling_strategy": "sequential", "dataloader_pin_memory": False, "disable_tqdm": True},
-            **{"logging_steps": 1, "report_to": "none", "save_strategy": "no", **peer.more},
+            "output_dir": folder,
+            "max_steps": steps,
+            "seed": SEED,
+            "use_cpu": device == "cpu",
+            "bf16": False,
+            "per_device_train_batch_size": peer.micro,
+            "gradient_accumulation_steps": task.batch // peer.micro,
+            "learning_rate": OPTIM.lr,
+            "lr_scheduler_type": "constant",
+            "weight_decay": 0.0,
+            "max_grad_norm": OPTIM.max_grad_norm,
+            "train_sampling_strategy": "sequential",
+            "logging_steps": 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
         }
-        trainer = task.trainer(model, rows, peer, common, turns)
+        trainer = task.trainer(model, rows, peer, common | peer.more, turns)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return turns
