@@ -5,6 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import comb
 from pathlib import Path
 from statistics import median
@@ -82,7 +83,7 @@ def ceilings(device: str) -> dict[str, float]:
     products = []
     for m, k, n in (1024, 1024, 1024), (2048, 512, 2048), (4096, 192, 768):
         a, b, out = (torch.randn(*shape, device=device) for shape in ((m, k), (k, n), (m, n)))
-        products.append(2 * m * k * n / best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out)))
+        products.append(2 * m * k * n / best(partial(torch.mm, a, b, out=out)))
     x = torch.zeros(1 << 26, device=device)  # 256 MB: more than any cache
     y = torch.zeros_like(x)
     return {"matmul_gflops": max(products) / 1e9, "copy_gbs": 2 * x.nbytes / best(lambda: y.copy_(x)) / 1e9}
