@@ -10,6 +10,7 @@ from rich.table import Table
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, PICTURE = ROOT / "bench" / "results.json", ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.png"
 BEGIN, END = "<!-- figures: made by `python -m bench --page` -->", "<!-- end of figures -->"
+OURS, PEER = "#3b6ea5", "#b5651d"
 HEAD = (
     "step",
     "model",
@@ -87,28 +88,28 @@ def picture(results: dict[str, Any]) -> None:
     from matplotlib import pyplot
 
     rows = [row for row in results["rows"] if row["against"] == "best"]
-    curves = list(dict.fromkeys(point["curve"] for point in results.get("curves", [])))
-    figure, axes = pyplot.subplots(2 if curves else 1, max(2, len(curves)), figsize=(4 * max(2, len(curves)), 7 if curves else 3.5))
-    axes = axes if curves else [axes]
-    names = [f"{row['name']}\n{row['model']}" for row in rows]
+    curves = list(dict.fromkeys(point["curve"] for point in results["curves"]))
+    figure, axes = pyplot.subplot_mosaic(
+        [["ratio"] * 2 + ["memory"] * 2, curves] if len(curves) == 4 else [["ratio", "memory"]], figsize=(15, 7)
+    )
     low = [row["ratio"] - row["ratio_low"] for row in rows]
     high = [row["ratio_high"] - row["ratio"] for row in rows]
-    axes[0][0].bar(names, [row["ratio"] for row in rows], yerr=[low, high], color="#3b6ea5", capsize=3)
-    axes[0][0].axhline(1, color="black", linewidth=0.8)
-    axes[0][0].set_title("peer's time over ours")
+    axes["ratio"].bar([_name(row) for row in rows], [row["ratio"] for row in rows], yerr=[low, high], color=OURS, capsize=3)
+    axes["ratio"].set_title("peer's time over ours")
     told = [row for row in rows if row["ours_peak_mb"]]
-    axes[0][1].bar([f"{r['name']}\n{r['model']}" for r in told], [r["ours_peak_mb"] / r["peer_peak_mb"] for r in told], color="#8a5a83")
-    axes[0][1].axhline(1, color="black", linewidth=0.8)
-    axes[0][1].set_title("our peak memory over the peer's")
-    for axis in axes[0][:2]:
-        axis.tick_params(axis="x", labelsize=6)
-    for axis in axes[0][2:]:
-        axis.axis("off")
-    for axis, curve in zip(axes[1] if curves else [], curves, strict=False):
-        points = [p for p in results["curves"] if p["curve"] == curve]
-        for side, colour in ("ours", "#3b6ea5"), ("peer", "#b5651d"):
-            axis.loglog([p["x"] for p in points], [p[side] for p in points], "o-", color=colour, label=side)
-        axis.set_title(f"seconds by {curve}")
-        axis.legend()
+    axes["memory"].bar([_name(row) for row in told], [row["ours_peak_mb"] / row["peer_peak_mb"] for row in told], color=OURS)
+    axes["memory"].set_title("our peak memory over the peer's")
+    for name in "ratio", "memory":
+        axes[name].axhline(1, color="black", linewidth=0.8)
+    for curve in curves if len(curves) == 4 else []:
+        points = [point for point in results["curves"] if point["curve"] == curve]
+        for side, colour in ("ours", OURS), ("peer", PEER):
+            axes[curve].loglog([p["x"] for p in points], [p[side] for p in points], "o-", base=2, color=colour, label=side)
+        axes[curve].set_title(f"seconds by {curve}")
+        axes[curve].legend()
     figure.tight_layout()
-    figure.savefig(PICTURE, dpi=110)
+    figure.savefig(PICTURE, dpi=100)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['name']}\n{row['model']}"
