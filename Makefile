@@ -5,6 +5,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 RUN_ARGS ?=
+BENCH_ARGS ?=
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
@@ -26,7 +27,8 @@ load: $(STAMP)
 	$(PY) -m pytest -m load
 
 bench: $(STAMP)
-	$(PY) bench/forest.py
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(PY) -m bench $(BENCH_ARGS)
 
 install: $(STAMP)
 
