@@ -10,7 +10,8 @@ from temper.config import UserError
 from temper.forest import Segment, plant
 from temper.models.heads import token_logp
 from temper.models.load import check_forest
-from temper.rollout import Sampling, engine, sample
+from temper.rollout import Sampling, decode, engine, sample
+from temper.rollout.sampling import draw, uniforms
 
 V, WINDOW = 61, 48
 SIZES = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -112,8 +113,8 @@ def test_greedy_log_probs_are_those_of_temperature_one(models):
 def test_a_sample_does_not_depend_on_its_batch(models, name, monkeypatch):
     """All at once, one prompt at a time, and alone: the same tokens. Rows that ended leave the batch on the way."""
     model, evicted = models(name), []
-    select = engine.DynamicCache.batch_select_indices
-    monkeypatch.setattr(engine.DynamicCache, "batch_select_indices", lambda self, at: (evicted.append(len(at)), select(self, at)))
+    keep = decode.SharedBatch.keep
+    monkeypatch.setattr(decode.SharedBatch, "keep", lambda self, *how: (evicted.append(how[0]), keep(self, *how)))
     how = {"stop": [3, 8, 20, 41, 59], "n": 4, "seed": (7, 2)}
     many = sample(model, PROMPTS, sampling=Sampling(max_new=30), **how)
     assert evicted, "no row was ever evicted"
@@ -175,9 +176,9 @@ def test_sampled_tokens_follow_the_models_distribution(temperature):
 def test_uniform_numbers_stay_below_one():
     """Rounded from double, one in 2^25 would be 1 and pick the vocabulary's last token whatever its probability."""
     logits = torch.tensor([[0.0, 0.0, -200.0]])
-    token, _ = engine._draw(logits, torch.tensor([1 - 2**-24]), 1.0)
+    token, _ = draw(logits, torch.tensor([1 - 2**-24]), Sampling())
     assert int(token) == 1
-    u = engine._uniforms((0,), range(50), 4, 1000)
+    u = uniforms((0,), range(50), 4, 1000)
     assert u.dtype == torch.float32
     assert float(u.max()) < 1.0
     assert stats.kstest(u.flatten().double().numpy(), "uniform").pvalue > 1e-3

@@ -70,6 +70,12 @@ def log_probs(model: PreTrainedModel, states: Tensor, tokens: Tensor, *, tempera
     return _LogProbs.apply(states, head.weight, head.bias, tokens, _final(model, temperature), False)[0]
 
 
+def logits(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """[n, V] float32 logits of the states [n, d], as the model itself computes them; without gradient in mind."""
+    head = _head(model)
+    return _logits(states, head.weight, head.bias, _final(model, 1.0))
+
+
 def weighted_nll(model: PreTrainedModel, forest: Forest, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(Σ -weight · logp over forest.learned, logp [n] without gradient) for weights [n] known beforehand, by default the
     targets.
