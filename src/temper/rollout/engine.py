@@ -8,6 +8,7 @@ up to the rounding of logits.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +48,14 @@ class Token(NamedTuple):
     rollout: Rollout | None
 
 
+class Engine(ABC):
+    """Another way to sample, such as `temper.rollout.vllm.VLLM`: what `sample` takes in the place of a model."""
+
+    @abstractmethod
+    def sample(self, prompts: Sequence[Sequence[int]], **how: Any) -> list[list[Rollout]]:
+        """As `sample`, which hands its keywords on."""
+
+
 def sample(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -62,6 +71,7 @@ def sample(
     """n answers to each prompt.
 
     Args:
+        model: a language model, or another engine.
         prompts: token ids, one list per prompt, none empty; with `max_new` each must fit the model's window.
         stop: ids and strings that end an answer; the token that ended it is part of the answer. Strings need the tokenizer.
         seed: with the prompt's index and the sample's, the key of the row's uniform numbers.
@@ -74,6 +84,10 @@ def sample(
     Raises:
         UserError: a prompt is empty or does not fit, or a stop string is empty.
     """
+    if isinstance(model, Engine):
+        return model.sample(
+            prompts, sampling=sampling, stop=stop, n=n, seed=seed, index=index, tokenizer=tokenizer, progress=progress
+        )
     run = _Run(model, prompts, sampling, Stop(stop, tokenizer), n, seed, index)
     out: list[list[Rollout | None]] = [[None] * n for _ in prompts]
     missing = [n] * len(prompts)
