@@ -32,7 +32,7 @@ def theirs(logits, seen, s):
     """transformers' distribution [R, V] under the same settings."""
     z = logits.clone()
     if s.repetition_penalty != 1:
-        ids = torch.stack([row.nonzero()[:, 0][torch.arange(4) % int(row.sum())] for row in seen])
+        ids = torch.stack([row.nonzero()[:, 0][torch.arange(11) % int(row.sum())] for row in seen])
         z = RepetitionPenaltyLogitsProcessor(s.repetition_penalty)(ids, z)
     z = TemperatureLogitsWarper(s.temperature)(None, z) if s.temperature != 1 else z
     z = TopKLogitsWarper(s.top_k)(None, z) if s.top_k else z

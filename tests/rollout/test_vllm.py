@@ -22,7 +22,7 @@ STOP = [3, 8, 20, 30]
 
 
 class Server(ThreadingHTTPServer):
-    """`fails`: how many requests for answers get `failure` (a status, or None: the connection is dropped); `gone`: after so many answers, all."""
+    """`fails`: how many requests get `failure` (a status; None: the connection is dropped). `gone`: after so many answers, all do."""
 
     def __init__(self, model, folder=None, dev=True):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -170,7 +170,7 @@ def test_no_server_at_all(policy):
 def test_other_weights_are_found_by_the_gap(policy, server):
     server.model = model_of(1)
     engine = VLLM(server.url, policy)
-    with pytest.raises(UserError, match="log-probs differ from the policy's by .* on average"):
+    with pytest.raises(UserError, match=r"log-probs differ from the policy's by .* on average"):
         sample(engine, PROMPTS, **HOW)
     assert engine.gap.mean > 0.1
 
@@ -199,7 +199,7 @@ def test_weights_are_synchronised(tmp_path):
 
 def test_what_the_server_refuses_is_one_line(policy, server):
     server.fails, server.failure = 100, 400
-    with pytest.raises(UserError, match="status 400: .*engine") as caught:
+    with pytest.raises(UserError, match=r"status 400: .*engine") as caught:
         sample(VLLM(server.url, policy), PROMPTS[:1], **HOW)
     assert "\n" not in str(caught.value)
 

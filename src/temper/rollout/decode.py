@@ -117,7 +117,7 @@ class SharedBatch:
         own_k[:R, :, t], own_v[:R, :, t] = k, v
         first = 0 if window is None else max(0, t + 1 - window)
         seen = self.longest if window is None else min(self.longest, max(0, window - t - 1))  # of the prompt, from its end
-        q = q.reshape(R, G, H // G, D) * scale
+        q = (q * scale).contiguous().view(R, G, H // G, D)
         keys, values = (x.view(-1, *x.shape[2:])[: R * G, first : t + 1] for x in (own_k, own_v))
         scores = torch.bmm(q.view(R * G, H // G, D), keys.transpose(1, 2)).view(R, G, H // G, -1)
         if not seen:
@@ -323,7 +323,5 @@ class Padded:
         return torch.cat(out)
 
     def _forward(self, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
-        out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1].float()

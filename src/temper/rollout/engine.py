@@ -85,9 +85,7 @@ def sample(
         UserError: a prompt is empty or does not fit, or a stop string is empty.
     """
     if isinstance(model, Engine):
-        return model.sample(
-            prompts, sampling=sampling, stop=stop, n=n, seed=seed, index=index, tokenizer=tokenizer, progress=progress
-        )
+        return model.sample(prompts, sampling=sampling, stop=stop, n=n, seed=seed, index=index, tokenizer=tokenizer, progress=progress)
     run = _Run(model, prompts, sampling, Stop(stop, tokenizer), n, seed, index)
     out: list[list[Rollout | None]] = [[None] * n for _ in prompts]
     missing = [n] * len(prompts)

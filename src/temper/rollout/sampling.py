@@ -70,7 +70,9 @@ def draw(logits: Tensor, uniform: Tensor | None, sampling: Sampling, seen: Tenso
     """
     scores = logits
     if seen is not None:
-        scores = torch.where(seen, torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty), logits)
+        scores = torch.where(
+            seen, torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty), logits
+        )
     if uniform is None:
         token = scores.argmax(-1, keepdim=True)
         return token[:, 0], logits.log_softmax(-1).gather(-1, token)[:, 0]
@@ -89,7 +91,7 @@ def draw(logits: Tensor, uniform: Tensor | None, sampling: Sampling, seen: Tenso
 
 def _kept(p: Tensor, sampling: Sampling) -> Tensor:
     """[R, V] probabilities -> which tokens may be drawn; the most likely one always. Of equal ones the lower id comes first."""
-    ordered, order = p.sort(-1, descending=True, stable=True)
+    ordered, order = p.sort(stable=True, dim=-1, descending=True)
     keep = torch.ones_like(p, dtype=torch.bool)
     if sampling.top_k:
         keep[:, sampling.top_k :] = False
