@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from temper.config import UserError
 from temper.models.load import check_forest
 from temper.models.tokenizer import train_tokenizer
-from temper.rollout import Sampling, decode, engine, sample, stream
+from temper.rollout import Sampling, decode, engine, kernel, sample, stream
 
 V = 53
 SIZES = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -69,6 +70,43 @@ def test_shared_and_padded_agree(llama):
     how = {"sampling": Sampling(max_new=25, rows=16), "stop": STOP, "n": 4, "seed": (2,)}
     assert isinstance(decode.decoder(slow), decode.Padded)
     same(sample(llama, prompts(9, 30), **how), sample(slow, prompts(9, 30), **how))
+
+
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """The kernel compiled anew, into a folder of the test's."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    kernel.library.cache_clear()
+    yield tmp_path
+    kernel.library.cache_clear()
+
+
+def test_the_kernel_is_torch(compiler, monkeypatch):
+    """With prompts that end, caches that grow, grouped heads, heads of odd size, windows shorter than prompt and answer."""
+    monkeypatch.setattr(decode, "ROOM", 8)
+    calls, attend = [], kernel.attend
+    monkeypatch.setattr(kernel, "attend", lambda *x, **how: (calls.append(how["cut"]), attend(*x, **how))[1])
+    odd = LlamaConfig(**(SIZES | {"head_dim": 6, "num_key_value_heads": 4}))
+    for config in (LlamaConfig(**SIZES), MistralConfig(**SIZES, sliding_window=11), odd):
+        model, how = model_of(config), {"stop": STOP, "n": 3, "seed": (6,)}
+        calls.clear()
+        mine = sample(model, prompts(11, 40), sampling=Sampling(max_new=30, rows=12, kernel="c"), **how)
+        assert calls
+        same(mine, sample(model, prompts(11, 40), sampling=Sampling(max_new=30, rows=12), **how))
+    assert [p.suffix for p in (compiler / "temper").iterdir()] == [".so"]
+
+
+def test_without_a_compiler_torch_attends(compiler, llama, monkeypatch, caplog):
+    want = sample(llama, prompts(3, 9), sampling=Sampling(max_new=6), stop=STOP)
+    for compiler_, said in (("no-such-compiler", "no C compiler"), ("false", "cannot be compiled")):
+        monkeypatch.setenv("CC", compiler_)
+        kernel.library.cache_clear()
+        with caplog.at_level(logging.WARNING, "temper"):
+            assert sample(llama, prompts(3, 9), sampling=Sampling(max_new=6, kernel="c"), stop=STOP) == want
+        assert sum(said in r.message for r in caplog.records) == 1
 
 
 def test_the_slow_way_is_said_once(llama, caplog, monkeypatch):

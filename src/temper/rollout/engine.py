@@ -225,7 +225,7 @@ class _Run:
         self.index = range(len(prompts)) if index is None else index
         self.waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
         self.live: list[_Live] = []
-        self.decoder = decoder(model) if prompts else None
+        self.decoder = decoder(model, sampling.kernel == "c") if prompts else None
 
     @property
     def going(self) -> bool:

@@ -8,6 +8,7 @@ the trainer recomputes. Without truncation and penalty the two are one.
 
 import hashlib
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ class Sampling(Settings):
     repetition_penalty: float = opt(1.0, "divides positive logits of tokens seen before, multiplies negative ones; 1: none", gt=0)
     max_new: int = opt(48, "tokens an answer may have at most, the end token included", ge=1)
     rows: int = opt(256, "answers decoded at the same time", ge=1)
+    kernel: Literal["torch", "c"] = opt("torch", "attention of decoding; c: compiled at first use, for float32 on the CPU")
 
     @model_validator(mode="after")
     def _sensible(self) -> "Sampling":
