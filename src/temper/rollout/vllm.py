@@ -104,10 +104,9 @@ class VLLM(Engine):
                         if not left[at[0]]:
                             progress(1)
             except UserError as error:
-                for answer in asked:
-                    answer.cancel()
+                pool.shutdown(cancel_futures=True)  # waits for those that are on their way
                 for answer, at in asked.items():
-                    if answer.done() and not answer.cancelled() and answer.exception() is None:
+                    if not answer.cancelled() and answer.exception() is None:
                         self.kept[wanted[at]] = answer.result()
                 have = sum(key in self.kept for key in wanted.values())
                 raise UserError(f"{error}; {have} of {len(wanted)} answers had come and are kept for another try") from None
