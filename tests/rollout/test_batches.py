@@ -232,6 +232,15 @@ def test_a_penalty_counts_the_prompt_and_what_was_said(llama):
         assert not logits
 
 
+def test_memory_that_does_not_hold_the_rows(llama, monkeypatch):
+    def step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(decode.Shared, "step", step)
+    with pytest.raises(UserError, match="--rows 7: out of memory; lower --rows"):
+        sample(llama, [[1, 2]], sampling=Sampling(max_new=5, rows=7), stop=[])
+
+
 def test_groups_larger_than_the_places(llama):
     (group,) = sample(llama, [[1, 2]], sampling=Sampling(max_new=5, rows=4), stop=STOP, n=9)
     (wide,) = sample(llama, [[1, 2]], sampling=Sampling(max_new=5, rows=64), stop=STOP, n=9)

@@ -44,7 +44,7 @@ class Batch(Protocol):
 class Decoder(Protocol):
     """A way to run the model."""
 
-    def admit(self, prompts: Sequence[Sequence[int]], n: int, room: int) -> list[tuple[int, Batch, Tensor]]:
+    def admit(self, prompts: Sequence[Sequence[int]], n: int, room: int) -> Sequence[tuple[int, Any, Tensor]]:
         """Compute prompts that come longest first, for n rows each that will have up to `room` tokens of their own.
 
         Batches of consecutive prompts: (how many prompts, the cache of their n rows each, the logits [prompts, V] of what comes next).
@@ -209,7 +209,7 @@ class Shared:
             nonlocal layer
             layer += 1
             parts = zip(batches, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-            done = [batch.attend(layer, *of, scale, window) for batch, *of in parts]
+            done = [batch.attend(layer, a, b, c, scale, window) for batch, a, b, c in parts]
             return done[0] if len(done) == 1 else torch.cat(done)
 
         states = self._trunk(tokens, torch.cat([batch.next for batch in batches]), each)

@@ -12,13 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from temper.config import UserError
-from temper.rollout.decode import Batch, decoder
+from temper.rollout.decode import Batch, Decoder, decoder
 from temper.rollout.sampling import Sampling, draw, uniforms
 
 REFILL = 0.25  # share of the rows that must be free before prompts are computed: one at a time, each would be a call of its own
@@ -52,8 +53,19 @@ class Engine(ABC):
     """Another way to sample, such as `temper.rollout.vllm.VLLM`: what `sample` takes in the place of a model."""
 
     @abstractmethod
-    def sample(self, prompts: Sequence[Sequence[int]], **how: Any) -> list[list[Rollout]]:
-        """As `sample`, which hands its keywords on."""
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        sampling: Sampling,
+        stop: Sequence[int | str],
+        n: int = 1,
+        seed: Sequence[int | str] = (0,),
+        index: Sequence[int] | None = None,
+        tokenizer: Any = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Rollout]]:
+        """As the function `sample`, which hands all it was given on."""
 
 
 def sample(
@@ -225,15 +237,24 @@ class _Run:
         self.index = range(len(prompts)) if index is None else index
         self.waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
         self.live: list[_Live] = []
-        self.decoder = decoder(model, sampling.kernel == "c") if prompts else None
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        return decoder(self.model, self.sampling.kernel == "c")
 
     @property
     def going(self) -> bool:
         return bool(self.waiting or self.live)
 
-    @torch.inference_mode()
     def step(self) -> list[Token]:
         """One token of every row that is being decoded; of those that are now admitted, the first."""
+        try:
+            return self._step()
+        except torch.OutOfMemoryError:
+            raise UserError(f"--rows {self.sampling.rows}: out of memory; lower --rows, --max-new or the samples per prompt") from None
+
+    @torch.inference_mode()
+    def _step(self) -> list[Token]:
         logits = []
         if self.live:
             fed = torch.tensor([token for live in self.live for token in live.fed], device=self.model.device)
@@ -265,9 +286,9 @@ class _Run:
         """Draw a token for every row; let go of those that end with it."""
         uniform = seen = None
         if self.sampling.temperature:
-            uniform = torch.cat([live.uniform[:, len(live.rows[0].tokens)] for live in self.live])
+            uniform = torch.cat([live.uniform[:, len(live.rows[0].tokens)] for live in self.live if live.uniform is not None])
         if self.sampling.repetition_penalty != 1:
-            seen = torch.cat([live.seen for live in self.live])
+            seen = torch.cat([live.seen for live in self.live if live.seen is not None])
         drawn, drawn_logp = draw(logits, uniform, self.sampling, seen)
         tokens, logp = drawn.tolist(), drawn_logp.tolist()
         out: list[Token] = []

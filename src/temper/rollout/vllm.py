@@ -92,7 +92,7 @@ class VLLM(Engine):
         name = self._model() if missing else ""
         with ThreadPoolExecutor(max(1, min(AT_ONCE, sampling.rows, len(missing)))) as pool:
             asked = {
-                pool.submit(self._ask, name, prompts[i], sampling, ends, generator(*seed, keys[i], k).integers(1 << 31)): (i, k)
+                pool.submit(self._ask, name, prompts[i], sampling, ends, int(generator(*seed, keys[i], k).integers(1 << 31))): (i, k)
                 for i, k in missing
             }
             try:
@@ -143,7 +143,7 @@ class VLLM(Engine):
             "top_p": sampling.top_p,
             "min_p": sampling.min_p,
             "repetition_penalty": sampling.repetition_penalty,
-            "seed": int(seed),
+            "seed": seed,
             "stop_token_ids": sorted(stop.ids),
             "stop": stop.strings,
             "ignore_eos": True,  # what ends an answer is `stop` alone; vLLM gives no reason for its own end
