@@ -53,6 +53,7 @@ def test_waiting_prompts_take_the_places_of_rows_that_ended(config, monkeypatch)
     """Few places, prompts of all lengths, caches that grow twice, groups that end row by row: the same as each prompt alone."""
     monkeypatch.setattr(decode, "ROOM", 8)
     monkeypatch.setattr(decode, "PREFILL", 60)
+    monkeypatch.setattr(decode, "PADDING", 30)
     model, asked, ages = model_of(config), prompts(14, 40), []
     step = decode.Shared.step
     monkeypatch.setattr(decode.Shared, "step", lambda self, b, t: (ages.append([x.own for x in b]), step(self, b, t))[1])
@@ -128,15 +129,14 @@ def test_a_model_that_was_not_checked_is_checked():
     assert model.forest_backend == "flash"
 
 
-def test_parts_of_a_prefill_are_alike(monkeypatch):
+def test_parts_of_a_prefill():
     lengths = sorted(np.random.default_rng(0).integers(1, 900, 200).tolist(), reverse=True)
-    parts = decode._alike(lengths)
-    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(200))
-    assert all(sum(lengths[part]) <= decode.PREFILL for part in parts)
-    for part in parts:
-        padding = (part.stop - part.start) * lengths[part][0] - sum(lengths[part])
-        assert padding <= 0.25 * (part.stop - part.start) * lengths[part][0] + 512
-    assert decode._alike([9000]) == [slice(0, 1)]
+    for parts in (decode._alike(lengths), decode._pieces(lengths)):
+        assert [i for part in parts for i in range(part.start, part.stop)] == list(range(200))
+        assert len(parts) > 1
+    assert all((part.stop - part.start) * lengths[part][0] - sum(lengths[part]) <= decode.PADDING for part in decode._alike(lengths))
+    assert all(sum(lengths[part]) <= decode.PREFILL for part in decode._pieces(lengths))
+    assert decode._pieces([9000, 5]) == [slice(0, 1), slice(1, 2)]
 
 
 def test_a_stream_is_the_same_answers_as_they_come(llama):

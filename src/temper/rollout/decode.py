@@ -30,6 +30,7 @@ from temper.rollout import kernel
 log = logging.getLogger("temper")
 
 PREFILL = 4096  # tokens computed at once: beyond it temporaries leave the cache and the memory of a prefill grows
+PADDING = 2048  # prompt tokens that a batch may pad: as dear in a step as the calls of one more batch
 ROOM = 64  # own tokens a cache first has room for; doubled when they are used up, so that a row's memory follows its length
 _told: set[str] = set()
 
@@ -184,20 +185,31 @@ class Shared:
         self.no_mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)  # keeps transformers from building its own
 
     def admit(self, prompts: Sequence[Sequence[int]], n: int, room: int) -> list[tuple[int, SharedBatch, Tensor]]:
-        out = []
-        for part in _alike([len(prompt) for prompt in prompts]):
-            forest = plant([[Segment(prompt, [0.0] * len(prompt))] for prompt in prompts[part]]).to(self.model.device)
-            batch = SharedBatch(forest.length, n, room, self.compiled)
-            column = torch.arange(batch.longest, device=forest.tokens.device)
-            index = (forest.end[:, None] - batch.longest + column).clamp_(min=0)
+        return [self._compute(prompts[part], n, room) for part in _alike([len(prompt) for prompt in prompts])]
 
-            def record(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, batch=batch, forest=forest, index=index):
-                batch.learn(k, v, index)
+    def _compute(self, prompts: Sequence[Sequence[int]], n: int, room: int) -> tuple[int, SharedBatch, Tensor]:
+        """One batch, its prompts packed into forests of up to PREFILL tokens."""
+        held: list[list[tuple[Tensor, Tensor]]] = []  # per layer, of each forest
+        first = []
+        for piece in _pieces([len(prompt) for prompt in prompts]):
+            forest = plant([[Segment(prompt, [0.0] * len(prompt))] for prompt in prompts[piece]]).to(self.model.device)
+            seen: list[tuple[Tensor, Tensor]] = []
+
+            def record(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, seen=seen, forest=forest) -> Tensor:
+                seen.append((k, v))
                 return attend(q, k, v, forest, scale=scale, backend=self.backend, window=window)
 
             states = self._trunk(forest.tokens, forest.position, record)
-            out.append((len(forest.last), batch, logits(self.model, states[forest.last])))
-        return out
+            first.append(logits(self.model, states[forest.last]))
+            held.append(seen)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.model.device)
+        batch = SharedBatch(lengths, n, room, self.compiled)
+        column = torch.arange(batch.longest, device=lengths.device)
+        index = (lengths.cumsum(0)[:, None] - batch.longest + column).clamp_(min=0)
+        for layer in zip(*held, strict=True):
+            k, v = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*layer, strict=True))
+            batch.learn(k, v, index)
+        return len(prompts), batch, torch.cat(first)
 
     def step(self, batches: Sequence[SharedBatch], tokens: Tensor) -> Tensor:
         sizes = [len(batch.next) for batch in batches]
@@ -226,11 +238,21 @@ class Shared:
 
 
 def _alike(lengths: Sequence[int]) -> list[slice]:
-    """Cut descending lengths into parts of at most PREFILL tokens whose padding stays small, unless they are few."""
+    """Cut descending lengths into batches that pad up to PADDING tokens each: every batch costs its calls in every layer and step."""
+    parts, begin, padding = [], 0, 0
+    for i, length in enumerate(lengths):
+        padding += lengths[begin] - length
+        if padding > PADDING:
+            parts.append(slice(begin, i))
+            begin, padding = i, 0
+    return [*parts, slice(begin, len(lengths))]
+
+
+def _pieces(lengths: Sequence[int]) -> list[slice]:
+    """Cut into pieces of up to PREFILL tokens, one prompt at least."""
     parts, begin, total = [], 0, 0
     for i, length in enumerate(lengths):
-        few = (i - begin) * lengths[begin] < 512  # a call costs as much as some padding
-        if i > begin and (total + length > PREFILL or (length < 0.75 * lengths[begin] and not few)):
+        if i > begin and total + length > PREFILL:
             parts.append(slice(begin, i))
             begin, total = i, 0
         total += length
