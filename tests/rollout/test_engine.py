@@ -4,23 +4,44 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from temper.config import UserError
 from temper.forest import Segment, plant
 from temper.models.heads import token_logp
 from temper.models.load import check_forest
-from temper.rollout import Sampling, engine, sample
+from temper.rollout import Sampling, decode, sample
+from temper.rollout.sampling import draw, uniforms
 
 V, WINDOW = 61, 48
 SIZES = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"max_position_embeddings": WINDOW, "initializer_range": 0.3}
+GEMMA = {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 9, "pad_token_id": 0}
+GEMMA |= {"layer_types": ["sliding_attention", "full_attention"]}
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES),
     "llama-gqa": lambda: LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
     "gpt2": lambda: GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=4, n_positions=WINDOW, initializer_range=0.3),
     "qwen2": lambda: Qwen2Config(**SIZES, num_key_value_heads=2),
     "mistral": lambda: MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=9),
+    "gpt-neox": lambda: GPTNeoXConfig(**SIZES),
+    "phi": lambda: PhiConfig(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8),
+    "gemma2": lambda: Gemma2Config(**SIZES, **GEMMA, attn_logit_softcapping=20.0, final_logit_softcapping=5.0),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES, **GEMMA),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2),
 }
 PROMPTS = [[5, 7, 9], [1], [4, 4, 8, 15, 16, 23, 42, 3, 14, 1, 59, 26], [60, 2], [33, 12, 33, 12, 33], [10, 20, 30, 40, 50, 60, 1]]
 
@@ -50,7 +71,7 @@ def tied(model, ids):
 
 
 def generate(model, prompt, new, stop):
-    with torch.no_grad(), engine.plain_attention(model):
+    with torch.no_grad():
         ids = torch.tensor([prompt])
         out = model.generate(
             input_ids=ids,
@@ -82,8 +103,7 @@ def test_greedy_is_transformers_greedy(models, name):
             same_until_a_tie(model, prompt, mine.tokens, generate(model, prompt, 20, ends))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "temperature"), [*((name, 0.6) for name in CONFIGS), ("llama", 1.0), ("llama", 1.7)])
 def test_log_probs_are_the_trainers(models, name, temperature):
     """One temperature everywhere: what the sampler wrote down is what the trainer recomputes on the forest."""
     model = models(name)
@@ -112,8 +132,8 @@ def test_greedy_log_probs_are_those_of_temperature_one(models):
 def test_a_sample_does_not_depend_on_its_batch(models, name, monkeypatch):
     """All at once, one prompt at a time, and alone: the same tokens. Rows that ended leave the batch on the way."""
     model, evicted = models(name), []
-    select = engine.DynamicCache.batch_select_indices
-    monkeypatch.setattr(engine.DynamicCache, "batch_select_indices", lambda self, at: (evicted.append(len(at)), select(self, at)))
+    keep = decode.SharedBatch.keep
+    monkeypatch.setattr(decode.SharedBatch, "keep", lambda self, *how: (evicted.append(how[0]), keep(self, *how)))
     how = {"stop": [3, 8, 20, 41, 59], "n": 4, "seed": (7, 2)}
     many = sample(model, PROMPTS, sampling=Sampling(max_new=30), **how)
     assert evicted, "no row was ever evicted"
@@ -175,9 +195,9 @@ def test_sampled_tokens_follow_the_models_distribution(temperature):
 def test_uniform_numbers_stay_below_one():
     """Rounded from double, one in 2^25 would be 1 and pick the vocabulary's last token whatever its probability."""
     logits = torch.tensor([[0.0, 0.0, -200.0]])
-    token, _ = engine._draw(logits, torch.tensor([1 - 2**-24]), 1.0)
+    token, _ = draw(logits, torch.tensor([1 - 2**-24]), Sampling())
     assert int(token) == 1
-    u = engine._uniforms((0,), range(50), 4, 1000)
+    u = uniforms((0,), range(50), 4, 1000)
     assert u.dtype == torch.float32
     assert float(u.max()) < 1.0
     assert stats.kstest(u.flatten().double().numpy(), "uniform").pvalue > 1e-3

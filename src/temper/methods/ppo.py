@@ -275,6 +275,9 @@ def prepare(settings: PPO, run: Run) -> Job:
     s = settings
     if not s.sampling.temperature:
         raise UserError("--temperature 0: PPO must sample; give a temperature above 0")
+    if not s.sampling.plain:
+        what = s.sampling.truncates or f"repetition_penalty {s.sampling.repetition_penalty:g}"
+        raise UserError(f"{what}: PPO learns from the policy's own distribution, which this changes; leave it out")
     if s.minibatches > s.prompts_per_step:
         raise UserError(f"--minibatches {s.minibatches} > --prompts-per-step {s.prompts_per_step}: each needs at least one prompt")
     policy, tokenizer = load_policy(s.model)

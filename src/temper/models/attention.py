@@ -21,7 +21,7 @@ unseen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -369,10 +369,14 @@ def _attention(
     forest: Forest | None = None,
     forest_backend: str = "dense",
     sliding_window: int | None = None,
+    decode: Callable[..., Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]."""
-    if forest is None:
+    """What transformers calls in every layer: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
+
+    decode: what attends instead, to keys and values of its own keeping (the rollout engine's): q, k, v, scale, window -> [T, H, E].
+    """
+    if forest is None and decode is None:
         if sliding_window is not None:
             kwargs["sliding_window"] = sliding_window  # the mask holds it; other implementations read it
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -381,6 +385,9 @@ def _attention(
         raise NotImplementedError(f"forest attention: one causal row, no dropout, no cache and no {', '.join(unknown) or 'extras'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # the gradient of x[0] would be a copy
+    if decode is not None:
+        return decode(q, k, v, scale=scale, window=sliding_window).unsqueeze(0), None
+    assert forest is not None
     return attend(q, k, v, forest, scale=scale, backend=forest_backend, window=sliding_window).unsqueeze(0), None
 
 

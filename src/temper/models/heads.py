@@ -116,6 +116,16 @@ def log_probs(model: PreTrainedModel, states: Tensor, tokens: Tensor, *, tempera
     return _LogProbs.apply(head.final, tokens, False, head.bias, *head.factors)[0]
 
 
+@torch.no_grad()
+def logits(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """[n, V] float32 logits of the states [n, d], as the model itself computes them; without gradient."""
+    head = _head(model, states, 1.0)
+    out = states.new_empty(len(states), head.vocabulary, dtype=torch.float32)
+    for at, z in _logits(head):
+        out[at] = z
+    return out
+
+
 def weighted_nll(model: PreTrainedModel, forest: Forest, weight: Tensor | None = None, *, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """(Σ -weight · logp over forest.learned, logp [n] without gradient) for weights [n] known beforehand, by default the
     targets.

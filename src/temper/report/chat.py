@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from temper.data.template import render_prompt, stop_ids
 from temper.models.load import load_policy
 from temper.records import Message
 from temper.report.words import clean
-from temper.rollout import Sampling, sample
+from temper.rollout import Sampling, stream
 
 EXAMPLES = """
   temper chat runs/harbour/ppo
@@ -79,8 +79,11 @@ class Conversation:
         """Does the model have a chat template?"""
         return bool(self.tokenizer.chat_template)
 
-    def say(self, text: str) -> Answer:
-        """The model's answer to the next user turn. Raises UserError where even that turn alone is too long; it is then forgotten."""
+    def say(self, text: str, heard: Callable[[str], None] | None = None) -> Answer:
+        """The model's answer to the next user turn. Raises UserError where even that turn alone is too long; it is then forgotten.
+
+        heard: given the answer's text piece by piece as it comes.
+        """
         s = self.settings
         turns = [*self.turns, Message(role="user", content=text)]
         head = [Message(role="system", content=self.system)] if self.system else []
@@ -95,11 +98,20 @@ class Conversation:
                 f"{len(ids)} tokens and --max-new {s.max_new} do not fit the model's window of {window}; say less, or lower --max-new"
             )
         sampling = Sampling(temperature=s.temperature, max_new=s.max_new)
-        ((rollout,),) = sample(self.model, [ids], sampling=sampling, stop=stop_ids(self.tokenizer), seed=(s.seed, self.asked))
-        answer = self.tokenizer.decode(rollout.tokens, skip_special_tokens=True).strip()
+        tokens: list[int] = []
+        said = ""
+        for step in stream(self.model, [ids], sampling=sampling, stop=stop_ids(self.tokenizer), seed=(s.seed, self.asked)):
+            tokens.append(step.token)
+            answer = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            if heard and answer.startswith(said) and not answer.endswith("\ufffd"):  # else half a character, which the next token ends
+                heard(answer[len(said) :])
+                said = answer
+        assert step.rollout is not None
+        if heard and answer.startswith(said):
+            heard(answer[len(said) :])
         self.turns = [*turns, Message(role="assistant", content=answer)]
         self.asked += 1
-        return Answer(answer, rollout.finish, len(rollout.tokens), dropped)
+        return Answer(answer, step.rollout.finish, len(tokens), dropped)
 
     def command(self, line: str) -> str | None:
         """What a line that begins with / does; None: end."""
@@ -140,16 +152,16 @@ def main(argv: list[str]) -> int:
             console.print(Text(clean(text), style="dim"))
 
     def respond(text: str) -> None:
-        answer = talk.say(text)
-        if answer.dropped:
-            tell(f"(the oldest {answer.dropped} turns no longer fit the model's window and were left out)")
+        answer = talk.say(text, None if s.json_ else lambda piece: console.print(Text(clean(piece)), end="", soft_wrap=True))
         if s.json_:
             print(
                 json.dumps({"prompt": text, "answer": answer.text, **{k: v for k, v in answer._asdict().items() if k != "text"}}),
                 flush=True,
             )
         else:
-            console.print(Text(clean(answer.text) or "(nothing)") + Text(" \u2026" if answer.finish == "length" else "", style="dim"))
+            console.print(Text(("" if answer.text else "(nothing)") + (" \u2026" if answer.finish == "length" else ""), style="dim"))
+            if answer.dropped:
+                tell(f"(the oldest {answer.dropped} turns no longer fitted the model's window and were left out)")
 
     if s.once is not None:
         respond(s.once)

@@ -1,0 +1,360 @@
+"""Decoding on unmodified Hugging Face models: the cache of a batch of rows, and the two ways to run a model over it. Floor 3.
+
+A batch is admitted together, so all its rows have the same number of own tokens. Both ways have the same three verbs: `admit` computes
+prompts and gives the logits of their first tokens, `step` feeds one token to every row, `Batch.keep` lets rows go.
+
+    Shared   for models whose attention sees forests. Prompts are computed as one packed forest, without padding. Their keys and values
+             are held once for the n rows of a prompt: scores against the prompt (one matrix product per prompt, for all its rows) and
+             against the row's own tokens stand side by side in one softmax. All batches take one step in one call of the trunk.
+    Padded   for the others (what `check_forest` gives "rows"): transformers' own cache and masks, prompts padded on the left and
+             repeated n times, one call per batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from temper.forest import Segment, plant
+from temper.models.attention import attend
+from temper.models.heads import logits
+from temper.models.load import check_forest
+from temper.rollout import kernel
+
+log = logging.getLogger("temper")
+
+PREFILL = 4096  # tokens computed at once: beyond it temporaries leave the cache and the memory of a prefill grows
+PADDING = 2048  # prompt tokens that a batch may pad: as dear in a step as the calls of one more batch
+ROOM = 64  # own tokens a cache first has room for; doubled when they are used up, so that a row's memory follows its length
+_told: set[str] = set()
+
+
+class Batch(Protocol):
+    """The cache of rows that were admitted together."""
+
+    def keep(self, rows: int, moves: Sequence[tuple[int, int]]) -> None:
+        """Only the first `rows` rows remain, after each (to, from) of `moves` has been moved."""
+
+
+class Decoder(Protocol):
+    """A way to run the model."""
+
+    def admit(self, prompts: Sequence[Sequence[int]], n: int, room: int) -> Sequence[tuple[int, Any, Tensor]]:
+        """Compute prompts that come longest first, for n rows each that will have up to `room` tokens of their own.
+
+        Batches of consecutive prompts: (how many prompts, the cache of their n rows each, the logits [prompts, V] of what comes next).
+        """
+
+    def step(self, batches: Sequence[Any], tokens: Tensor) -> Tensor:
+        """Feed every row of all batches its next token, tokens [R] -> logits [R, V] float32 of the one after."""
+
+
+def decoder(model: Any, compiled: bool = False) -> Decoder:
+    """The way that fits the model, which is checked against the forest if it has not been. Says once where it is the slow one.
+
+    compiled: attend by the C kernel where it can be used.
+    """
+    backend = getattr(model, "forest_backend", None) or check_forest(model)
+    if backend != "rows":
+        return Shared(model, backend, compiled)
+    name = type(model).__name__
+    if name not in _told:
+        _told.add(name)
+        log.warning("%s: its attention cannot share prompts; rollouts run on transformers' own cache, which is slower", name)
+    return Padded(model)
+
+
+# ---------------------------------------------------------------- shared prompts
+
+
+class SharedBatch:
+    """Keys and values of R rows: R = P prompts times n at first, fewer when some have ended.
+
+    Per layer prompt_k [P, G, D, L] and prompt_v [P, G, L, E], right-aligned so that a sliding window is a slice for all rows alike (the
+    keys lie transposed: the product with them is 3.5 times as fast), and own_k [R, G, room, D], own_v [R, G, room, E].
+    """
+
+    def __init__(self, lengths: Tensor, n: int, room: int, compiled: bool = False) -> None:
+        self.n, self.room, self.own = n, room, 0  # own: tokens that each row has in the cache
+        self.compiled = compiled
+        self.longest = int(lengths[0])
+        self.next = lengths.repeat_interleave(n)  # [R] position of the next token
+        self.pad = torch.arange(self.longest, device=lengths.device) < self.longest - lengths[:, None]  # [P, L]
+        self.bias: Tensor | None = None  # [P, L]
+        self.begin = self.longest - lengths  # [P]
+        self._set_bias()
+        self.place: Tensor | None = None  # [R] which of the P * n places a row has; None: its own number
+        self.prompt_k: list[Tensor] = []
+        self.prompt_v: list[Tensor] = []
+        self.own_k: list[Tensor] = []
+        self.own_v: list[Tensor] = []
+
+    def _set_bias(self) -> None:
+        self.bias = torch.zeros(self.pad.shape, device=self.pad.device).masked_fill_(self.pad, -torch.inf) if self.pad.any() else None
+
+    def learn(self, k: Tensor, v: Tensor, index: Tensor) -> None:
+        """Take over one layer's prompt: k [T, G, D], v [T, G, E]; index [P, L] the tokens of each prompt, right-aligned."""
+        P, R, room = len(index), len(self.next), min(self.room, ROOM)
+        self.prompt_k.append(k.flatten(1)[index].view(P, self.longest, *k.shape[1:]).permute(0, 2, 3, 1).contiguous())
+        self.prompt_v.append(v.flatten(1)[index].view(P, self.longest, *v.shape[1:]).transpose(1, 2).contiguous())
+        self.own_k.append(k.new_empty(R, k.shape[1], room, k.shape[2]))
+        self.own_v.append(v.new_empty(R, v.shape[1], room, v.shape[2]))
+
+    def grow(self) -> None:
+        """Make room for one more own token of each row."""
+        have = self.own_k[0].shape[2]
+        if self.own == have:
+            for store in (self.own_k, self.own_v):
+                for layer, x in enumerate(store):
+                    wide = x.new_empty(len(self.next), x.shape[1], min(2 * have, self.room), x.shape[3])
+                    wide[:, :, :have] = x[: len(wide)]
+                    store[layer] = wide
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """One layer's attention of each row's newest token: q [R, H, D], k [R, G, D], v [R, G, E] -> [R, H, E]. Keeps k and v."""
+        own_k, own_v, t = self.own_k[layer], self.own_v[layer], self.own
+        R, H, D = q.shape
+        G, E = v.shape[1:]
+        own_k[:R, :, t], own_v[:R, :, t] = k, v
+        first = 0 if window is None else max(0, t + 1 - window)
+        seen = self.longest if window is None else min(self.longest, max(0, window - t - 1))  # of the prompt, from its end
+        cut = self.longest - seen
+        q = (q * scale).contiguous()
+        if self.compiled and kernel.fits(q):
+            place = torch.arange(R) if self.place is None else self.place
+            stores = self.prompt_k[layer], self.prompt_v[layer], own_k, own_v
+            return kernel.attend(q, *stores, self.begin, place, n=self.n, first=first, own=t + 1, cut=cut)
+        q = q.view(R, G, H // G, D)
+        keys, values = (x.view(-1, *x.shape[2:])[: R * G, first : t + 1] for x in (own_k, own_v))
+        scores = torch.bmm(q.view(R * G, H // G, D), keys.transpose(1, 2)).view(R, G, H // G, -1)
+        if not seen:
+            p = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+            return torch.bmm(p.view(R * G, H // G, -1), values).view(R, H, E)
+        prompt_k, prompt_v = self.prompt_k[layer], self.prompt_v[layer]
+        P = len(prompt_k)
+        against = torch.bmm(self._by_prompt(q), prompt_k.view(P * G, D, -1)[..., cut:]).view(P, G, -1, seen)
+        if self.bias is not None:
+            against += self.bias[:, None, None, cut:]
+        p = torch.cat([self._by_row(against), scores], -1).softmax(-1, dtype=torch.float32).to(v.dtype)
+        out = torch.bmm(p[..., seen:].reshape(R * G, H // G, -1), values).view(R, G, H // G, E)
+        more = torch.bmm(self._by_prompt(p[..., :seen]), prompt_v.view(P * G, -1, E)[:, cut:]).view(P, G, -1, E)
+        return out.add_(self._by_row(more)).view(R, H, E)
+
+    def _by_prompt(self, x: Tensor) -> Tensor:
+        """[R, G, r, X] -> [P * G, n * r, X]: what the rows of one prompt ask, together; places without a row ask nothing."""
+        if self.place is not None:
+            x = x.new_zeros(len(self.pad) * self.n, *x.shape[1:]).index_copy_(0, self.place, x)
+        P, G = len(self.pad), x.shape[1]
+        return x.view(P, self.n, *x.shape[1:]).transpose(1, 2).reshape(P * G, -1, x.shape[-1])
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        """[P, G, n * r, X] -> [R, G, r, X]."""
+        P, G, _, X = x.shape
+        x = x.view(P, G, self.n, -1, X).transpose(1, 2).reshape(P * self.n, G, -1, X)
+        return x if self.place is None else x[self.place]
+
+    def keep(self, rows: int, moves: Sequence[tuple[int, int]]) -> None:
+        if self.place is None:
+            self.place = torch.arange(len(self.next), device=self.next.device)
+        if moves:
+            to, source = torch.tensor(moves, device=self.next.device).T
+            self.next[to], self.place[to] = self.next[source], self.place[source]
+            for store in (self.own_k, self.own_v):
+                for x in store:
+                    x[to, :, : self.own] = x[source, :, : self.own]
+        self.next, self.place = self.next[:rows], self.place[:rows]
+        used, group = torch.unique(self.place // self.n, return_inverse=True)
+        if len(used) <= 0.75 * len(self.pad):  # copying costs less than asking for prompts that have no rows left
+            self.place = group * self.n + self.place % self.n
+            self.pad, self.begin = self.pad[used], self.begin[used]
+            self._set_bias()
+            self.prompt_k, self.prompt_v = ([x[used] for x in store] for store in (self.prompt_k, self.prompt_v))
+
+
+class Shared:
+    """Prompts as a packed forest; one call of the trunk for one token of every row."""
+
+    def __init__(self, model: Any, backend: str, compiled: bool = False) -> None:
+        self.model, self.backend, self.compiled = model, backend, compiled
+        self.no_mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)  # keeps transformers from building its own
+
+    def admit(self, prompts: Sequence[Sequence[int]], n: int, room: int) -> list[tuple[int, SharedBatch, Tensor]]:
+        return [self._compute(prompts[part], n, room) for part in _alike([len(prompt) for prompt in prompts])]
+
+    def _compute(self, prompts: Sequence[Sequence[int]], n: int, room: int) -> tuple[int, SharedBatch, Tensor]:
+        """One batch, its prompts packed into forests of up to PREFILL tokens."""
+        held: list[list[tuple[Tensor, Tensor]]] = []  # per layer, of each forest
+        first = []
+        for piece in _pieces([len(prompt) for prompt in prompts]):
+            forest = plant([[Segment(prompt, [0.0] * len(prompt))] for prompt in prompts[piece]]).to(self.model.device)
+            seen: list[tuple[Tensor, Tensor]] = []
+
+            def record(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, seen=seen, forest=forest) -> Tensor:
+                seen.append((k, v))
+                return attend(q, k, v, forest, scale=scale, backend=self.backend, window=window)
+
+            states = self._trunk(forest.tokens, forest.position, record)
+            first.append(logits(self.model, states[forest.last]))
+            held.append(seen)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.model.device)
+        batch = SharedBatch(lengths, n, room, self.compiled)
+        column = torch.arange(batch.longest, device=lengths.device)
+        index = (lengths.cumsum(0)[:, None] - batch.longest + column).clamp_(min=0)
+        for layer in zip(*held, strict=True):
+            k, v = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*layer, strict=True))
+            batch.learn(k, v, index)
+        return len(prompts), batch, torch.cat(first)
+
+    def step(self, batches: Sequence[SharedBatch], tokens: Tensor) -> Tensor:
+        sizes = [len(batch.next) for batch in batches]
+        layer = -1
+        for batch in batches:
+            batch.grow()
+
+        def each(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
+            nonlocal layer
+            layer += 1
+            parts = zip(batches, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+            done = [batch.attend(layer, a, b, c, scale, window) for batch, a, b, c in parts]
+            return done[0] if len(done) == 1 else torch.cat(done)
+
+        states = self._trunk(tokens, torch.cat([batch.next for batch in batches]), each)
+        for batch in batches:
+            batch.own += 1
+            batch.next += 1
+        return logits(self.model, states)
+
+    def _trunk(self, tokens: Tensor, position: Tensor, decode: Any) -> Tensor:
+        out = self.model.base_model(
+            input_ids=tokens[None], position_ids=position[None], attention_mask=self.no_mask, use_cache=False, decode=decode
+        )
+        return out.last_hidden_state[0]
+
+
+def _alike(lengths: Sequence[int]) -> list[slice]:
+    """Cut descending lengths into batches that pad up to PADDING tokens each: every batch costs its calls in every layer and step."""
+    parts, begin, padding = [], 0, 0
+    for i, length in enumerate(lengths):
+        padding += lengths[begin] - length
+        if padding > PADDING:
+            parts.append(slice(begin, i))
+            begin, padding = i, 0
+    return [*parts, slice(begin, len(lengths))]
+
+
+def _pieces(lengths: Sequence[int]) -> list[slice]:
+    """Cut into pieces of up to PREFILL tokens, one prompt at least."""
+    parts, begin, total = [], 0, 0
+    for i, length in enumerate(lengths):
+        if i > begin and total + length > PREFILL:
+            parts.append(slice(begin, i))
+            begin, total = i, 0
+        total += length
+    return [*parts, slice(begin, len(lengths))]
+
+
+# ---------------------------------------------------------------- transformers' own cache
+
+
+class Roomy(DynamicLayer):
+    """A cache layer with room set aside, written in place: concatenation would copy all of it at every token."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.store: list[Tensor] = []
+
+    def _lay(self, keys: Tensor, values: Tensor) -> None:
+        used = keys.shape[-2]
+        self.store = [x.new_empty(*x.shape[:-2], used + self.room, x.shape[-1]) for x in (keys, values)]
+        for store, x in zip(self.store, (keys, values), strict=True):
+            store[..., :used, :] = x
+        self._show(used)
+
+    def _show(self, used: int) -> None:
+        self.keys, self.values = (store[..., :used, :] for store in self.store)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.keys, self.values = key_states, value_states
+        elif not self.store:
+            keys, values = self._held()
+            self._lay(torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2))
+        else:
+            used, new = self._held()[0].shape[-2], key_states.shape[-2]
+            for store, x in zip(self.store, (key_states, value_states), strict=True):
+                store[..., used : used + new, :] = x
+            self._show(used + new)
+        return self._held()
+
+    def _held(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None, "nothing is cached yet"
+        assert self.values is not None, "nothing is cached yet"
+        return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        keys, values = self._held()
+        self._lay(keys.repeat_interleave(repeats, 0), values.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        keys, values = self._held()
+        self._lay(keys[indices], values[indices])
+
+
+class PaddedBatch:
+    """Rows in transformers' cache. Rows that ended stay in it, unseen, until a quarter has."""
+
+    def __init__(self, cache: DynamicCache, mask: Tensor, position: Tensor) -> None:
+        self.cache, self.mask, self.position = cache, mask, position  # mask [B, width], position [B] of the next token
+        self.live = torch.arange(len(mask), device=mask.device)  # [R] which line of the cache a row has
+
+    def keep(self, rows: int, moves: Sequence[tuple[int, int]]) -> None:
+        for to, source in moves:
+            self.live[to] = self.live[source]
+        self.live = self.live[:rows]
+        if len(self.live) <= 0.75 * len(self.mask):  # copying the cache costs less than decoding a quarter of the rows for nothing
+            self.cache.batch_select_indices(self.live)
+            self.mask, self.position = self.mask[self.live], self.position[self.live]
+            self.live = torch.arange(rows, device=self.mask.device)
+
+
+class Padded:
+    """transformers' forward with its own cache, one call per batch."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def admit(self, prompts: Sequence[Sequence[int]], n: int, room: int) -> list[tuple[int, PaddedBatch, Tensor]]:
+        longest = len(prompts[0])
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        cache = DynamicCache(config=self.model.config)
+        cache.layers = [Roomy(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        position = mask.cumsum(-1)
+        first = self._forward(ids, mask, (position - 1).clamp(min=0), cache)
+        cache.batch_repeat_interleave(n)
+        return [(len(prompts), PaddedBatch(cache, mask.repeat_interleave(n, 0), position[:, -1].repeat_interleave(n)), first)]
+
+    def step(self, batches: Sequence[PaddedBatch], tokens: Tensor) -> Tensor:
+        out = []
+        for batch, new in zip(batches, tokens.split([len(batch.live) for batch in batches]), strict=True):
+            fed = new.new_zeros(len(batch.mask)).index_copy_(0, batch.live, new)
+            batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(fed), 1)], -1)
+            out.append(self._forward(fed[:, None], batch.mask, batch.position[:, None], batch.cache)[batch.live])
+            batch.position = batch.position + 1
+        return torch.cat(out)
+
+    def _forward(self, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].float()
