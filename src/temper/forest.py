@@ -227,7 +227,7 @@ def divide(forest: Forest, budget: int) -> list[Forest]:
 
     What the loop divides by is counted on the whole: the pieces have no weights. Itself where it fits.
     """
-    if forest.T <= budget or forest.trees == 1:
+    if budget >= forest.T or forest.trees == 1:
         return [forest]
     segments = torch.bincount(forest.tree).cumsum(0).tolist()  # of each tree one past its last segment
     tokens = forest.end[torch.tensor(segments) - 1].tolist()

@@ -448,7 +448,7 @@ def _parts(folder):
         "sum": ranks.all_sum({"both": 1.0 + mine, f"of {mine}": 5.0}),
         "whole": ranks.whole(share, [sizes[i] * 10 for i in share]),
         "led": ranks.led(["state", mine] if mine == 0 else None),
-        "flags": [ranks.led_flag(mine == 0), ranks.led_flag(mine == 1)],
+        "orders": [*map(ranks.order, ("save", "stop"))] and ["save", "stop"] if mine == 0 else list(ranks.orders()),
         "agree": [ranks.agree(None), ranks.agree("bad" if mine else None), ranks.agree(f"bad {mine}")],
         "first": found,
     }
@@ -466,7 +466,7 @@ def test_the_parts(two, tmp_path):
             "sum": {"both": 3.0, "of 0": 5.0, "of 1": 5.0},
             "whole": [40, 10, 30, 20],
             "led": ["state", 0],
-            "flags": [True, False],
+            "orders": ["save", "stop"],
             "agree": [None, "bad", "bad 0"],
         }
     )
@@ -496,7 +496,7 @@ def test_one_rank_needs_no_group():
     assert ranks.all_sum({"a": 2.0}) == {"a": 2.0}
     assert ranks.whole([0, 1], "ab") == ["a", "b"]
     assert ranks.led(3) == 3
-    assert ranks.led_flag(True)
+    ranks.order("next")
     assert ranks.agree("bad") == "bad"
     with ranks.leader_first():
         pass

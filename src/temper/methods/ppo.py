@@ -30,7 +30,7 @@ from temper.models.heads import scalar, token_logp
 from temper.models.load import load_policy, load_scalar, save
 from temper.rollout import Sampling, generator, sample
 from temper.runs import Run
-from temper.train import Loss, Optim, State, Step, Term, fit, ranks
+from temper.train import Compute, Loss, Optim, State, Step, Term, fit, ranks
 
 METRICS = {
     "reward": "mean score of the answers by the reward model, 0 and 1 being the mean and deviation of its training answers",
@@ -76,6 +76,7 @@ class PPO(Settings):
     sampling: Sampling = Sampling()
     window: Window = Window()
     optim: Optim = Optim(lr=1e-4, schedule="linear", warmup=0.05, eps=1e-5)
+    compute: Compute = Compute()
 
 
 def settings(name: str) -> type[Settings]:
@@ -107,6 +108,10 @@ class Rollouts:
         order = generator("ppo order", s.seed, rollout, epoch).permutation(s.minibatches)
         minibatch = self.pending[order[k]]
         return [minibatch[i] for i in ranks.share([forest.T for forest in minibatch])]
+
+    def reads(self, step: int) -> bool:
+        """Whether it samples before this step."""
+        return step % (self.settings.minibatches * self.settings.epochs_per_batch) == 0
 
     def metrics(self, step: int) -> dict[str, float]:
         """Of the rollout that the last step learned from."""
@@ -268,6 +273,7 @@ def train(settings: PPO, module: nn.ModuleDict, source: Rollouts, resume: State 
         resume=resume,
         check=check_start(s),
         multipliers={"value": s.value_lr},
+        compute=s.compute,
     )
 
 
@@ -277,9 +283,10 @@ def prepare(settings: PPO, run: Run) -> Job:
         raise UserError("--temperature 0: PPO must sample; give a temperature above 0")
     if s.minibatches > s.prompts_per_step:
         raise UserError(f"--minibatches {s.minibatches} > --prompts-per-step {s.prompts_per_step}: each needs at least one prompt")
-    policy, tokenizer = load_policy(s.model)
-    reference, _ = load_policy(s.model)
-    value, _ = load_scalar(s.reward)
+    precision = s.compute.precision
+    policy, tokenizer = load_policy(s.model, precision=precision)
+    reference, _ = load_policy(s.model, precision=precision)
+    value, _ = load_scalar(s.reward, precision=precision)
     reward = RewardModel(s.reward)
     if reward.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{s.reward}: its tokenizer is not that of {s.model}; train the reward model on this model's tokenizer")

@@ -23,7 +23,7 @@ from temper.methods.reward import count_records, ends
 from temper.models.heads import token_logp
 from temper.models.load import load_policy, save
 from temper.runs import Run
-from temper.train import Loss, Optim, State, Step, Term, fit, ranks
+from temper.train import Compute, Loss, Optim, State, Step, Term, fit, ranks
 
 METRICS = {
     "loss": "the rule's loss per pair",
@@ -50,6 +50,7 @@ class DPO(Settings):
     split: Split = Split()
     batching: Batching = Batching(batch=64)
     optim: Optim = Optim(lr=1e-4, schedule="cosine", warmup=0.1)
+    compute: Compute = Compute()
 
 
 def settings(name: str) -> type[Settings]:
@@ -102,20 +103,22 @@ def check_reference(model, batches: Sequence[Forest]) -> None:
         raise AssertionError(f"policy and reference differ by {gap:.2g} nats on an answer; they must be the same model")
 
 
-def train_on(model, trees, name: str, how: dict, b: Batching, optim: Optim, steps: int, resume: State | None = None) -> Iterator[Step]:
+def train_on(
+    model, trees, name: str, how: dict, b: Batching, optim: Optim, compute: Compute, steps: int, resume: State | None = None
+) -> Iterator[Step]:
     """Train on pair trees that carry their reference log-probs, by the rule of that name with settings `how`."""
     source, loss = offline(trees, b, count_records), make_loss(partial(RULES[name], **how))
-    return fit(model, source, loss, steps=steps, optim=optim, seed=b.seed, resume=resume, check=check_reference)
+    return fit(model, source, loss, steps=steps, optim=optim, seed=b.seed, resume=resume, check=check_reference, compute=compute)
 
 
 def train(settings: DPO, model, trees, resume: State | None = None) -> Iterator[Step]:
-    b, how = settings.batching, {"beta": settings.beta, "label_smoothing": settings.label_smoothing}
-    return train_on(model, trees, "dpo", how, b, settings.optim, b.steps(len(trees)), resume)
+    s, b, how = settings, settings.batching, {"beta": settings.beta, "label_smoothing": settings.label_smoothing}
+    return train_on(model, trees, "dpo", how, b, s.optim, s.compute, b.steps(len(trees)), resume)
 
 
 def prepare(settings: DPO, run: Run) -> Job:
     b = settings.batching
-    model, tokenizer = load_policy(settings.model)
+    model, tokenizer = load_policy(settings.model, precision=settings.compute.precision)
     records, report = read(settings.data, "pairs", skip_bad=settings.window.skip_bad)
     kept, out = split(records, settings.split.held_out, b.seed)
     trees, cut = comparison_trees(tokenizer, kept, model, settings.window)

@@ -290,7 +290,7 @@ def _attention(
     if unknown or dropout or query.shape[0] != 1 or key.shape[2] != query.shape[2] or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"forest attention: one causal row, no dropout, no cache and no {', '.join(unknown) or 'extras'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # under autocast rotation leaves q and k in float32
     return attend(q, k, v, forest, scale=scale, backend=forest_backend, window=sliding_window).unsqueeze(0), None
 
 
@@ -298,10 +298,15 @@ ALL_ATTENTION_FUNCTIONS.register("forest", _attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("forest", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
+def trunk(model: PreTrainedModel) -> Any:
+    """What runs the model without its head: the base model, or where the weights are spread the method that gathers them first."""
+    return getattr(model, "trunk", model.base_model)
+
+
 def trunk_states(model: PreTrainedModel, forest: Forest, backend: str) -> Tensor:
     """[T, d] final states of the trunk under "flash" or "dense". A mask of four dimensions keeps transformers from building its own."""
     none = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=forest.tokens.device)
-    out = model.base_model(
+    out = trunk(model)(
         input_ids=forest.tokens[None],
         position_ids=forest.position[None],
         attention_mask=none,

@@ -8,7 +8,8 @@ in the forward pass and saves that second product. Log-probs are aligned as ever
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -34,15 +35,25 @@ def hidden(model: PreTrainedModel, forest: Forest) -> Tensor:
 
 def hidden_by(model: PreTrainedModel, forest: Forest, backend: str) -> Tensor:
     """[T, d] under a named backend: flash, dense or rows (see `temper.models.attention`)."""
-    if backend != "rows":
-        return attention.trunk_states(model, forest, backend)
-    if "rows" not in forest.cache:
-        forest.cache["rows"] = unroll(forest)
-    rows = forest.cache["rows"]
-    trunk = model.base_model
-    extra = {"use_cache": False} if "use_cache" in inspect.signature(trunk.forward).parameters else {}
-    states = trunk(input_ids=rows.ids, attention_mask=rows.mask.long(), **extra).last_hidden_state  # rows begin at position 0
-    return states.flatten(0, 1)[rows.where]
+    with computing(model):
+        if backend != "rows":
+            return attention.trunk_states(model, forest, backend).to(_precision(model))
+        if "rows" not in forest.cache:
+            forest.cache["rows"] = unroll(forest)
+        rows = forest.cache["rows"]
+        extra = {"use_cache": False} if "use_cache" in inspect.signature(model.base_model.forward).parameters else {}
+        states = attention.trunk(model)(input_ids=rows.ids, attention_mask=rows.mask.long(), **extra).last_hidden_state  # from position 0
+        return states.flatten(0, 1)[rows.where].to(_precision(model))
+
+
+def computing(model: PreTrainedModel) -> AbstractContextManager:
+    """Within it the model's products are taken in its precision (`load_policy`); its weights stay what they are."""
+    half = _precision(model) == torch.bfloat16
+    return torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext()
+
+
+def _precision(model: PreTrainedModel) -> torch.dtype:
+    return getattr(model, "precision", model.dtype)
 
 
 def token_logp(model: PreTrainedModel, forest: Forest, *, temperature: float = 1.0, indices: Tensor | None = None) -> Tensor:
@@ -89,8 +100,8 @@ def weighted_nll(model: PreTrainedModel, forest: Forest, weight: Tensor | None =
 
 def scalar(model: PreTrainedModel, forest: Forest, at: Tensor) -> Tensor:
     """[len(at)] float32 scores of a sequence-classification model with one label, read at the tokens `at`, say forest.last of answers."""
-    score: Any = model.score
-    return score(hidden(model, forest)[at]).squeeze(-1).float()
+    states, score = hidden(model, forest)[at].float(), cast(Any, model.score)
+    return F.linear(states, score.weight.float(), None if score.bias is None else score.bias.float()).squeeze(-1)
 
 
 class Final(NamedTuple):
@@ -119,11 +130,18 @@ def _wanted(forest: Forest, indices: Tensor | None) -> tuple[Tensor, Tensor]:
     return indices, sources
 
 
-def _head(model: PreTrainedModel) -> torch.nn.Linear:
-    head = model.get_output_embeddings()
+class Head(NamedTuple):
+    """The language-model head, in the precision of the states that it is given."""
+
+    weight: Tensor  # [V, d]
+    bias: Tensor | None  # [V]
+
+
+def _head(model: PreTrainedModel) -> Head:
+    head, kind = model.get_output_embeddings(), _precision(model)
     if head is None:
         raise TypeError(f"{type(model).__name__} has no language-model head")
-    return head
+    return Head(head.weight.to(kind), None if head.bias is None else head.bias.to(kind))
 
 
 def _logits(x: Tensor, w: Tensor, b: Tensor | None, final: Final) -> Tensor:

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from temper.config import Settings, UserError, opt
+from temper.models.heads import computing
 
 
 class Sampling(Settings):
@@ -90,7 +91,8 @@ def plain_attention(model: Any) -> Iterator[None]:
     model.set_attn_implementation("sdpa")
     model.eval()
     try:
-        yield
+        with computing(model):
+            yield
     finally:
         model.set_attn_implementation(before)
         model.train(training)
