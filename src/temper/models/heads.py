@@ -52,6 +52,11 @@ def computing(model: PreTrainedModel) -> AbstractContextManager:
     return torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext()
 
 
+def slack(model: PreTrainedModel, exact: float, rounded: float) -> float:
+    """What log-probs of the same tokens under the same weights may differ by: `exact` nats in float32, `rounded` in less."""
+    return exact if _precision(model) in (torch.float32, torch.float64) else rounded
+
+
 def _precision(model: PreTrainedModel) -> torch.dtype:
     return getattr(model, "precision", model.dtype)
 

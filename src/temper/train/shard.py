@@ -40,7 +40,6 @@ class Twin:
         if not models or not all(isinstance(p, DTensor) for p in self.module.parameters()):
             raise UserError(f"--shard full: {type(module).__name__} is not made of transformer models alone; use --shard none")
         self.whole = True
-        self.release()
 
     def gather(self) -> None:
         """The plain module gets the current weights. All ranks must ask."""
