@@ -232,6 +232,14 @@ def differences(there: Any, here: Any, limit: int = 3) -> str:
     return ", ".join(words(name) for name in names[:limit]) + more
 
 
+def _exact(identity: Mapping[str, Any], rounding: Sequence[str]) -> dict[str, Any]:
+    """An identity without the names on which a result depends by rounding alone."""
+    rest = {name: value for name, value in identity.items() if name not in rounding}
+    if isinstance(settings := rest.get("settings"), dict):
+        rest["settings"] = {name: value for name, value in settings.items() if name not in rounding}
+    return rest
+
+
 # ---------------------------------------------------------------- the run
 
 
@@ -302,12 +310,14 @@ class Run:
         fresh: bool = False,
         record: Mapping[str, Any] | None = None,
         code: Sequence[str] = (),
+        rounding: Sequence[str] = (),
     ) -> Run:
         """Creates the run, or opens the same one again to go on with it.
 
         identity: what decides the result (method, settings, fingerprints of the inputs): a run with another identity is
         refused. record: what else stage.json should say (parent, seed, threads, ...); it is not compared. fresh: removes
         what Temper wrote in the folder, and nothing else, and starts over. code: the modules whose sources made it (`code_version`).
+        rounding: names in identity and settings that change a result by rounding alone: an unfinished run goes on with other ones.
         Raises UserError when the folder holds something else, another run, or a run that is being written.
         """
         run = cls(folder)
@@ -322,13 +332,13 @@ class Run:
             run.folder.mkdir(parents=True, exist_ok=True)
             run._acquire()
         try:
-            run._settle(json.loads(canonical(identity)), fresh, dict(record or {}), code)
+            run._settle(json.loads(canonical(identity)), fresh, dict(record or {}), code, rounding)
         except BaseException:
             run.close()
             raise
         return run
 
-    def _settle(self, identity: dict, fresh: bool, record: dict, code: Sequence[str]) -> None:
+    def _settle(self, identity: dict, fresh: bool, record: dict, code: Sequence[str], rounding: Sequence[str]) -> None:
         there = _read_json(self.folder / "stage.json")
         if there is not None and (fresh or there.get("status") == "clearing"):
             self._clear(there)
@@ -337,18 +347,25 @@ class Run:
             raise UserError(f"{self.folder / 'stage.json'} cannot be read; choose another --out or --fresh")
         if there is not None and there["identity"] != identity:
             what = differences(there["identity"], identity)
-            raise UserError(f"{self.folder} belongs to another run: {what}; choose another --out or --fresh")
+            done = there["status"] == "done"
+            if done or _exact(there["identity"], rounding) != _exact(identity, rounding):
+                raise UserError(f"{self.folder} belongs to another run: {what}; choose another --out or --fresh")
         for left in self.folder.glob(f"{ASIDE}*"):
             _remove(left)
-        now = {"versions": versions(), "code": code_version(*code), "record": json.loads(canonical(record))}
+        now: dict[str, Any] = {
+            "identity": identity,
+            "versions": versions(),
+            "code": code_version(*code),
+            "record": json.loads(canonical(record)),
+        }
+        whose = {**now, "fingerprint": fingerprint(identity)}
         if there is None:
-            whose = {"identity": identity, "fingerprint": fingerprint(identity), **now}
             self._stage({"status": "running", **whose, "created": time.time(), "files": []})
         elif there["status"] != "done":
             changed = differences({key: there.get(key) for key in now}, now)
             if changed:
                 self.event("changed", what=changed, note="the figures may differ in their last digits")
-            self._stage({**there, **now})
+            self._stage({**there, **whose})
 
     def _acquire(self) -> None:
         path = self.folder / ".lock"
@@ -495,7 +512,8 @@ def _pack(state: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     seen: dict[tuple, str] = {}
     alive = []  # so that an id of freed memory is never met again
 
-    def put(tensor: torch.Tensor) -> str:
+    def put(tensor: Any) -> str:
+        view: tuple
         if hasattr(tensor, "placements"):
             # by its storage, which has no address where a rank's part is empty: all ranks must find the same tensors to be one
             view = (tensor.to_local().untyped_storage()._cdata, tensor.shape)
@@ -643,11 +661,8 @@ def _join(path: Path) -> dict[str, Any]:
     from torch.distributed import checkpoint
 
     reader = checkpoint.HuggingFaceStorageReader(str(path))
-    found = {
-        name: torch.empty(x.size, dtype=x.properties.dtype)
-        for name, x in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith("spread-")
-    }
+    known: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    found = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in known.items() if name.startswith("spread-")}
     checkpoint.load(found, storage_reader=reader, no_dist=True)
     return found
 

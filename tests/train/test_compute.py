@@ -214,7 +214,9 @@ def test_rollouts_in_bfloat16(model):
 
 def test_scores_are_float32(model):
     torch.manual_seed(0)
-    scorer = AutoModelForSequenceClassification.from_config(copy.deepcopy(model.config), num_labels=1).eval()
+    config = copy.deepcopy(model.config)
+    config.num_labels, config.pad_token_id = 1, 0
+    scorer = AutoModelForSequenceClassification.from_config(config).eval()
     check_forest(scorer)
     forest = pairs()
     exact = scalar(scorer, forest, forest.last)
@@ -231,5 +233,5 @@ def test_a_stage_in_bfloat16_without_activations(toy, tmp_path, method):
     train(method, tmp_path / "half", **values, precision="bfloat16", activations="recompute")
     train(method, tmp_path / "whole", **values)
     half, whole = (Run(tmp_path / name).rows("metrics")[0] for name in ("half", "whole"))
-    assert half["loss"] != whole["loss"]
+    assert half["grad_norm"] != whole["grad_norm"]
     assert half["loss"] == pytest.approx(whole["loss"], rel=0.05, abs=0.02)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ class Compute(Settings):
     fit_memory: bool = opt(False, "measure at the start how many tokens fit into memory, and compute no more at a time")
 
 
-def blocks(module: nn.Module) -> list[nn.Module]:
+def blocks(module: nn.Module) -> list[Any]:
     """The transformer blocks of all models in a module."""
     return [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
 

@@ -187,7 +187,9 @@ def fit(
         computed = _compute(backward, batches, limit, optimizer, spread=twin is not None)
         if computed.halved:
             limit = computed.limit
-            events.append({"event": "out of memory", "limit": limit, "note": f"{computed.halved}; from now on at most {limit:,} at a time"})
+            events.append(
+                {"event": "out of memory", "limit": limit, "note": f"{computed.halved}; from now on at most {limit:,} tokens at a time"}
+            )
         batches, parts = computed.batches, computed.parts
         metrics = _measure(batches, parts, weights, step, computed.problem)
 
@@ -301,7 +303,7 @@ def _fitting(backward: Callable[..., Loss], batches: Sequence[Forest], trainable
     if longest is not None and free is not None:
         small, large = (divide(longest, longest.T // parts)[0] for parts in (8, 2))
         backward(small, scale=0.0)  # the first pass of all takes more than the others
-        low, high = (machine.peak_of(lambda piece=piece: backward(piece, scale=0.0), device) for piece in (small, large))
+        low, high = (machine.peak_of(partial(backward, piece, scale=0.0), device) for piece in (small, large))
         if low is not None and high is not None and high > low and large.T > small.T:
             each = (high - low) / (large.T - small.T)
             later = 12 * sum(shard.own(p).numel() for p in trainable.values())  # the optimiser's two states, the first step's copy
@@ -392,7 +394,7 @@ def _grad_norm(trainable: Mapping[str, nn.Parameter], limit: float) -> float:
     gradients = [p.grad for p in trainable.values() if p.grad is not None]
     if not gradients:
         raise TrainingError("the loss does not depend on any trainable parameter: there is nothing to train")
-    norm = shard.whole(torch.nn.utils.get_total_norm(gradients))
+    norm = shard.full(torch.nn.utils.get_total_norm(gradients))
     if limit > 0 and math.isfinite(float(norm)):
         torch.nn.utils.clip_grads_with_norm_(trainable.values(), limit, norm)
     return float(norm)

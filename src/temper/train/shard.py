@@ -45,7 +45,7 @@ class Twin:
         """The plain module gets the current weights. All ranks must ask."""
         if not self.whole:
             for whole, part in zip(self.plain.parameters(), self.module.parameters(), strict=True):
-                whole.data = part.detach().full_tensor()
+                whole.data = full(part.detach())
             self.whole = True
 
     def release(self) -> None:
@@ -57,11 +57,11 @@ class Twin:
 
 def _shard(model: Any, mesh: DeviceMesh) -> None:
     kind = model.precision if model.precision != model.dtype else None
-    how = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32 if kind else None)}
+    policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32 if kind else None)
     units: list[Any] = [*blocks(model), model]
     for unit in units:
         # what the model has beside its blocks stays gathered between forward and backward: the head reads its weight by itself
-        fully_shard(unit, **how, reshard_after_forward=unit is not model)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=unit is not model)
         unit.set_gradient_divide_factor(1.0)  # the loop has divided
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no average
     model.trunk = MethodType(_trunk, model)
@@ -78,7 +78,7 @@ def own(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def whole(x: Tensor) -> Tensor:
+def full(x: Tensor) -> Tensor:
     """All of a tensor; all ranks must ask."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
