@@ -400,7 +400,7 @@ def test_an_unfinished_run_goes_on_where_only_rounding_differs(tmp_path):
     other = {"settings": {"lr": 0.1, "shard": "full"}, "ranks": 1}
     with Run.claim(tmp_path / "r", other, rounding=("ranks", "shard")) as run:
         (event,) = [row for row in run.rows("events") if row["event"] == "changed"]
-        assert event["what"] == "identity.settings.shard none there, full here, identity.ranks 2 there, 1 here"
+        assert event["what"] == "identity.ranks 2 there, 1 here, identity.settings.shard none there, full here"
         assert run.stage["identity"] == other
     with pytest.raises(UserError, match="lr"):
         Run.claim(tmp_path / "r", {"settings": {"lr": 0.2, "shard": "full"}, "ranks": 1}, rounding=("ranks", "shard"))
