@@ -183,7 +183,9 @@ def fit(
         if step == 0 and compute.fit_memory:
             limit = _fitting(backward, batches, trainable, spread=twin is not None)
             optimizer.zero_grad()
-            events.append({"event": "memory measured", "limit": limit})
+            events.append(
+                {"event": "memory measured", "limit": limit, "note": f"at most {limit:,} tokens at a time" if limit else "no limit"}
+            )
         computed = _compute(backward, batches, limit, optimizer, spread=twin is not None)
         if computed.halved:
             limit = computed.limit
@@ -222,7 +224,7 @@ def fit(
             metrics = _join(metrics, source.metrics(step))
         seconds = time.perf_counter() - began
         metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
-        del batches, parts
+        del batches, parts, computed
         yield Step(done, metrics, snapshot_at(done), module, events, twin.gather if twin else None)
     if twin:
         twin.gather()
@@ -288,15 +290,15 @@ def _compute(
 
 def _idle(batches: Sequence[Forest]) -> list[Forest]:
     """Micro-batches without effect, so that this rank makes as many passes as the one that has most."""
-    there = ranks.gather((len(batches), batches[0].tensors() if batches else None))
-    most = max(n for n, _ in there)
-    some = batches[-1] if batches else Forest.from_tensors(next(x for _, x in there if x))
-    return [some] * (most - len(batches))
+    counts = ranks.gather(len(batches))
+    there = ranks.gather(batches[0].tensors() if batches else None) if 0 in counts else []
+    some = batches[-1] if batches else Forest.from_tensors(next(x for x in there if x))
+    return [some] * (max(counts) - len(batches))
 
 
 def _fitting(backward: Callable[..., Loss], batches: Sequence[Forest], trainable: Mapping[str, nn.Parameter], *, spread: bool) -> int:
     """How many tokens fit into memory at a time, on every rank: a straight line through the peaks of two sizes. 0: it cannot be said."""
-    longest = batches[0] if batches else _idle(batches)[0] if spread else None
+    longest = max([*batches, *(_idle(batches) if spread else [])], key=lambda batch: batch.T, default=None)
     device = next(iter(trainable.values())).device
     free = machine.free_memory(device)
     limit = 0
