@@ -140,8 +140,8 @@ class Author:
             trees += [[Segment(ids, [0.0] * len(ids)), *(Segment(x, [1.0], parent=0) for x in letters)] for ids in here]
         first_letter = torch.zeros(len(trees))
         with torch.no_grad():
-            for index, forest in forests(trees, self.s.batching.tokens_per_microbatch):
-                first_letter[index] = token_logp(self.model, forest).view(-1, 2).softmax(-1)[:, 0]
+            for index, forest in forests(trees, self.s.batching.tokens_per_microbatch, device=self.model.device):
+                first_letter[index] = token_logp(self.model, forest).view(-1, 2).softmax(-1)[:, 0].cpu()
         for_a = torch.where(torch.arange(len(trees)) % 2 == 0, first_letter, 1 - first_letter)
         return [float(for_a[here].mean()) if here else None for here in asked]
 
@@ -204,8 +204,8 @@ def compare(author: Author, judge: Author, constitution: Constitution, prompts: 
 def prepare(settings: CAI, run: Run) -> Job:
     s, b = settings, settings.batching
     rules = principles(s.principles or DEFAULT)
-    model, tokenizer = load_policy(s.model, precision=s.compute.precision)
-    judge, _ = load_policy(s.model, precision=s.compute.precision)
+    model, tokenizer = load_policy(s.model, **s.compute.placed)
+    judge, _ = load_policy(s.model, **s.compute.placed)
     author, judging = Author(model, tokenizer, s), Author(judge, tokenizer, s)
 
     def prompts(spec: str) -> list[list[Message]]:

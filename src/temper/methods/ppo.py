@@ -164,7 +164,7 @@ class Rollouts:
 
     @torch.no_grad()
     def _score(self, forest: Forest) -> "Scored":
-        s = self.settings
+        s, forest = self.settings, forest.to(self.reference.device)
         logp = token_logp(self.module["policy"], forest, temperature=s.sampling.temperature)
         ref = token_logp(self.reference, forest, temperature=s.sampling.temperature)
         value = scalar(self.module["value"], forest, forest.previous[forest.learned])
@@ -177,7 +177,7 @@ class Rollouts:
         for one, old, r, v in zip(score.tolist(), logp.split(lengths), ref.split(lengths), value.split(lengths), strict=True):
             advantages.append(gae(kl_shaped_reward(one, old, r, self.beta), v, gamma=s.gamma, lam=s.lam))
             answers.append((one, float(k1(old, r).sum()), len(old)))
-        return Scored(logp, ref, value, torch.cat(advantages), answers)
+        return Scored(logp.cpu(), ref.cpu(), value.cpu(), torch.cat(advantages).cpu(), answers)
 
 
 class Scored(NamedTuple):
@@ -283,17 +283,18 @@ def prepare(settings: PPO, run: Run) -> Job:
         raise UserError("--temperature 0: PPO must sample; give a temperature above 0")
     if s.minibatches > s.prompts_per_step:
         raise UserError(f"--minibatches {s.minibatches} > --prompts-per-step {s.prompts_per_step}: each needs at least one prompt")
-    precision = s.compute.precision
-    policy, tokenizer = load_policy(s.model, precision=precision)
-    reference, _ = load_policy(s.model, precision=precision)
-    value, _ = load_scalar(s.reward, precision=precision)
-    reward = RewardModel(s.reward)
+    policy, tokenizer = load_policy(s.model, **s.compute.placed)
+    reference, _ = load_policy(s.model, **s.compute.placed)
+    value, _ = load_scalar(s.reward, **s.compute.placed)
+    reward = RewardModel(s.reward, **s.compute.placed)
     if reward.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{s.reward}: its tokenizer is not that of {s.model}; train the reward model on this model's tokenizer")
     with torch.no_grad():
         head: Any = value.score
         head.weight /= reward.std
-        head.bias = nn.Parameter(torch.full((1,), -reward.mean / reward.std))  # values live on the scale of the normalised scores
+        head.bias = nn.Parameter(
+            torch.full((1,), -reward.mean / reward.std, device=head.weight.device)
+        )  # values live on the scale of the normalised scores
     records, report = read(s.prompts, "prompts", skip_bad=s.window.skip_bad)
     prompts, cut = prompt_ids(tokenizer, records, policy, s.window, room=s.sampling.max_new)
     module = nn.ModuleDict({"policy": policy, "value": value})

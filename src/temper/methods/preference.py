@@ -67,7 +67,7 @@ def with_reference(model, trees: Sequence[Tree], microbatch: int) -> None:
     mine = ranks.share([sum(len(s.tokens) for s in tree) for tree in trees])
     found: list[list[float]] = [[] for _ in mine]
     with torch.no_grad():
-        for index, forest in forests([trees[i] for i in mine], microbatch, count_records):
+        for index, forest in forests([trees[i] for i in mine], microbatch, count_records, model.device):
             logp = iter(answer_logp(model, forest).tolist())
             for i in index:
                 found[i] = [next(logp) for _ in trees[mine[i]]]
@@ -118,7 +118,7 @@ def train(settings: DPO, model, trees, resume: State | None = None) -> Iterator[
 
 def prepare(settings: DPO, run: Run) -> Job:
     b = settings.batching
-    model, tokenizer = load_policy(settings.model, precision=settings.compute.precision)
+    model, tokenizer = load_policy(settings.model, **settings.compute.placed)
     records, report = read(settings.data, "pairs", skip_bad=settings.window.skip_bad)
     kept, out = split(records, settings.split.held_out, b.seed)
     trees, cut = comparison_trees(tokenizer, kept, model, settings.window)
@@ -128,7 +128,7 @@ def prepare(settings: DPO, run: Run) -> Job:
     def held_out() -> dict[str, float]:
         right = 0
         with torch.no_grad():
-            for _, forest in forests(tests, b.tokens_per_microbatch, count_records):
+            for _, forest in forests(tests, b.tokens_per_microbatch, count_records, model.device):
                 chosen, rejected = ends(forest)
                 gain = answer_logp(model, forest) - forest.columns["ref_logp"]
                 right += int((gain[chosen] > gain[rejected]).sum())

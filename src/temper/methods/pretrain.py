@@ -59,8 +59,7 @@ def prepare(settings: Pretrain, run: Run) -> Job:
     context = limit_of(settings.size.context, settings.max_length)[0] or settings.size.context
     trees, cut = text_trees(tokenizer, kept, context)
     tests, _ = text_trees(tokenizer, out, context)
-    precision = settings.compute.precision
-    model = new_model(settings.size, len(tokenizer), tokenizer, seed=settings.batching.seed, precision=precision)
+    model = new_model(settings.size, len(tokenizer), tokenizer, seed=settings.batching.seed, **settings.compute.placed)
     return Job(
         total=settings.batching.steps(len(trees)),
         steps=lambda resume: train(settings, model, trees, resume),

@@ -109,7 +109,7 @@ def scores(model, trees: Sequence[Tree], microbatch: int) -> list[list[float]]:
     """Raw scores of each record's answers, the best first."""
     out: list[list[float]] = [[] for _ in trees]
     with torch.no_grad():
-        for index, forest in forests(trees, microbatch, count_records):
+        for index, forest in forests(trees, microbatch, count_records, model.device):
             answers = compared(forest).answers
             raw = iter(scalar(model, forest, forest.end[answers] - 1).tolist())
             for i in index:
@@ -145,7 +145,7 @@ def train(settings: Reward, model, trees, resume: State | None = None) -> Iterat
 
 def prepare(settings: Reward, run: Run) -> Job:
     b = settings.batching
-    model, tokenizer = load_scalar(settings.model, seed=b.seed, precision=settings.compute.precision)
+    model, tokenizer = load_scalar(settings.model, seed=b.seed, **settings.compute.placed)
     records, report = read(settings.data, "comparisons", skip_bad=settings.window.skip_bad)
     kept, out = split(records, settings.split.held_out, b.seed)
     trees, cut = comparison_trees(tokenizer, kept, model, settings.window)

@@ -58,7 +58,7 @@ def held_out_loss(model, trees: Sequence[Tree], microbatch: int) -> float:
     """Mean negative log-likelihood per learned token, in nats."""
     total = weight = 0.0
     with torch.no_grad():
-        for _, forest in forests(trees, microbatch):
+        for _, forest in forests(trees, microbatch, device=model.device):
             total += float(weighted_nll(model, forest)[0])
             weight += forest.weights["tokens"]
     return total / weight
@@ -71,7 +71,7 @@ def train(settings: SFT, model, trees, resume: State | None = None) -> Iterator[
 
 
 def prepare(settings: SFT, run: Run) -> Job:
-    model, tokenizer = load_policy(settings.model, precision=settings.compute.precision)
+    model, tokenizer = load_policy(settings.model, **settings.compute.placed)
     if attach_default_template(tokenizer):
         resize(model, tokenizer)
     records, report = read(settings.data, "chat", skip_bad=settings.window.skip_bad)

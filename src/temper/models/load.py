@@ -60,7 +60,7 @@ def new_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     seed: int,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     precision: Precision = "auto",
 ) -> PreTrainedModel:
     """A freshly initialised model in float32: the same sizes and seed give the same weights.
@@ -95,7 +95,7 @@ def new_model(
 
 
 def load_policy(
-    name_or_dir: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, *, precision: Precision = "auto"
+    name_or_dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, precision: Precision = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A language model and its tokenizer from a folder or hub name, checked against the forest.
 
@@ -115,7 +115,12 @@ def load_policy(
 
 
 def load_scalar(
-    name_or_dir: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, *, seed: int = 0, precision: Precision = "auto"
+    name_or_dir: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    precision: Precision = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A scoring model with one label (reward, value): a saved one, or a language model's trunk under a new head.
 

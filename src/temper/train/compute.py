@@ -12,13 +12,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from temper.config import Settings, opt
+from temper.config import Settings, UserError, opt
 from temper.models.load import Precision
 
 
 class Compute(Settings):
     """How a step is computed; but for `precision`, the result does not depend on it beyond rounding."""
 
+    device: Literal["cpu", "cuda", "mps"] = opt("cpu", "what computes; cuda: the GPU of each rank")
     precision: Precision = opt("auto", "of the products; weights, optimiser and losses are float32; auto: bfloat16 on a GPU")
     activations: Literal["keep", "recompute", "offload"] = opt(
         "keep", "of the forward pass: keep, compute again layer by layer (less memory, a third more time), or move to the host's memory"
@@ -27,6 +28,13 @@ class Compute(Settings):
         "none", "over several ranks: each holds all weights, or its part of weights, gradients and optimiser (FSDP)"
     )
     fit_memory: bool = opt(False, "measure at the start how many tokens fit into memory, and compute no more at a time")
+
+    @property
+    def placed(self) -> dict[str, Any]:
+        """Where and in what a model is loaded: arguments of `load_policy` and `load_scalar`. Raises UserError where there is no such device."""
+        if self.device != "cpu" and not getattr(torch, self.device).is_available():
+            raise UserError(f"--device {self.device}: PyTorch finds none here; use --device cpu, or install a build of PyTorch for it")
+        return {"device": self.device, "precision": self.precision}
 
 
 def blocks(module: nn.Module) -> list[Any]:

@@ -23,6 +23,8 @@ PATIENCE = timedelta(hours=24)  # the leader may evaluate for long; one that die
 def join(rank: int, count: int, address: str = "env://") -> None:
     """Become rank `rank` of `count`. address: as torch.distributed's init_method."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
     distributed.init_process_group(backend, init_method=address, rank=rank, world_size=count, timeout=PATIENCE)
 
 
