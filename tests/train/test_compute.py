@@ -8,6 +8,7 @@ from test_fit import PLAIN, Bigram, documents, nll, numbers
 from toy import train, values_of
 from transformers import AutoModelForSequenceClassification
 
+from temper.config import UserError
 from temper.forest import Segment, plant
 from temper.methods.preference import answer_logp
 from temper.models.heads import scalar, token_logp, weighted_nll
@@ -235,3 +236,10 @@ def test_a_stage_in_bfloat16_without_activations(toy, tmp_path, method):
     half, whole = (Run(tmp_path / name).rows("metrics")[0] for name in ("half", "whole"))
     assert half["grad_norm"] != whole["grad_norm"]
     assert half["loss"] == pytest.approx(whole["loss"], rel=0.05, abs=0.02)
+
+
+def test_a_device_that_is_not_there_is_said_before_anything_is_loaded():
+    missing = "cuda" if not torch.cuda.is_available() else "mps"
+    with pytest.raises(UserError, match=f"--device {missing}: PyTorch finds none here"):
+        _ = Compute(device=missing).placed
+    assert Compute().placed == {"device": "cpu", "precision": "auto"}

@@ -292,9 +292,8 @@ def prepare(settings: PPO, run: Run) -> Job:
     with torch.no_grad():
         head: Any = value.score
         head.weight /= reward.std
-        head.bias = nn.Parameter(
-            torch.full((1,), -reward.mean / reward.std, device=head.weight.device)
-        )  # values live on the scale of the normalised scores
+        bias = torch.full((1,), -reward.mean / reward.std, device=head.weight.device)
+        head.bias = nn.Parameter(bias)  # values live on the scale of the normalised scores
     records, report = read(s.prompts, "prompts", skip_bad=s.window.skip_bad)
     prompts, cut = prompt_ids(tokenizer, records, policy, s.window, room=s.sampling.max_new)
     module = nn.ModuleDict({"policy": policy, "value": value})

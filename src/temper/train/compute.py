@@ -31,7 +31,10 @@ class Compute(Settings):
 
     @property
     def placed(self) -> dict[str, Any]:
-        """Where and in what a model is loaded: arguments of `load_policy` and `load_scalar`. Raises UserError where there is no such device."""
+        """Where and in what precision a model is loaded: arguments of `load_policy` and `load_scalar`.
+
+        Raises UserError where there is no such device.
+        """
         if self.device != "cpu" and not getattr(torch, self.device).is_available():
             raise UserError(f"--device {self.device}: PyTorch finds none here; use --device cpu, or install a build of PyTorch for it")
         return {"device": self.device, "precision": self.precision}
