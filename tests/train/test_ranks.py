@@ -229,7 +229,7 @@ FULL = {"shard": "full"}
 def test_spread_over_two_ranks_what_one_does(two, toy, tmp_path, method):
     """Unequal numbers of micro-batches too: a rank that has fewer makes passes without effect."""
     name, values = short(method, toy, tmp_path)
-    values |= {"tokens_per_microbatch": 100}
+    values |= {"tokens_per_microbatch": 100, "fit_memory": method == "reward"}
     (rows, weights, _, rollouts), (theirs, own, _, _) = two(play, name, values | FULL)
     alone, expected, _, sampled_alone = play(name, values)
     agree(rows, alone, weights, expected)
@@ -364,11 +364,11 @@ def test_two_ranks_collect_the_same_comparisons(two, toy, tmp_path):
     assert there["card"] == alone["card"]
 
 
-@pytest.mark.parametrize("late", [0, 1])
-def test_constitutional_ai_on_two_ranks(two, toy, tmp_path, late):
+@pytest.mark.parametrize(("late", "how"), [(0, {}), (1, {}), (1, FULL)])
+def test_constitutional_ai_on_two_ranks(two, toy, tmp_path, late, how):
     """Two phases, and files in between that the leader writes and both read, whoever comes first."""
     values = values_of("constitution", toy) | {"epochs": 1, "lr": 1e-4, "sl_lr": 1e-4}
-    two(late_leader, "constitution", tmp_path / "two", values, late)
+    two(late_leader, "constitution", tmp_path / "two", values | how, late)
     train("constitution", tmp_path / "one", **values)
     for name in "revisions", "helpful":
         assert (tmp_path / "two" / f"{name}.jsonl").read_bytes() == (tmp_path / "one" / f"{name}.jsonl").read_bytes()
@@ -470,12 +470,29 @@ def _unchecked_on(rank):
     return None
 
 
+def _short_on(rank):
+    """One rank's memory does not hold its record."""
+    module = Scale()
+
+    def loss(m, forest):
+        if ranks.rank() == rank:
+            raise MemoryError
+        return Loss({"x": Term(m.w * 1, "tokens")}, {})
+
+    try:
+        next(fit(module, lambda step: [weighing(tokens=1.0)], loss, steps=1, optim=PLAIN))
+    except TrainingError as error:
+        return str(error), 1.0, module.w.item()
+    return None
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("fails", "what"),
     [
         (_nan_on, "step 2: loss term 'policy' is nan in micro-batch 1 of 1"),
         (_steep_on, "step 1: the gradient of loss term 'root' is not finite at w in micro-batch 1 of 1"),
+        (_short_on, "step 1: memory cannot hold one record of 2 tokens"),
         (_unchecked_on, "check before the first update: policy and reference differ"),
     ],
 )
