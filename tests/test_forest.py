@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from temper.forest import Forest, Segment, dense_mask, per_segment, plant, unroll
+from temper.forest import Forest, Segment, dense_mask, divide, per_segment, plant, unroll
 
 
 def grow(seed: int, *, sizes=(1, 1, 2, 5, 9), trees: int = 5, segments: int = 7, vocabulary: int = 50) -> list[list[Segment]]:
@@ -140,3 +140,27 @@ def test_mistakes_are_named(trees, message):
     with pytest.raises(ValueError, match=message) as error:
         plant(trees)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_divided_is_planted_apart(seed):
+    """The pieces are what `plant` makes of their trees, hold each tree once, and as many of them as fit."""
+    trees = grow(seed, trees=9)
+    sizes = [sum(len(s.tokens) for s in tree) for tree in trees]
+    forest = plant(trees)
+    for budget in (1, 7, 20, 60, forest.T - 1, forest.T):
+        pieces, at = divide(forest, budget), 0
+        for piece in pieces:
+            own = slice(at, at + piece.trees)
+            expected = plant(trees[own]).tensors()
+            found = piece.tensors() | ({} if piece is forest else {"weight.tokens": expected["weight.tokens"]})
+            zeros = {name: x for name, x in found.items() if name not in expected}  # columns that only other trees have
+            assert not any(x.any() for x in zeros.values())
+            assert all(torch.equal(found[name], x) for name, x in expected.items())
+            assert piece is forest or not piece.weights
+            assert budget >= piece.T or piece.trees == 1
+            at += piece.trees
+            if at < len(trees):
+                assert piece.T + sizes[at] > budget
+        assert at == len(trees)
+    assert divide(forest, forest.T)[0] is forest

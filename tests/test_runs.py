@@ -391,3 +391,20 @@ def test_full_disk_while_writing_files_and_logs(tmp_path, monkeypatch):
     assert run.rows("metrics") == [{"step": 1}]
     Run.claim(tmp_path / "new", IDENTITY).close()  # nothing half-written stands in the way
     assert json.loads((tmp_path / "new" / "stage.json").read_text())["status"] == "running"
+
+
+def test_an_unfinished_run_goes_on_where_only_rounding_differs(tmp_path):
+    identity = {"settings": {"lr": 0.1, "shard": "none"}, "ranks": 2}
+    with Run.claim(tmp_path / "r", identity):
+        pass
+    other = {"settings": {"lr": 0.1, "shard": "full"}, "ranks": 1}
+    with Run.claim(tmp_path / "r", other, rounding=("ranks", "shard")) as run:
+        (event,) = [row for row in run.rows("events") if row["event"] == "changed"]
+        assert event["what"] == "identity.ranks 2 there, 1 here, identity.settings.shard none there, full here"
+        assert run.stage["identity"] == other
+    with pytest.raises(UserError, match="lr"):
+        Run.claim(tmp_path / "r", {"settings": {"lr": 0.2, "shard": "full"}, "ranks": 1}, rounding=("ranks", "shard"))
+    with Run.claim(tmp_path / "r", other) as run:
+        run.finish({"steps": 1})
+    with pytest.raises(UserError, match="ranks 1 there, 2 here"):
+        Run.claim(tmp_path / "r", {**other, "ranks": 2}, rounding=("ranks", "shard"))

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from temper.runs import Run, load_latest, save_checkpoint
-from temper.train import State, Step, TrainingError, ranks
+from temper.runs import Run, load_latest, save_checkpoint, spread_tensors
+from temper.train import State, Step, TrainingError, ranks, shard
 
 LINES = 15.0  # seconds between two lines of progress where there is no terminal
 
@@ -95,7 +95,9 @@ def drive(
         tally["seconds"] = before + time.monotonic() - began
         tally["peak_mb"] = max(tally["peak_mb"], _peak_mb())
         state = {"fit": step.snapshot(), "tally": dict(tally)}
-        save_checkpoint(run.checkpoints, step.n, state, keep=keep, best=tally["best"] and tally["best"]["step"])
+        if step.gather:
+            ranks.order("save")
+        save_checkpoint(run.checkpoints, step.n, state, keep=keep, best=tally["best"] and tally["best"]["step"], spread=shard.write)
         saved_at = time.monotonic()
 
     ranks.led(state)
@@ -118,22 +120,27 @@ def drive(
                         if "note" in event:
                             _say(f"step {last}: {event['event']}: {event['note']}", quiet)
                     better = False
-                    if evaluate and (at_end or _due(last, evaluate_every)):
+                    evaluated = evaluate and (at_end or _due(last, evaluate_every))
+                    sampled = samples and (at_end or _due(last, samples_every))
+                    if step.gather and (evaluated or sampled or at_end):
+                        ranks.order("gather")
+                        step.gather()
+                    if evaluated:
                         run.set_status(phase="evaluate", now=True, step=last, steps=steps)
                         with _untouched(module):
-                            found = dict(evaluate())
+                            found = dict(evaluate())  # type: ignore[misc]
                         run.log("metrics", {"step": last, "eval": found})
                         better = best is not None and _better(found, best, tally, last)
-                    if samples and (at_end or _due(last, samples_every)):
+                    if sampled:
                         with _untouched(module):
-                            for row in samples():
+                            for row in samples():  # type: ignore[misc]
                                 run.log("samples", {"step": last, **row})
                     stopping = stop()  # asked once: a signal after this is for the next step
                     if at_end or better or stopping or time.monotonic() - saved_at >= save_seconds:
                         save(step)
                 eta = show(last, step.metrics)
                 run.set_status(phase="train", step=last, steps=steps, eta=eta, seconds=before + time.monotonic() - began)
-                ranks.led_flag(stopping or at_end)
+                ranks.order("stop" if stopping or at_end else "next")
                 if stopping and not at_end:
                     run.set_status(phase="interrupted", now=True, step=last, steps=steps)
                     run.event("interrupted", after=last)
@@ -204,8 +211,13 @@ def make(
 def follow(make_steps: Callable[[State | None], Iterator[Step]]) -> None:
     """What the other ranks do while the leader drives: the same steps from the same state, until it says that it is enough."""
     with _signals():  # the leader decides
-        for _ in make_steps(ranks.led()):
-            if ranks.led_flag():
+        for step in make_steps(ranks.led()):
+            for what in ranks.orders():
+                if what == "gather" and step.gather:
+                    step.gather()
+                elif what == "save":
+                    shard.write(spread_tensors(step.snapshot()))
+            if what == "stop":
                 break
 
 

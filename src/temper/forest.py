@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +51,7 @@ class Forest:
     tokens, position, segment, previous: [T] int64. position counts along a token's own path, prefix included; previous is the
     index of the token that predicts this one, -1 when nothing precedes it. parent [S] int64, -1 for a root. target [T] float32.
     columns: {name: [T] or, for the names in `labels`, [S]} float32. weights: what the loop divides by, counted from the data.
-    order [S]: where the k-th given segment (the trees one after the other) ended up.
+    order [S]: where the k-th given segment (the trees one after the other) ended up. tree [S]: which tree a segment belongs to.
     """
 
     tokens: Tensor
@@ -64,6 +64,7 @@ class Forest:
     weights: dict[str, float]
     labels: frozenset[str]
     order: Tensor
+    tree: Tensor
 
     @property
     def T(self) -> int:
@@ -103,6 +104,11 @@ class Forest:
     def last(self) -> Tensor:
         """[S] the segment's last token: where a score of the path so far is read."""
         return self.end - 1
+
+    @property
+    def trees(self) -> int:
+        """Number of trees."""
+        return int(self.tree[-1]) + 1
 
     @cached_property
     def longest(self) -> int:
@@ -146,7 +152,7 @@ class Forest:
         return Forest(**plain, columns=parts["column"] | parts["label"], weights=weights, labels=frozenset(parts["label"]))
 
 
-_PLAIN = ("tokens", "position", "segment", "parent", "previous", "target", "order")
+_PLAIN = ("tokens", "position", "segment", "parent", "previous", "target", "order", "tree")
 
 
 @torch.inference_mode(False)
@@ -211,6 +217,43 @@ def plant(trees: Sequence[Tree], weights: Mapping[str, float] | None = None) -> 
         weights=dict(weights) if weights is not None else {"tokens": float(target.sum(dtype=np.float64))},
         labels=frozenset(labels),
         order=torch.from_numpy(row if order is None else np.argsort(order)),
+        tree=torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)),
+    )
+
+
+@torch.inference_mode(False)
+def divide(forest: Forest, budget: int) -> list[Forest]:
+    """The forest in pieces of at most `budget` tokens, cut between its trees; a larger tree is a piece of its own.
+
+    What the loop divides by is counted on the whole: the pieces have no weights. Itself where it fits.
+    """
+    if budget >= forest.T or forest.trees == 1:
+        return [forest]
+    segments = torch.bincount(forest.tree).cumsum(0).tolist()  # of each tree one past its last segment
+    tokens = forest.end[torch.tensor(segments) - 1].tolist()
+    borders = [(0, 0)]
+    for before, after in pairwise(zip(segments, tokens, strict=True)):
+        if after[1] - borders[-1][1] > budget:
+            borders.append(before)
+    return [_piece(forest, *a, *b) for a, b in pairwise([*borders, (forest.S, forest.T)])]
+
+
+def _piece(forest: Forest, segment: int, token: int, segments: int, tokens: int) -> Forest:
+    """The whole trees from `segment` and `token` up to `segments` and `tokens`."""
+    here, own = slice(token, tokens), slice(segment, segments)
+    parent, previous = forest.parent[own], forest.previous[here]
+    return Forest(
+        tokens=forest.tokens[here],
+        position=forest.position[here],
+        segment=forest.segment[here] - segment,
+        parent=torch.where(parent < 0, parent, parent - segment),
+        previous=torch.where(previous < 0, previous, previous - token),
+        target=forest.target[here],
+        columns={name: x[own if name in forest.labels else here] for name, x in forest.columns.items()},
+        weights={},
+        labels=forest.labels,
+        order=forest.order[own] - segment,
+        tree=forest.tree[own] - forest.tree[segment],
     )
 
 

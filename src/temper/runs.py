@@ -25,7 +25,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -232,6 +232,14 @@ def differences(there: Any, here: Any, limit: int = 3) -> str:
     return ", ".join(words(name) for name in names[:limit]) + more
 
 
+def _exact(identity: Mapping[str, Any], rounding: Sequence[str]) -> dict[str, Any]:
+    """An identity without the names on which a result depends by rounding alone."""
+    rest = {name: value for name, value in identity.items() if name not in rounding}
+    if isinstance(settings := rest.get("settings"), dict):
+        rest["settings"] = {name: value for name, value in settings.items() if name not in rounding}
+    return rest
+
+
 # ---------------------------------------------------------------- the run
 
 
@@ -302,12 +310,14 @@ class Run:
         fresh: bool = False,
         record: Mapping[str, Any] | None = None,
         code: Sequence[str] = (),
+        rounding: Sequence[str] = (),
     ) -> Run:
         """Creates the run, or opens the same one again to go on with it.
 
         identity: what decides the result (method, settings, fingerprints of the inputs): a run with another identity is
         refused. record: what else stage.json should say (parent, seed, threads, ...); it is not compared. fresh: removes
         what Temper wrote in the folder, and nothing else, and starts over. code: the modules whose sources made it (`code_version`).
+        rounding: names in identity and settings that change a result by rounding alone: an unfinished run goes on with other ones.
         Raises UserError when the folder holds something else, another run, or a run that is being written.
         """
         run = cls(folder)
@@ -322,13 +332,13 @@ class Run:
             run.folder.mkdir(parents=True, exist_ok=True)
             run._acquire()
         try:
-            run._settle(json.loads(canonical(identity)), fresh, dict(record or {}), code)
+            run._settle(json.loads(canonical(identity)), fresh, dict(record or {}), code, rounding)
         except BaseException:
             run.close()
             raise
         return run
 
-    def _settle(self, identity: dict, fresh: bool, record: dict, code: Sequence[str]) -> None:
+    def _settle(self, identity: dict, fresh: bool, record: dict, code: Sequence[str], rounding: Sequence[str]) -> None:
         there = _read_json(self.folder / "stage.json")
         if there is not None and (fresh or there.get("status") == "clearing"):
             self._clear(there)
@@ -337,18 +347,25 @@ class Run:
             raise UserError(f"{self.folder / 'stage.json'} cannot be read; choose another --out or --fresh")
         if there is not None and there["identity"] != identity:
             what = differences(there["identity"], identity)
-            raise UserError(f"{self.folder} belongs to another run: {what}; choose another --out or --fresh")
+            done = there["status"] == "done"
+            if done or _exact(there["identity"], rounding) != _exact(identity, rounding):
+                raise UserError(f"{self.folder} belongs to another run: {what}; choose another --out or --fresh")
         for left in self.folder.glob(f"{ASIDE}*"):
             _remove(left)
-        now = {"versions": versions(), "code": code_version(*code), "record": json.loads(canonical(record))}
+        now: dict[str, Any] = {
+            "identity": identity,
+            "versions": versions(),
+            "code": code_version(*code),
+            "record": json.loads(canonical(record)),
+        }
+        whose = {**now, "fingerprint": fingerprint(identity)}
         if there is None:
-            whose = {"identity": identity, "fingerprint": fingerprint(identity), **now}
             self._stage({"status": "running", **whose, "created": time.time(), "files": []})
         elif there["status"] != "done":
             changed = differences({key: there.get(key) for key in now}, now)
             if changed:
                 self.event("changed", what=changed, note="the figures may differ in their last digits")
-            self._stage({**there, **now})
+            self._stage({**there, **whose})
 
     def _acquire(self) -> None:
         path = self.folder / ".lock"
@@ -482,16 +499,28 @@ class Loaded(NamedTuple):
     events: list[dict]
 
 
-def _pack(state: Any) -> tuple[Any, dict[str, Any]]:
-    """Nested state -> (JSON skeleton, {key: tensor}). One storage seen twice the same way (tied weights) is written once."""
+def _pack(state: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Nested state -> (JSON skeleton, {key: tensor}, {key: tensor that lies spread over ranks}).
+
+    One storage seen twice the same way (tied weights) is written once.
+    """
     import numpy as np
     import torch
 
     tensors: dict[str, torch.Tensor] = {}
+    spread: dict[str, torch.Tensor] = {}
     seen: dict[tuple, str] = {}
     alive = []  # so that an id of freed memory is never met again
 
-    def put(tensor: torch.Tensor) -> str:
+    def put(tensor: Any) -> str:
+        view: tuple
+        if hasattr(tensor, "placements"):
+            # by its storage, which has no address where a rank's part is empty: all ranks must find the same tensors to be one
+            view = (tensor.to_local().untyped_storage()._cdata, tensor.shape)
+            if view not in seen:
+                seen[view] = f"spread-{len(spread)}"
+                spread[seen[view]] = tensor
+            return seen[view]
         tensor = tensor.detach()
         view = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() == 0 or view not in seen:
@@ -523,7 +552,12 @@ def _pack(state: Any) -> tuple[Any, dict[str, Any]]:
         kinds = "dicts, lists, tensors, arrays, numbers and strings"
         raise TypeError(f"checkpoint: {where} is a {type(value).__name__}; a state is made of {kinds}")
 
-    return walk(state, "state"), tensors
+    return walk(state, "state"), tensors, spread
+
+
+def spread_tensors(state: State) -> dict[str, Any]:
+    """What `save_checkpoint` gives to `spread`: {key: tensor}, the same keys on all ranks."""
+    return _pack(state)[2]
 
 
 def _unpack(skeleton: Any, tensors: dict[str, Any]) -> Any:
@@ -550,15 +584,25 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in folder.glob("step-*") if path.name[5:].isdigit())
 
 
-def save_checkpoint(folder: Path, step: int, state: State, *, keep: int = 2, best: int | None = None) -> Path:
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    state: State,
+    *,
+    keep: int = 2,
+    best: int | None = None,
+    spread: Callable[[dict[str, Any], Path], None] | None = None,
+) -> Path:
     """Writes a nested state as `folder/step-...`: safetensors and JSON with SHA-256 sums, no pickle.
+
+    spread(tensors, folder): writes the tensors that lie spread over ranks (DTensor), each rank its part, in safetensors files.
 
     Written aside, flushed, renamed; only then are older ones removed, down to the last `keep` and the one of step `best`.
     Raises UserError on a full disk, the older checkpoints being whole; TypeError when the state holds something else.
     """
     from safetensors.torch import save_file
 
-    skeleton, tensors = _pack(state)
+    skeleton, tensors, parts = _pack(state)
     target = folder / f"step-{step:08d}"
     aside = folder / f"{ASIDE}{target.name}-{os.getpid()}"
     with disk(target, "the checkpoint before it is whole"):
@@ -567,6 +611,8 @@ def save_checkpoint(folder: Path, step: int, state: State, *, keep: int = 2, bes
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             save_file(tensors, aside / "tensors.safetensors")
+            if parts and spread:
+                spread(parts, aside)
             _write(aside / "state.json", json.dumps(skeleton, separators=(",", ":")).encode())
             sums = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
             _write(aside / "manifest.json", json.dumps({"step": step, "sha256": sums}).encode())
@@ -596,15 +642,29 @@ def load_checkpoint(path: Path) -> tuple[int, State]:
         if path.name != f"step-{manifest['step']:08d}":
             raise ValueError(f"manifest.json says step {manifest['step']}")
         data = {}
-        for name in ("tensors.safetensors", "state.json"):
+        for name, known in manifest["sha256"].items():
             data[name] = (path / name).read_bytes()  # not mapped: the sums are of what is used, and pruning frees the disk
-            if hashlib.sha256(data[name]).hexdigest() != manifest["sha256"][name]:
+            if hashlib.sha256(data[name]).hexdigest() != known:
                 raise ValueError(f"{name} does not match its checksum")
-        return manifest["step"], _unpack(json.loads(data["state.json"]), load(data["tensors.safetensors"]))
+        tensors = load(data.pop("tensors.safetensors"))
+        skeleton = json.loads(data.pop("state.json"))
+        return manifest["step"], _unpack(skeleton, tensors | (_join(path) if data else {}))
     except FileNotFoundError as error:
         raise ValueError(f"{Path(error.filename or path).name} is missing") from error
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError("manifest.json or state.json cannot be read") from error
+
+
+def _join(path: Path) -> dict[str, Any]:
+    """The whole tensors whose parts the ranks wrote, however many they were."""
+    import torch
+    from torch.distributed import checkpoint
+
+    reader = checkpoint.HuggingFaceStorageReader(str(path))
+    known: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    found = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in known.items() if name.startswith("spread-")}
+    checkpoint.load(found, storage_reader=reader, no_dist=True)
+    return found
 
 
 def load_latest(folder: Path) -> Loaded:

@@ -17,12 +17,13 @@ from test_fit import PLAIN, Bigram, Scale, documents, nll, weighing
 from torch import nn
 from toy import QUESTIONS, flags, result, train, user, values_of, write
 
-from temper.config import build
+from temper.config import UserError, build
 from temper.forest import Forest, plant
 from temper.methods import load
+from temper.models.load import load_policy
 from temper.records import Ranked, read_jsonl
-from temper.runs import Run
-from temper.train import TrainingError, fit, ranks
+from temper.runs import Run, load_checkpoint, save_checkpoint, spread_tensors
+from temper.train import Compute, TrainingError, fit, ranks, shard
 from temper.train.fit import TIMINGS, Loss, Term
 
 LIMIT = 300.0  # seconds after which ranks are taken to wait for each other for ever
@@ -127,8 +128,11 @@ def sampled(state):
     return sorted(found)
 
 
-def play(method, values, resume=None, keep=()):
-    """A method from its settings, without a driver: metrics of each step, the last weights, snapshots, PPO's rollouts."""
+def play(method, values, resume=None, keep=(), folder=None):
+    """A method from its settings, without a driver: metrics of each step, the last weights, snapshots, PPO's rollouts.
+
+    folder: where the snapshots are written as checkpoints.
+    """
     torch.set_num_threads(1)
     job = load(method).prepare(build(load(method).settings(method), values), None)
     rows, states, rollouts, module = [], {}, [], None
@@ -137,8 +141,14 @@ def play(method, values, resume=None, keep=()):
         rows.append({name: value for name, value in step.metrics.items() if name not in LEFT_OUT})
         if method == "ppo":
             rollouts.append(sampled(step.snapshot()["source"]))
-        if step.n in keep:
+        if step.n in keep and folder is None:
             states[step.n] = copy.deepcopy(step.snapshot())
+        elif step.n in keep and ranks.rank() == 0:
+            save_checkpoint(folder, step.n, step.snapshot(), spread=shard.write)
+        elif step.n in keep and step.gather:
+            shard.write(spread_tensors(step.snapshot()))
+    if step.gather:
+        step.gather()
     return rows, copy.deepcopy(module.state_dict()), states, rollouts
 
 
@@ -210,8 +220,93 @@ def test_a_snapshot_of_two_ranks_goes_on_with_one_and_one_of_one_with_two(two, t
     same_answers(more, sampled_alone[at:])
 
 
-@pytest.mark.parametrize("method", ["sft", "reward", "dpo", "ppo"])
-def test_a_batch_with_fewer_trees_than_ranks(two, toy, tmp_path, method):
+# ---------------------------------------------------------------- weights spread over the ranks
+
+FULL = {"shard": "full"}
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "reward", "ppo"])
+def test_spread_over_two_ranks_what_one_does(two, toy, tmp_path, method):
+    """Unequal numbers of micro-batches too: a rank that has fewer makes passes without effect."""
+    name, values = short(method, toy, tmp_path)
+    values |= {"tokens_per_microbatch": 100, "fit_memory": method == "reward"}
+    (rows, weights, _, rollouts), (theirs, own, _, _) = two(play, name, values | FULL)
+    alone, expected, _, sampled_alone = play(name, values)
+    agree(rows, alone, weights, expected)
+    assert rows == theirs
+    assert all(torch.equal(value, own[at]) for at, value in weights.items())
+    same_answers(rollouts, sampled_alone)
+
+
+@pytest.mark.parametrize("method", ["sft", "ppo"])
+def test_a_checkpoint_of_spread_weights_goes_on_with_one_rank_and_one_of_one_spread(two, toy, tmp_path, method):
+    name, values = short(method, toy, tmp_path)
+    at = 3
+    (rows, weights, _, rollouts), _ = two(play, name, values | FULL, None, (at,), tmp_path / "checkpoints")
+    step, state = load_checkpoint(tmp_path / "checkpoints" / f"step-{at:08d}")
+    files = {path.suffix for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
+    assert files == {".safetensors", ".json"}  # no pickle
+    assert step == at
+    rest, end, _, more = play(name, values, state)
+    agree(rest, rows[at:], end, weights)
+    same_answers(more, rollouts[at:])
+    alone, expected, states, sampled_alone = play(name, values, None, (at,))
+    (rest, end, _, more), _ = two(play, name, values | FULL, states[at])
+    agree(rest, alone[at:], end, expected)
+    same_answers(more, sampled_alone[at:])
+
+
+def _held(method, values):
+    """Numbers that this rank holds between steps, of the weights that others see and of those that are trained; all there are."""
+    job = load(method).prepare(build(load(method).settings(method), values), None)
+    whole = sum(p.numel() for p in job.policy[0].parameters())
+    step = next(job.steps(None))
+    seen = sum(p.numel() for p in step.module.parameters())
+    state = spread_tensors(step.snapshot())
+    kept = sum(x.to_local().numel() for x in state.values())
+    step.gather()
+    return seen, kept, whole, sum(p.numel() for p in step.module.parameters())
+
+
+def test_a_rank_holds_its_part(two, toy, tmp_path):
+    name, values = short("sft", toy, tmp_path)
+    for seen, kept, whole, again in two(_held, name, values | FULL):
+        assert seen == 0
+        assert kept <= 3 * (whole / 2) * 1.05  # weights and two states of the optimiser; uneven shapes take a little more
+        assert again == whole
+
+
+def test_a_stage_with_spread_weights(two, toy, tmp_path):
+    """The driver: evaluation, samples and the model that is written need whole weights; checkpoints are every rank's."""
+    values = values_of("sft", toy) | {"epochs": 0.25, "lr": 1e-3}
+    summary, _ = two(saving, "sft", tmp_path / "two", values | FULL)
+    alone = train("sft", tmp_path / "one", **values)
+    assert summary["held_out_loss"] == pytest.approx(alone["held_out_loss"], abs=1e-5)
+    keep = lambda name: [{k: v for k, v in row.items() if k != "eval"} for row in result(tmp_path / name)[1] if "eval" not in row]  # noqa: E731
+    agree(keep("two"), keep("one"))
+    samples = [Run(tmp_path / name).rows("samples") for name in ("two", "one")]
+    assert samples[0] == samples[1]
+    mine, theirs = (load_policy(str(tmp_path / name))[0].state_dict() for name in ("two", "one"))
+    for at, value in mine.items():
+        torch.testing.assert_close(value, theirs[at], atol=1e-5, rtol=0)
+
+
+def test_what_is_no_transformer_cannot_be_spread(two):
+    for error in two(_spread_bigram):
+        assert error.startswith("--shard full: Bigram is not made of transformer models alone")
+
+
+def _spread_bigram():
+    module = Bigram()
+    try:
+        next(fit(module, lambda step: [plant(documents(2))], nll, steps=1, optim=PLAIN, compute=Compute(shard="full")))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(("method", "how"), [("sft", {}), ("reward", {}), ("dpo", {}), ("ppo", {}), ("sft", FULL), ("ppo", FULL)])
+def test_a_batch_with_fewer_trees_than_ranks(two, toy, tmp_path, method, how):
     """One record in a step, or one prompt in a rollout: a rank has nothing to do, and the update is the same."""
     name, values = short(method, toy, tmp_path)
     values |= (
@@ -219,7 +314,7 @@ def test_a_batch_with_fewer_trees_than_ranks(two, toy, tmp_path, method):
         if method == "ppo"
         else {"batch": 1, "epochs": 0.03 if method == "sft" else 0.3}
     )
-    (rows, weights, _, rollouts), _ = two(play, name, values)
+    (rows, weights, _, rollouts), _ = two(play, name, values | how)
     alone, expected, _, sampled_alone = play(name, values)
     agree(rows, alone, weights, expected)
     same_answers(rollouts, sampled_alone)
@@ -230,6 +325,11 @@ def test_a_batch_with_fewer_trees_than_ranks(two, toy, tmp_path, method):
 
 def stage(method, out, values):
     return train(method, out, **values)
+
+
+def saving(method, out, values):
+    """The same with a checkpoint at every step."""
+    return train(method, out, save_seconds=1e-9, **values)
 
 
 def late_leader(method, out, values, rank):
@@ -264,11 +364,11 @@ def test_two_ranks_collect_the_same_comparisons(two, toy, tmp_path):
     assert there["card"] == alone["card"]
 
 
-@pytest.mark.parametrize("late", [0, 1])
-def test_constitutional_ai_on_two_ranks(two, toy, tmp_path, late):
+@pytest.mark.parametrize(("late", "how"), [(0, {}), (1, {}), (1, FULL)])
+def test_constitutional_ai_on_two_ranks(two, toy, tmp_path, late, how):
     """Two phases, and files in between that the leader writes and both read, whoever comes first."""
     values = values_of("constitution", toy) | {"epochs": 1, "lr": 1e-4, "sl_lr": 1e-4}
-    two(late_leader, "constitution", tmp_path / "two", values, late)
+    two(late_leader, "constitution", tmp_path / "two", values | how, late)
     train("constitution", tmp_path / "one", **values)
     for name in "revisions", "helpful":
         assert (tmp_path / "two" / f"{name}.jsonl").read_bytes() == (tmp_path / "one" / f"{name}.jsonl").read_bytes()
@@ -370,12 +470,29 @@ def _unchecked_on(rank):
     return None
 
 
+def _short_on(rank):
+    """One rank's memory does not hold its record."""
+    module = Scale()
+
+    def loss(m, forest):
+        if ranks.rank() == rank:
+            raise MemoryError
+        return Loss({"x": Term(m.w * 1, "tokens")}, {})
+
+    try:
+        next(fit(module, lambda step: [weighing(tokens=1.0)], loss, steps=1, optim=PLAIN))
+    except TrainingError as error:
+        return str(error), 1.0, module.w.item()
+    return None
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("fails", "what"),
     [
         (_nan_on, "step 2: loss term 'policy' is nan in micro-batch 1 of 1"),
         (_steep_on, "step 1: the gradient of loss term 'root' is not finite at w in micro-batch 1 of 1"),
+        (_short_on, "step 1: memory cannot hold one record of 2 tokens"),
         (_unchecked_on, "check before the first update: policy and reference differ"),
     ],
 )
@@ -448,7 +565,7 @@ def _parts(folder):
         "sum": ranks.all_sum({"both": 1.0 + mine, f"of {mine}": 5.0}),
         "whole": ranks.whole(share, [sizes[i] * 10 for i in share]),
         "led": ranks.led(["state", mine] if mine == 0 else None),
-        "flags": [ranks.led_flag(mine == 0), ranks.led_flag(mine == 1)],
+        "orders": [*map(ranks.order, ("save", "stop"))] and ["save", "stop"] if mine == 0 else list(ranks.orders()),
         "agree": [ranks.agree(None), ranks.agree("bad" if mine else None), ranks.agree(f"bad {mine}")],
         "first": found,
     }
@@ -466,7 +583,7 @@ def test_the_parts(two, tmp_path):
             "sum": {"both": 3.0, "of 0": 5.0, "of 1": 5.0},
             "whole": [40, 10, 30, 20],
             "led": ["state", 0],
-            "flags": [True, False],
+            "orders": ["save", "stop"],
             "agree": [None, "bad", "bad 0"],
         }
     )
@@ -496,7 +613,7 @@ def test_one_rank_needs_no_group():
     assert ranks.all_sum({"a": 2.0}) == {"a": 2.0}
     assert ranks.whole([0, 1], "ab") == ["a", "b"]
     assert ranks.led(3) == 3
-    assert ranks.led_flag(True)
+    ranks.order("next")
     assert ranks.agree("bad") == "bad"
     with ranks.leader_first():
         pass

@@ -92,7 +92,7 @@ def summed_kl(policy: Any, reference: Any, answers: Answers, temperature: float,
     out: list[list[float]] = [[] for _ in trees]
     with torch.no_grad():
         for group in pack([sum(len(s.tokens) for s in t) for t in trees], budget):
-            forest = plant([trees[i] for i in group])
+            forest = plant([trees[i] for i in group]).to(policy.device)
             ratio = token_logp(policy, forest, temperature=temperature) - token_logp(reference, forest, temperature=temperature)
             parts = iter(ratio.split([len(s.tokens) for i in group for s in trees[i][1:]]))
             for i in group:
@@ -210,7 +210,7 @@ def enumerated_logp(
     with torch.no_grad():
         for i in range(0, len(ids), children):
             some = ids[i : i + children]
-            forest = plant([[Segment(head, [0.0] * len(head)), *(Segment(a, [1.0] * len(a), parent=0) for a in some)]])
+            forest = plant([[Segment(head, [0.0] * len(head)), *(Segment(a, [1.0] * len(a), parent=0) for a in some)]]).to(model.device)
             out += [float(part.double().sum()) for part in token_logp(model, forest, temperature=temperature).split([len(a) for a in some])]
     return np.array(out)
 
@@ -273,8 +273,8 @@ class Probe:
     ) -> None:
         self.policy, self.tokenizer, self.how = policy, tokenizer, how
         self.prompts = dataset("evaluation", n=prompts, seed=1, split="evaluation")
-        self.reference = load_policy(reference)[0] if reference else None
-        self.reward = RewardModel(reward) if reward else None
+        self.reference = load_policy(reference, device=policy.device)[0] if reference else None
+        self.reward = RewardModel(reward, device=policy.device) if reward else None
 
     def __call__(self) -> dict[str, float]:
         answers = ask_all(

@@ -19,8 +19,9 @@ from temper.records import Message
 class RewardModel:
     """Scores are (raw - mean) / std, with the mean and deviation over the answers seen in training (arXiv:2203.02155, sec. 3.5)."""
 
-    def __init__(self, folder: str | Path) -> None:
-        self.model, self.tokenizer = load_scalar(str(folder))
+    def __init__(self, folder: str | Path, **how: Any) -> None:
+        """how: device and precision, see `load_scalar`."""
+        self.model, self.tokenizer = load_scalar(str(folder), **how)
         if not any(kind.endswith("ForSequenceClassification") for kind in self.model.config.architectures or []):
             raise UserError(f"{folder}: a language model, not a reward model; train one from it with `temper reward`")
         scale = getattr(self.model.config, "temper_reward", None) or {"mean": 0.0, "std": 1.0}
@@ -37,7 +38,7 @@ class RewardModel:
         trees = [[Segment(*render_chat(self.tokenizer, chat, "last"))] for chat in chats]
         out = [0.0] * len(trees)
         for group in pack([len(t[0].tokens) for t in trees], budget):
-            forest = plant([trees[i] for i in group])
+            forest = plant([trees[i] for i in group]).to(self.model.device)
             for i, value in zip(group, self.score(forest, forest.end - 1).tolist(), strict=True):
                 out[i] = value
         return out

@@ -17,6 +17,7 @@ from temper.runs import Run, disk, fingerprint
 from temper.train import machine, ranks
 from temper.world.streams import VERSION
 
+ROUNDING = ("ranks", "shard", "activations", "fit_memory", "tokens_per_microbatch")  # of an identity: another one changes last digits
 INPUTS = ("model", "data", "reward", "prompts", "red_team", "helpful", "helpful_pairs", "principles")  # settings that name what is read
 
 
@@ -85,7 +86,9 @@ def run_stage(method: str, settings: Settings, place: Place, context: Context | 
     }
     if place.fresh:
         _must_be_there(values)
-    with Run.claim(place.out, identity(method, settings, place), fresh=place.fresh, record=record, code=code_of(method)) as run:
+    with Run.claim(
+        place.out, identity(method, settings, place), fresh=place.fresh, record=record, code=code_of(method), rounding=ROUNDING
+    ) as run:
         if ranks.led(run.done):
             return _complete(run, run.stage["summary"])
         try:

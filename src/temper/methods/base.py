@@ -6,6 +6,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from temper.config import Settings, opt
 from temper.data.packing import batch_indices, pack
 from temper.forest import Forest, Tree, plant
@@ -76,9 +78,12 @@ def offline(
 
 
 def forests(
-    trees: Sequence[Tree], microbatch: int, weigh: Callable[[Sequence[Tree]], dict[str, float]] | None = None
+    trees: Sequence[Tree],
+    microbatch: int,
+    weigh: Callable[[Sequence[Tree]], dict[str, float]] | None = None,
+    device: str | torch.device = "cpu",
 ) -> Iterator[tuple[list[int], Forest]]:
-    """All trees once, packed: (their indices, the forest). For reference log-probs, scores and held-out losses."""
+    """All trees once, packed: (their indices, the forest on `device`). For reference log-probs, scores and held-out losses."""
     for group in pack([sum(len(s.tokens) for s in tree) for tree in trees], microbatch):
         picked = [trees[i] for i in group]
-        yield list(group), plant(picked, weigh(picked) if weigh else None)
+        yield list(group), plant(picked, weigh(picked) if weigh else None).to(device)

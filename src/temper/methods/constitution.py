@@ -29,7 +29,7 @@ from temper.models.load import load_policy, save
 from temper.records import Chat, Message, Pair, read_jsonl, write_jsonl
 from temper.rollout import Sampling, generator, sample
 from temper.runs import Run
-from temper.train import Optim, State, Step, fit, ranks
+from temper.train import Compute, Optim, State, Step, fit, ranks
 from temper.world.constitution import DEFAULT, Constitution, load
 
 METRICS = {
@@ -70,6 +70,7 @@ class CAI(Settings):
     phase1: Phase1 = Phase1()
     batching: Batching = Batching()
     optim: Optim = Optim(lr=1e-4, schedule="cosine", warmup=0.1)
+    compute: Compute = Compute()
 
 
 def settings(name: str) -> type[Settings]:
@@ -140,8 +141,8 @@ class Author:
             trees += [[Segment(ids, [0.0] * len(ids)), *(Segment(x, [1.0], parent=0) for x in letters)] for ids in here]
         first_letter = torch.zeros(len(trees))
         with torch.no_grad():
-            for index, forest in forests(trees, self.s.batching.tokens_per_microbatch):
-                first_letter[index] = token_logp(self.model, forest).view(-1, 2).softmax(-1)[:, 0]
+            for index, forest in forests(trees, self.s.batching.tokens_per_microbatch, device=self.model.device):
+                first_letter[index] = token_logp(self.model, forest).view(-1, 2).softmax(-1)[:, 0].cpu()
         for_a = torch.where(torch.arange(len(trees)) % 2 == 0, first_letter, 1 - first_letter)
         return [float(for_a[here].mean()) if here else None for here in asked]
 
@@ -204,8 +205,8 @@ def compare(author: Author, judge: Author, constitution: Constitution, prompts: 
 def prepare(settings: CAI, run: Run) -> Job:
     s, b = settings, settings.batching
     rules = principles(s.principles or DEFAULT)
-    model, tokenizer = load_policy(s.model)
-    judge, _ = load_policy(s.model)
+    model, tokenizer = load_policy(s.model, **s.compute.placed)
+    judge, _ = load_policy(s.model, **s.compute.placed)
     author, judging = Author(model, tokenizer, s), Author(judge, tokenizer, s)
 
     def prompts(spec: str) -> list[list[Message]]:
@@ -239,7 +240,7 @@ def prepare(settings: CAI, run: Run) -> Job:
 
     def phase1(resume: State | None) -> Iterator[Step]:
         optim = s.optim.model_copy(update={"lr": s.phase1.sl_lr})
-        return fit(model, offline(trees, b), sft.lm_loss, steps=first, optim=optim, seed=b.seed, resume=resume)
+        return fit(model, offline(trees, b), sft.lm_loss, steps=first, optim=optim, seed=b.seed, resume=resume, compute=s.compute)
 
     def phase2(resume: State | None) -> Iterator[Step]:
         with ranks.leader_first():
@@ -259,7 +260,7 @@ def prepare(settings: CAI, run: Run) -> Job:
             raise UserError(f"{s.red_team}: no prompt got two different answers that could be compared; raise --temperature or --max-new")
         answer_trees, _ = comparison_trees(tokenizer, pairs, model, s.window)
         preference.with_reference(model, answer_trees, b.tokens_per_microbatch, preference.references(run))
-        return preference.train_on(model, answer_trees, "dpo", {"beta": s.beta}, b, s.optim, steps=second, resume=resume)
+        return preference.train_on(model, answer_trees, "dpo", {"beta": s.beta}, b, s.optim, s.compute, steps=second, resume=resume)
 
     def steps(resume: State | None) -> Iterator[Step]:
         phase = resume["phase"] if resume else 1

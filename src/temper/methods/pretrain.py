@@ -15,7 +15,7 @@ from temper.methods.sft import held_out_loss, lm_loss
 from temper.models.load import Size, new_model, save
 from temper.models.tokenizer import train_tokenizer
 from temper.runs import Run
-from temper.train import Optim, State, Step, fit
+from temper.train import Compute, Optim, State, Step, fit
 
 METRICS = {
     "loss": "negative log-likelihood per token, in nats",
@@ -38,6 +38,7 @@ class Pretrain(Settings):
     split: Split = Split(held_out=0.01)
     batching: Batching = Batching(batch=8)
     optim: Optim = Optim(lr=3e-3, schedule="cosine", warmup=0.05, beta2=0.99)
+    compute: Compute = Compute()
 
 
 def settings(name: str) -> type[Settings]:
@@ -45,8 +46,9 @@ def settings(name: str) -> type[Settings]:
 
 
 def train(settings: Pretrain, model, trees, resume: State | None = None) -> Iterator[Step]:
-    b = settings.batching
-    return fit(model, offline(trees, b), lm_loss, steps=b.steps(len(trees)), optim=settings.optim, seed=b.seed, resume=resume)
+    b, how = settings.batching, settings.compute
+    steps = b.steps(len(trees))
+    return fit(model, offline(trees, b), lm_loss, steps=steps, optim=settings.optim, seed=b.seed, resume=resume, compute=how)
 
 
 def prepare(settings: Pretrain, run: Run) -> Job:
@@ -57,7 +59,7 @@ def prepare(settings: Pretrain, run: Run) -> Job:
     context = limit_of(settings.size.context, settings.max_length)[0] or settings.size.context
     trees, cut = text_trees(tokenizer, kept, context)
     tests, _ = text_trees(tokenizer, out, context)
-    model = new_model(settings.size, len(tokenizer), tokenizer, seed=settings.batching.seed)
+    model = new_model(settings.size, len(tokenizer), tokenizer, seed=settings.batching.seed, **settings.compute.placed)
     return Job(
         total=settings.batching.steps(len(trees)),
         steps=lambda resume: train(settings, model, trees, resume),

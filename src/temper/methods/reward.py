@@ -28,7 +28,7 @@ from temper.models.heads import scalar
 from temper.models.load import load_scalar, save
 from temper.records import Pair, Ranked
 from temper.runs import Run
-from temper.train import Loss, Optim, State, Step, Term, fit
+from temper.train import Compute, Loss, Optim, State, Step, Term, fit
 
 METRICS = {
     "loss": "Bradley-Terry loss per record",
@@ -56,6 +56,7 @@ class Reward(Settings):
     split: Split = Split()
     batching: Batching = Batching(batch=64)
     optim: Optim = Optim(lr=1e-3, schedule="cosine", warmup=0.05)
+    compute: Compute = Compute()
 
 
 def settings(name: str) -> type[Settings]:
@@ -108,7 +109,7 @@ def scores(model, trees: Sequence[Tree], microbatch: int) -> list[list[float]]:
     """Raw scores of each record's answers, the best first."""
     out: list[list[float]] = [[] for _ in trees]
     with torch.no_grad():
-        for index, forest in forests(trees, microbatch, count_records):
+        for index, forest in forests(trees, microbatch, count_records, model.device):
             answers = compared(forest).answers
             raw = iter(scalar(model, forest, forest.end[answers] - 1).tolist())
             for i in index:
@@ -138,12 +139,13 @@ def train(settings: Reward, model, trees, resume: State | None = None) -> Iterat
         optim=settings.optim,
         seed=b.seed,
         resume=resume,
+        compute=settings.compute,
     )
 
 
 def prepare(settings: Reward, run: Run) -> Job:
     b = settings.batching
-    model, tokenizer = load_scalar(settings.model, seed=b.seed)
+    model, tokenizer = load_scalar(settings.model, seed=b.seed, **settings.compute.placed)
     records, report = read(settings.data, "comparisons", skip_bad=settings.window.skip_bad)
     kept, out = split(records, settings.split.held_out, b.seed)
     trees, cut = comparison_trees(tokenizer, kept, model, settings.window)

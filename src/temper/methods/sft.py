@@ -19,7 +19,7 @@ from temper.methods.base import Batching, Job, Split, Window, forests, offline
 from temper.models.heads import weighted_nll
 from temper.models.load import load_policy, resize, save
 from temper.runs import Run
-from temper.train import Loss, Optim, State, Step, Term, fit
+from temper.train import Compute, Loss, Optim, State, Step, Term, fit
 
 METRICS = {
     "loss": "negative log-likelihood per learned token, in nats",
@@ -41,6 +41,7 @@ class SFT(Settings):
     split: Split = Split()
     batching: Batching = Batching()
     optim: Optim = Optim(lr=3e-4, schedule="cosine", warmup=0.1)
+    compute: Compute = Compute()
 
 
 def settings(name: str) -> type[Settings]:
@@ -57,19 +58,20 @@ def held_out_loss(model, trees: Sequence[Tree], microbatch: int) -> float:
     """Mean negative log-likelihood per learned token, in nats."""
     total = weight = 0.0
     with torch.no_grad():
-        for _, forest in forests(trees, microbatch):
+        for _, forest in forests(trees, microbatch, device=model.device):
             total += float(weighted_nll(model, forest)[0])
             weight += forest.weights["tokens"]
     return total / weight
 
 
 def train(settings: SFT, model, trees, resume: State | None = None) -> Iterator[Step]:
-    b = settings.batching
-    return fit(model, offline(trees, b), lm_loss, steps=b.steps(len(trees)), optim=settings.optim, seed=b.seed, resume=resume)
+    b, how = settings.batching, settings.compute
+    steps = b.steps(len(trees))
+    return fit(model, offline(trees, b), lm_loss, steps=steps, optim=settings.optim, seed=b.seed, resume=resume, compute=how)
 
 
 def prepare(settings: SFT, run: Run) -> Job:
-    model, tokenizer = load_policy(settings.model)
+    model, tokenizer = load_policy(settings.model, **settings.compute.placed)
     if attach_default_template(tokenizer):
         resize(model, tokenizer)
     records, report = read(settings.data, "chat", skip_bad=settings.window.skip_bad)

@@ -384,7 +384,8 @@ def _attention(
     if unknown or dropout or query.shape[0] != 1 or key.shape[2] != query.shape[2] or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"forest attention: one causal row, no dropout, no cache and no {', '.join(unknown) or 'extras'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # the gradient of x[0] would be a copy
+    # The gradient of x[0] would be a copy; under autocast rotation leaves q and k in float32.
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
     if decode is not None:
         return decode(q, k, v, scale=scale, window=sliding_window).unsqueeze(0), None
     assert forest is not None
@@ -395,11 +396,16 @@ ALL_ATTENTION_FUNCTIONS.register("forest", _attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("forest", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
+def trunk(model: PreTrainedModel) -> Any:
+    """What runs the model without its head: the base model, or where the weights are spread the method that gathers them first."""
+    return getattr(model, "trunk", None) or adapters.beneath(model).base_model
+
+
 def trunk_states(model: PreTrainedModel, forest: Forest, backend: str) -> Tensor:
     """[T, d] final states of the trunk under a backend other than "rows"."""
     # A mask of four dimensions keeps transformers from building its own.
     none = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=forest.tokens.device)
-    out = adapters.beneath(model).base_model(
+    out = trunk(model)(
         input_ids=forest.tokens[None],
         position_ids=forest.position[None],
         attention_mask=none,

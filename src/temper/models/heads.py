@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from temper.config import UserError
@@ -38,15 +40,31 @@ def hidden(model: PreTrainedModel, forest: Forest) -> Tensor:
 
 def hidden_by(model: PreTrainedModel, forest: Forest, backend: str) -> Tensor:
     """[T, d] under a named backend: flash, dense or rows (see `temper.models.attention`)."""
-    if backend != "rows":
-        return attention.trunk_states(model, forest, backend)
-    if "rows" not in forest.cache:
-        forest.cache["rows"] = unroll(forest)
-    rows = forest.cache["rows"]
-    trunk = adapters.beneath(model).base_model
-    extra = {"use_cache": False} if "use_cache" in inspect.signature(trunk.forward).parameters else {}
-    states = trunk(input_ids=rows.ids, attention_mask=rows.mask.long(), **extra).last_hidden_state  # rows begin at position 0
-    return states.flatten(0, 1)[rows.where]
+    with computing(model):
+        if backend != "rows":
+            return attention.trunk_states(model, forest, backend).to(precision(model))
+        if "rows" not in forest.cache:
+            forest.cache["rows"] = unroll(forest)
+        rows = forest.cache["rows"]
+        extra = {"use_cache": False} if "use_cache" in inspect.signature(adapters.beneath(model).base_model.forward).parameters else {}
+        states = attention.trunk(model)(input_ids=rows.ids, attention_mask=rows.mask.long(), **extra).last_hidden_state  # from position 0
+        return states.flatten(0, 1)[rows.where].to(precision(model))
+
+
+def computing(model: PreTrainedModel) -> AbstractContextManager:
+    """Within it the model's products are taken in its precision (`load_policy`); its weights stay what they are."""
+    half = precision(model) == torch.bfloat16
+    return torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext()
+
+
+def slack(model: PreTrainedModel, exact: float, rounded: float) -> float:
+    """What log-probs of the same tokens under the same weights may differ by: `exact` nats in float32, `rounded` in less."""
+    return exact if precision(model) in (torch.float32, torch.float64) else rounded
+
+
+def precision(model: PreTrainedModel) -> torch.dtype:
+    """What the model's products are taken in, and so its states."""
+    return getattr(model, "precision", model.dtype)
 
 
 def token_logp(model: PreTrainedModel, forest: Forest, *, temperature: float = 1.0, indices: Tensor | None = None) -> Tensor:
@@ -145,8 +163,8 @@ def weighted_nll(model: PreTrainedModel, forest: Forest, weight: Tensor | None =
 
 def scalar(model: PreTrainedModel, forest: Forest, at: Tensor) -> Tensor:
     """[len(at)] float32 scores of a sequence-classification model with one label, read at the tokens `at`, say forest.last of answers."""
-    score: Any = model.score
-    return score(hidden(model, forest)[at]).squeeze(-1).float()
+    states, score = hidden(model, forest)[at].float(), cast(Any, model.score)
+    return F.linear(states, score.weight.float(), None if score.bias is None else score.bias.float()).squeeze(-1)
 
 
 class Final(NamedTuple):

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,6 +40,8 @@ from temper.models import adapters, attention, heads
 
 log = logging.getLogger("temper")
 
+Precision = Literal["auto", "float32", "bfloat16"]
+
 
 class Size(Settings):
     """The sizes of a new model: a Llama with tied embeddings."""
@@ -53,7 +55,13 @@ class Size(Settings):
 
 
 def new_model(
-    size: Size, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None, *, seed: int, device: str = "cpu"
+    size: Size,
+    vocab_size: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    seed: int,
+    device: str | torch.device = "cpu",
+    precision: Precision = "auto",
 ) -> PreTrainedModel:
     """A freshly initialised model in float32: the same sizes and seed give the same weights.
 
@@ -82,14 +90,16 @@ def new_model(
         model = LlamaForCausalLM(config)
     nn.Module.to(model, device).eval()
     check_forest(model)
+    compute_in(model, precision)
     return model
 
 
 def load_policy(
-    name_or_dir: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+    name_or_dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, precision: Precision = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A language model and its tokenizer from a folder or hub name, checked against the forest.
 
+    precision: see `compute_in`.
     Raises UserError for a folder that is missing, incomplete or not a language model, and for a hub name that cannot be reached.
     """
     name = _source(name_or_dir)
@@ -100,16 +110,22 @@ def load_policy(
     _complete(name, report["missing_keys"])
     nn.Module.to(model, device).eval()
     check_forest(model, name)
+    compute_in(model, precision)
     return model, load_tokenizer(name)
 
 
 def load_scalar(
-    name_or_dir: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, *, seed: int = 0
+    name_or_dir: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    precision: Precision = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A scoring model with one label (reward, value): a saved one, or a language model's trunk under a new head.
 
     A new head has no bias and weights from N(0, 1/sqrt(d + 1)) (arXiv:1909.08593, 2009.01325), drawn from `seed`.
-    Raises UserError as `load_policy` does, and for a model with more than one label.
+    precision: see `compute_in`. Raises UserError as `load_policy` does, and for a model with more than one label.
     """
     name = _source(name_or_dir)
     config, tokenizer = _config(name), load_tokenizer(name)
@@ -133,7 +149,15 @@ def load_scalar(
         model.score = head.to(dtype)
     nn.Module.to(model, device).eval()
     check_forest(model, name)
+    compute_in(model, precision)
     return model, tokenizer
+
+
+def compute_in(model: PreTrainedModel, precision: Precision) -> None:
+    """Take the model's products in this precision from now on: forwards, log-probs, sampling. The weights stay as they are; losses and
+    sums are float32. auto: bfloat16 on a GPU that has it, the weights' own elsewhere (on most CPUs bfloat16 is slower)."""
+    half = precision == "bfloat16" or (precision == "auto" and model.device.type == "cuda" and torch.cuda.is_bf16_supported())
+    cast(Any, model).precision = torch.bfloat16 if half else model.dtype
 
 
 def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from temper.forest import Segment, plant
 from temper.models.attention import attend
-from temper.models.heads import logits
+from temper.models.heads import computing, logits, precision
 from temper.models.load import check_forest
 from temper.rollout import kernel
 
@@ -231,10 +231,11 @@ class Shared:
         return logits(self.model, states)
 
     def _trunk(self, tokens: Tensor, position: Tensor, decode: Any) -> Tensor:
-        out = self.model.base_model(
-            input_ids=tokens[None], position_ids=position[None], attention_mask=self.no_mask, use_cache=False, decode=decode
-        )
-        return out.last_hidden_state[0]
+        with computing(self.model):
+            out = self.model.base_model(
+                input_ids=tokens[None], position_ids=position[None], attention_mask=self.no_mask, use_cache=False, decode=decode
+            )
+        return out.last_hidden_state[0].to(precision(self.model))
 
 
 def _alike(lengths: Sequence[int]) -> list[slice]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from temper.config import UserError
+from temper.models.heads import computing
 from temper.rollout.decode import Batch, Decoder, decoder
 from temper.rollout.sampling import Sampling, draw, uniforms
 
@@ -189,7 +190,7 @@ def plain_attention(model: Any) -> Iterator[None]:
     before = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
     try:
-        with _evaluating(model):
+        with _evaluating(model), computing(model):
             yield
     finally:
         model.set_attn_implementation(before)

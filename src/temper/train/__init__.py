@@ -1,6 +1,7 @@
 """The training loop, its optimiser and schedules. Floor 3."""
 
+from temper.train.compute import Compute
 from temper.train.fit import Loss, State, Step, Term, TrainingError, fit
 from temper.train.optim import Optim, adamw, lr_at
 
-__all__ = ["Loss", "Optim", "State", "Step", "Term", "TrainingError", "adamw", "fit", "lr_at"]
+__all__ = ["Compute", "Loss", "Optim", "State", "Step", "Term", "TrainingError", "adamw", "fit", "lr_at"]

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -18,15 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from temper.config import UserError
-from temper.forest import Forest
+from temper.forest import Forest, divide
 from temper.runs import State
-from temper.train import ranks
+from temper.train import machine, ranks, shard
+from temper.train.compute import Compute, activations
 from temper.train.optim import Optim, adamw, lr_at
 
 TIMINGS = ("seconds", "tokens_per_second")  # the only metrics that differ between two runs of the same seed
 HISTORY = 50  # gradient norms that the spike guard looks back on
 ADVICE = "the weights are as before it; lower --lr or --max-grad-norm, or look at this step's records"
 ENOUGH = 10  # before so many it lets everything pass
+SHARE = 0.8  # of the free memory that a micro-batch may take: its measured size is a prediction
 
 
 class TrainingError(UserError):
@@ -55,7 +58,8 @@ class Step(NamedTuple):
 
     metrics: loss, the mean of each term, the loss's own metrics, grad_norm, lr, tokens, tokens_learned, seconds,
     tokens_per_second, and what the source adds. snapshot(): the complete state to go on from here, not copied: save it, or
-    copy it, before the next step. events: what happened beside the numbers.
+    copy it, before the next step. events: what happened beside the numbers. gather(): gives `module` its weights, which it lacks
+    between steps where they are spread over ranks; all ranks must call it. None: it always has them.
     """
 
     n: int  # 1-based
@@ -63,10 +67,12 @@ class Step(NamedTuple):
     snapshot: Callable[[], State]
     module: nn.Module
     events: list[dict]
+    gather: Callable[[], None] | None = None
 
 
 class Source(Protocol):
-    """Where batches come from. It may also have state() and restore(state), and metrics(step) -> dict, asked after the update."""
+    """Where batches come from. It may also have state() and restore(state), metrics(step) -> dict, asked after the update, and
+    reads(step) -> bool: whether it will use the module's weights."""
 
     def __call__(self, step: int, /) -> Sequence[Forest]:
         """The micro-batches of the 0-based optimiser step; with several ranks, this rank's share of them."""
@@ -103,6 +109,7 @@ def fit(
     resume: State | None = None,
     check: Callable[[Any, Sequence[Forest]], None] | None = None,
     multipliers: Mapping[str, float] | None = None,
+    compute: Compute = Compute(),
 ) -> Iterator[Step]:
     """Yield a Step after every optimiser update. The caller logs, evaluates, saves or stops; there are no callbacks.
 
@@ -112,15 +119,24 @@ def fit(
     gradients on the first step's batches of a fresh run, before the first update; raises when something is wrong.
     multipliers: see `adamw`. Dropout and train/eval modes are the caller's.
 
-    Raises TrainingError when a loss or gradient is not finite, before the weights are touched.
+    The micro-batches are computed longest first, so that the most memory is asked for at once. One that does not fit is halved
+    between its trees, with all that are as long from then on, and the step is computed again from its beginning: the update is that
+    of a step that fitted.
+
+    Raises TrainingError when a loss or gradient is not finite, or one tree alone does not fit, before the weights are touched.
     """
-    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if not trainable:
+    if not any(p.requires_grad for p in module.parameters()):
         raise ValueError("no parameter requires a gradient: nothing to train")
-    device = next(iter(trainable.values())).device
-    optimizer = adamw(module, optim, multipliers)
+    done = limit = 0  # limit: tokens of a micro-batch; 0 = as the source gives them
     norms: list[float] = []
-    done = 0
+    if resume is not None:
+        done, limit, norms = resume["step"], resume["limit"], list(resume["norms"])
+        module.load_state_dict(resume["module"])
+    twin = shard.Twin(module) if compute.shard == "full" and ranks.count() > 1 and done < steps else None
+    trained = twin.module if twin else module
+    trainable = {name: p for name, p in trained.named_parameters() if p.requires_grad}
+    device = next(iter(trainable.values())).device
+    optimizer = adamw(trained, optim, multipliers)
 
     def snapshot_at(n: int) -> Callable[[], State]:
         def snapshot() -> State:
@@ -128,7 +144,8 @@ def fit(
                 raise RuntimeError(f"snapshot of step {n} asked for at step {done}: the weights have moved on")
             state = {
                 "step": n,
-                "module": module.state_dict(),
+                "limit": limit,
+                "module": trained.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "norms": list(norms),
                 "random": random_states(),
@@ -138,10 +155,7 @@ def fit(
         return snapshot
 
     if resume is not None:
-        done = resume["step"]
-        module.load_state_dict(resume["module"])
-        optimizer.load_state_dict(resume["optimizer"])
-        norms = list(resume["norms"])
+        shard.resume(optimizer, resume["optimizer"])
         if hasattr(source, "restore"):
             source.restore(resume["source"])
         restore_random(resume["random"])
@@ -154,20 +168,38 @@ def fit(
         began = time.perf_counter()
         events: list[dict] = []
         seed_everything(seed, step)
+        if twin and hasattr(source, "reads") and source.reads(step):
+            twin.gather()
         batches = [batch.to(device) for batch in source(step)]
         weights = ranks.all_sum(_count(batches))
         if not weights:
             raise ValueError(f"step {step + 1}: the source gave no batch")
         if step == 0 and check is not None:
             _check(check, module, batches)
+        if twin:
+            twin.release()
 
-        parts = [_backward(module, batch, loss, weights, step) for batch in batches]
-        metrics = _measure(batches, parts, weights, step)
+        backward = partial(_backward, trained, loss=loss, weights=weights, step=step, kept=compute.activations)
+        if step == 0 and compute.fit_memory:
+            limit = _fitting(backward, batches, trainable, spread=twin is not None)
+            optimizer.zero_grad()
+            events.append(
+                {"event": "memory measured", "limit": limit, "note": f"at most {limit:,} tokens at a time" if limit else "no limit"}
+            )
+        computed = _compute(backward, batches, limit, optimizer, spread=twin is not None)
+        if computed.halved:
+            limit = computed.limit
+            events.append(
+                {"event": "out of memory", "limit": limit, "note": f"{computed.halved}; from now on at most {limit:,} tokens at a time"}
+            )
+        batches, parts = computed.batches, computed.parts
+        metrics = _measure(batches, parts, weights, step, computed.problem)
 
-        ranks.sum_gradients(trainable.values())
+        if not twin:
+            ranks.sum_gradients(trainable.values())
         norm = _grad_norm(trainable, optim.max_grad_norm)
         if not math.isfinite(norm):
-            named = ranks.agree(_blame(module, batches, loss, weights, trainable, step))
+            named = None if twin else ranks.agree(_blame(module, batches, loss, weights, trainable, step))
             raise TrainingError(f"step {step + 1}: {named or 'the gradient is not finite'}; {ADVICE}")
         rate = lr_at(optim, step, steps)
         for group in optimizer.param_groups:
@@ -178,7 +210,7 @@ def fit(
         if spike:
             events.append({"event": "spike", "grad_norm": norm, "median": statistics.median(norms[:-1]), "note": "the update was left out"})
         else:
-            before = {name: p.detach().clone() for name, p in trainable.items()} if step == 0 else None
+            before = {name: shard.own(p.detach()).clone() for name, p in trainable.items()} if step == 0 else None
             optimizer.step()
             if before is not None:
                 events.append(_changed(trainable, before))
@@ -192,8 +224,10 @@ def fit(
             metrics = _join(metrics, source.metrics(step))
         seconds = time.perf_counter() - began
         metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
-        del batches, parts
-        yield Step(done, metrics, snapshot_at(done), module, events)
+        del batches, parts, computed
+        yield Step(done, metrics, snapshot_at(done), module, events, twin.gather if twin else None)
+    if twin:
+        twin.gather()
 
 
 def _count(batches: Sequence[Forest]) -> dict[str, float]:
@@ -203,6 +237,82 @@ def _count(batches: Sequence[Forest]) -> dict[str, float]:
         for name, weight in batch.weights.items():
             found[name] += float(weight)
     return found
+
+
+class Computed(NamedTuple):
+    """What the micro-batches of a step gave; their gradients are added up."""
+
+    batches: list[Forest]  # as they were computed
+    parts: list[Loss]
+    limit: int  # tokens of a micro-batch from now on
+    halved: str = ""  # what did not fit, if anything
+    problem: str | None = None  # why the step cannot be computed
+
+
+def _compute(
+    backward: Callable[..., Loss], batches: Sequence[Forest], limit: int, optimizer: torch.optim.Optimizer, *, spread: bool
+) -> Computed:
+    """Gradients of the step's micro-batches, again from the beginning with smaller ones when one does not fit into memory.
+
+    spread: the ranks hold parts of the weights and wait for each other in every pass, so each makes as many, and none makes one again.
+    """
+    halved = ""
+    while True:
+        planned = list(batches) if not limit else [piece for batch in batches for piece in divide(batch, limit)]
+        planned.sort(key=lambda batch: -batch.T)
+        idle = _idle(planned) if spread else []
+        parts: list[Loss] = []
+        try:
+            for batch in planned:
+                parts.append(backward(batch))
+            for batch in idle:
+                backward(batch, scale=0.0)
+            return Computed(planned, parts, limit, halved)
+        except (MemoryError, RuntimeError) as error:
+            if not machine.out_of_memory(error):
+                raise
+        failed = [*planned, *idle][len(parts)]  # out of the handler: what the attempt held is free once its traceback is
+        optimizer.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if failed.trees == 1:
+            advice = "cut or drop long records (--max-length, --too-long), or try --activations recompute"
+            problem = f"memory cannot hold one record of {failed.T:,} tokens; {advice}"
+        elif spread:
+            problem = f"memory cannot hold a micro-batch of {failed.T:,} tokens; lower --tokens-per-microbatch, or use --fit-memory"
+        else:
+            limit, halved = failed.T // 2, f"a micro-batch of {failed.T:,} tokens did not fit into memory"
+            continue
+        if spread:
+            raise TrainingError(problem)  # at once: the others wait for this rank inside the model
+        return Computed([], [], limit, halved, problem)
+
+
+def _idle(batches: Sequence[Forest]) -> list[Forest]:
+    """Micro-batches without effect, so that this rank makes as many passes as the one that has most."""
+    counts = ranks.gather(len(batches))
+    there = ranks.gather(batches[0].tensors() if batches else None) if 0 in counts else []
+    some = batches[-1] if batches else Forest.from_tensors(next(x for x in there if x))
+    return [some] * (max(counts) - len(batches))
+
+
+def _fitting(backward: Callable[..., Loss], batches: Sequence[Forest], trainable: Mapping[str, nn.Parameter], *, spread: bool) -> int:
+    """How many tokens fit into memory at a time, on every rank: a straight line through the peaks of two sizes. 0: it cannot be said."""
+    longest = max([*batches, *(_idle(batches) if spread else [])], key=lambda batch: batch.T, default=None)
+    device = next(iter(trainable.values())).device
+    free = machine.free_memory(device)
+    limit = 0
+    if longest is not None and free is not None:
+        small, large = (divide(longest, longest.T // parts)[0] for parts in (8, 2))
+        backward(small, scale=0.0)  # the first pass of all takes more than the others
+        low, high = (machine.peak_of(partial(backward, piece, scale=0.0), device) for piece in (small, large))
+        if low is not None and high is not None and high > low and large.T > small.T:
+            each = (high - low) / (large.T - small.T)
+            later = 12 * sum(shard.own(p).numel() for p in trainable.values())  # the optimiser's two states, the first step's copy
+            room = SHARE * (free / (ranks.beside() if device.type == "cpu" else 1) - later) - (low - each * small.T)
+            limit = max(1, int(room / each)) if room < each * 1e9 else 0
+            limit = limit // 256 * 256 or limit  # the same again where a little more or less is free
+    return min((n for n in ranks.gather(limit) if n), default=0)
 
 
 def _terms(module: nn.Module, batch: Forest, loss: Callable, weights: Mapping[str, float], step: int) -> tuple[Loss, dict[str, Tensor]]:
@@ -220,11 +330,15 @@ def _terms(module: nn.Module, batch: Forest, loss: Callable, weights: Mapping[st
     }
 
 
-def _backward(module: nn.Module, batch: Forest, loss: Callable, weights: Mapping[str, float], step: int) -> Loss:
-    """Adds the micro-batch's gradients. Gives its loss back without the graph."""
-    out, shares = _terms(module, batch, loss, weights, step)
-    if shares:
-        cast(Tensor, sum(shares.values())).backward()
+def _backward(
+    module: nn.Module, batch: Forest, *, loss: Callable, weights: Mapping[str, float], step: int, kept: str, scale: float = 1.0
+) -> Loss:
+    """Adds the micro-batch's gradients times `scale`. Gives its loss back without the graph. kept: what is, of the activations."""
+    with activations(module, kept):
+        out, shares = _terms(module, batch, loss, weights, step)
+        if shares:
+            total = cast(Tensor, sum(shares.values()))
+            (total if scale == 1.0 else total * scale).backward()
     return Loss(
         {name: term._replace(total=term.total.detach()) for name, term in out.terms.items()},
         {name: (_detached(total), _detached(weight)) for name, (total, weight) in out.metrics.items()},
@@ -235,15 +349,19 @@ def _detached(x: Tensor | float) -> Tensor | float:
     return x.detach() if isinstance(x, Tensor) else x
 
 
-def _measure(batches: Sequence[Forest], parts: Sequence[Loss], weights: Mapping[str, float], step: int) -> dict[str, float]:
-    """Means over the step and all ranks: each sum by its weight, once. Raises TrainingError naming the term that is not finite."""
+def _measure(
+    batches: Sequence[Forest], parts: Sequence[Loss], weights: Mapping[str, float], step: int, problem: str | None
+) -> dict[str, float]:
+    """Means over the step and all ranks: each sum by its weight, once.
+
+    Raises TrainingError on all ranks for the problem that one has, and naming the term that is not finite.
+    """
     sums: dict[tuple[str, str], float] = defaultdict(float)
-    problem = None
     for i, part in enumerate(parts):
         for name, term in part.terms.items():
             value = float(term.total)
             if not math.isfinite(value):
-                problem = problem or f"loss term {name!r} is {value} in micro-batch {i + 1} of {len(parts)}"
+                problem = problem or f"loss term {name!r} is {value} in micro-batch {i + 1} of {len(parts)}; {ADVICE}"
             if weights[term.per] != 0:
                 sums["term", name] += value / weights[term.per]
                 sums["loss", "loss"] += term.coefficient * value / weights[term.per]
@@ -255,7 +373,7 @@ def _measure(batches: Sequence[Forest], parts: Sequence[Loss], weights: Mapping[
         sums["count", "tokens_learned"] += int((batch.target != 0).sum())
     problem = ranks.agree(problem)
     if problem:
-        raise TrainingError(f"step {step + 1}: {problem}; {ADVICE}")
+        raise TrainingError(f"step {step + 1}: {problem}")
     over_ranks = ranks.all_sum(sums)
 
     def of(kind: str) -> dict[str, float]:
@@ -278,7 +396,7 @@ def _grad_norm(trainable: Mapping[str, nn.Parameter], limit: float) -> float:
     gradients = [p.grad for p in trainable.values() if p.grad is not None]
     if not gradients:
         raise TrainingError("the loss does not depend on any trainable parameter: there is nothing to train")
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = shard.full(torch.nn.utils.get_total_norm(gradients))
     if limit > 0 and math.isfinite(float(norm)):
         torch.nn.utils.clip_grads_with_norm_(trainable.values(), limit, norm)
     return float(norm)
@@ -315,9 +433,15 @@ def _check(check: Callable[[Any, Sequence[Forest]], None], module: nn.Module, ba
 
 
 def _changed(trainable: Mapping[str, nn.Parameter], before: Mapping[str, Tensor]) -> dict:
-    """Which tensors the first update moved, against those declared trainable."""
-    unchanged = [name for name, p in trainable.items() if torch.equal(p.detach(), before[name])]
-    zero = [name for name, p in trainable.items() if p.grad is None or not bool(p.grad.any())]  # weight decay moves these too
+    """Which tensors the first update moved on any rank, against those declared trainable."""
+
+    def anywhere(true: Mapping[str, bool]) -> list[str]:
+        return [name for name, n in ranks.all_sum({name: float(x) for name, x in true.items()}).items() if n]
+
+    moved = anywhere({name: not torch.equal(shard.own(p.detach()), before[name]) for name, p in trainable.items()})
+    pushed = anywhere({name: p.grad is not None and bool(shard.own(p.grad).any()) for name, p in trainable.items()})
+    unchanged = [name for name in trainable if name not in moved]
+    zero = [name for name in trainable if name not in pushed]  # weight decay moves these too
     event = {"event": "first update", "declared": len(trainable), "changed": len(trainable) - len(unchanged)}
     still = list(dict.fromkeys([*unchanged, *zero]))
     if still:

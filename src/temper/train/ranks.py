@@ -16,12 +16,15 @@ from torch import distributed, nn
 
 T = TypeVar("T")
 K = TypeVar("K")
+ORDERS = ("next", "stop", "gather", "save")  # of a step: it is over, it was the last, its weights are looked at, it is saved
 PATIENCE = timedelta(hours=24)  # the leader may evaluate for long; one that died is noticed by its closed connection
 
 
 def join(rank: int, count: int, address: str = "env://") -> None:
     """Become rank `rank` of `count`. address: as torch.distributed's init_method."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
     distributed.init_process_group(backend, init_method=address, rank=rank, world_size=count, timeout=PATIENCE)
 
 
@@ -45,6 +48,11 @@ def count() -> int:
 def rank() -> int:
     """Which of them this process is; 0 leads."""
     return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def beside() -> int:
+    """How many ranks run on this machine, this one included."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count()))
 
 
 def gather(value: T) -> list[T]:
@@ -112,13 +120,20 @@ def led(value: T | None = None) -> T:
     return box[0]  # type: ignore[return-value]
 
 
-def led_flag(value: bool = False) -> bool:
-    """The same for a yes or no, cheaply: asked at every step."""
-    if count() == 1:
-        return value
-    box = torch.tensor([float(value)])
-    distributed.broadcast(box, src=0)
-    return bool(box[0])
+def order(what: str) -> None:
+    """The leader has the others do something with it: one of ORDERS. They read it from `orders`."""
+    if count() > 1:
+        distributed.broadcast(torch.tensor([ORDERS.index(what)]), src=0)
+
+
+def orders() -> Iterator[str]:
+    """What the leader orders, up to and including "next" or "stop"."""
+    what = ""
+    while what not in ("next", "stop"):
+        box = torch.tensor([0])
+        distributed.broadcast(box, src=0)
+        what = ORDERS[int(box)]
+        yield what
 
 
 @contextmanager
