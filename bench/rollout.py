@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from bench.data import Setup, forward_flops
 from bench.machine import Refused
@@ -13,6 +13,7 @@ from temper.forest import Segment, plant
 from temper.rollout import Sampling, sample
 
 EACH = 4  # answers to a prompt
+PAGE = 64  # tokens of a page of the cache, for continuous batching
 TIE = 1e-4  # logits this near each other may be taken in either order
 
 
@@ -139,9 +140,14 @@ def generate(
 
 
 def _continuous(model: Any, prompts: list[list[int]], config: GenerationConfig) -> list[list[list[int]]]:
-    results = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
-    answers = [list(result.generated_tokens) for result in results.values()]
     n = config.num_return_sequences or 1
+    longest = max(map(len, prompts)) + config.max_new_tokens
+    # room for all rows at once, said beforehand: by default it takes nine tenths of the free memory, and on a CPU the system kills it
+    how = ContinuousBatchingConfig(page_size=PAGE, num_blocks=n * len(prompts) * (longest // PAGE + 2), max_batch_tokens=2048)
+    results = model.generate_batch(
+        inputs=prompts, generation_config=config, continuous_batching_config=how, progress_bar=False, warmup=model.device.type == "cuda"
+    )
+    answers = [list(result.generated_tokens) for result in results.values()]
     if len(answers) != n * len(prompts):
         raise RuntimeError(f"{len(answers)} of {n * len(prompts)} answers came back")
     return [answers[i : i + n] for i in range(0, len(answers), n)]

@@ -89,9 +89,8 @@ def picture(results: dict[str, Any]) -> None:
 
     rows = [row for row in results["rows"] if row["against"] == "best"]
     curves = list(dict.fromkeys(point["curve"] for point in results["curves"]))
-    figure, axes = pyplot.subplot_mosaic(
-        [["ratio"] * 2 + ["memory"] * 2, curves] if len(curves) == 4 else [["ratio", "memory"]], figsize=(15, 7)
-    )
+    grid: list[Any] = [["ratio"] * 2 + ["memory"] * 2, curves] if len(curves) == 4 else [["ratio", "memory"]]
+    figure, axes = pyplot.subplot_mosaic(grid, figsize=(15, 7))
     low = [row["ratio"] - row["ratio_low"] for row in rows]
     high = [row["ratio_high"] - row["ratio"] for row in rows]
     axes["ratio"].bar([_name(row) for row in rows], [row["ratio"] for row in rows], yerr=[low, high], color=OURS, capsize=3)
