@@ -232,6 +232,8 @@ def test_it_raises_the_reward(toy, tmp_path):
 def test_what_the_user_did_wrong(toy, tmp_path):
     for more, what in (
         ({"temperature": 0}, "--temperature 0: PPO must sample"),
+        ({"top_p": 0.9}, r"top_p 0\.9: PPO learns from the policy's own distribution"),
+        ({"repetition_penalty": 1.2}, r"repetition_penalty 1\.2: PPO learns from"),
         ({"minibatches": 7}, "--minibatches 7 > --prompts-per-step 6"),
         ({"reward": toy.sft}, "a language model, not a reward model"),
         ({"max_new": 155}, "tokens beside 155 of answer|leaves no room|for the answer"),
