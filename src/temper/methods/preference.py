@@ -22,7 +22,7 @@ from temper.losses.preference import RULES, Pairs
 from temper.methods.base import Batching, Job, Split, Window, forests, offline
 from temper.methods.reward import count_records, ends
 from temper.models.adapters import without_adapter
-from temper.models.heads import slack, token_logp
+from temper.models.heads import precision, slack, token_logp
 from temper.models.load import load_policy, save
 from temper.models.references import Kept
 from temper.runs import Run
@@ -70,7 +70,7 @@ def with_reference(model, trees: Sequence[Tree], microbatch: int, keep: Path | N
 
     The reference is the model as it is, or what its adapter was put on. keep: a folder where what it gives is kept.
     """
-    kept = Kept(keep, model, trees, microbatch=microbatch, ranks=ranks.count()) if keep else None
+    kept = Kept(keep, model, trees, microbatch=microbatch, ranks=ranks.count(), precision=str(precision(model))) if keep else None
     found = ranks.led(kept.read() if kept else None)
     if found is None:
         found = _reference(model, trees, microbatch)
@@ -81,9 +81,9 @@ def with_reference(model, trees: Sequence[Tree], microbatch: int, keep: Path | N
             segment.labels = {**segment.labels, "ref_logp": value}
 
 
-def references(run: Run) -> Path:
-    """Where runs beside each other keep their references' log-probabilities."""
-    return run.folder.parent / ".references"
+def references(run: Run | None) -> Path | None:
+    """Where runs beside each other keep their references' log-probabilities; nowhere without a run."""
+    return run.folder.parent / ".references" if run else None
 
 
 def _reference(model, trees: Sequence[Tree], microbatch: int) -> list[list[float]]:

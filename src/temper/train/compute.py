@@ -19,7 +19,7 @@ from temper.models.load import Precision
 class Compute(Settings):
     """How a step is computed; but for `precision`, the result does not depend on it beyond rounding."""
 
-    device: Literal["cpu", "cuda", "mps"] = opt("cpu", "what computes; cuda: the GPU of each rank")
+    device: Literal["cpu", "cuda", "mps"] = opt("cpu", "what computes; cuda: a GPU for each of the ranks")
     precision: Precision = opt("auto", "of the products; weights, optimiser and losses are float32; auto: bfloat16 on a GPU")
     activations: Literal["keep", "recompute", "offload"] = opt(
         "keep", "of the forward pass: keep, compute again layer by layer (less memory, a third more time), or move to the host's memory"
