@@ -92,7 +92,10 @@ class PPO:
         return lambda: [next(steps) for _ in range(EPOCHS)]
 
     def compare(self, how: Padded) -> float:
-        """The largest relative difference of loss and gradient norm over one PPO step on our rollout. Raises Refused."""
+        """The largest difference of loss and gradient norm over one PPO step on our rollout. Raises Refused.
+
+        The norm's is relative. The loss is near 0, a mean of whitened advantages: its difference is in their unit, a deviation.
+        """
         peer, off = Peer(self, how), 0.0
         rollout: Answered | None = None
         mine: list[Timed] = []
@@ -102,8 +105,8 @@ class PPO:
             mine.append(Timed(0.0, step.metrics["loss"], step.metrics["grad_norm"]))
         assert rollout is not None
         for a, b in zip(mine, peer.learn(peer.annotate(rollout)), strict=True):
-            for what, x, y in ("loss", a.loss, b.loss), ("gradient norm", a.grad_norm, b.grad_norm):
-                off = max(off, abs(x - y) / abs(y))
+            for what, x, y, unit in ("loss", a.loss, b.loss, 1.0), ("gradient norm", a.grad_norm, b.grad_norm, b.grad_norm):
+                off = max(off, abs(x - y) / unit)
                 if not off <= LATER:
                     raise Refused(f"{what} {x:.7g} of ours, {y:.7g} of the peer")
         return off
