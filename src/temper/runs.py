@@ -25,6 +25,7 @@ import os
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -663,7 +664,9 @@ def _join(path: Path) -> dict[str, Any]:
     reader = checkpoint.HuggingFaceStorageReader(str(path))
     known: dict[str, Any] = reader.read_metadata().state_dict_metadata
     found = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in known.items() if name.startswith("spread-")}
-    checkpoint.load(found, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():  # one process reading alone is what is meant
+        warnings.simplefilter("ignore", UserWarning)
+        checkpoint.load(found, storage_reader=reader, no_dist=True)
     return found
 
 
