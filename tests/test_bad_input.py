@@ -77,6 +77,10 @@ FILES = {  # case: (writes the file, what the line must say after the file's nam
         lambda path: path.write_bytes(json.dumps(GOOD[0]).encode() + b'\n{"messages": "\xff"}\n'),
         r":2: byte 15 of the line is not UTF-8",
     ),
+    "messages that are a number": (
+        lambda path: lines(path, *(json.dumps({**row, "meta": {}}) for row in GOOD[:2]), '{"meta": {}, "messages": 5}'),
+        r":3: messages: got 5, input should be a valid list",
+    ),
     "half a surrogate pair": (rows(messages=[*user("x\ud800"), says("y")]), r":3: half a surrogate pair"),
 }
 
@@ -88,7 +92,7 @@ def test_a_file_that_cannot_be_used(toy, tmp_path, capsys, case):
     make(data)
     line = refused(sft(toy, data, out), capsys)
     assert re.match(rf"temper: {re.escape(str(data))}{says_what}", line), line
-    assert not out.exists()
+    assert not out.parent.exists()
     write(data, GOOD)
     assert run(sft(toy, data, out), capsys)[0] == 0  # no --fresh needed
     assert Run(out).done
@@ -115,6 +119,56 @@ def test_other_files(toy, tmp_path, capsys):
     ):
         assert what in refused(sft(toy, spec, tmp_path / "out"), capsys)
     assert not (tmp_path / "out").exists()
+
+
+PAIR = {"prompt": user("What?"), "chosen": "Blue.", "rejected": "Red."}
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ('{"prompt": "What?", "chosen": "Blue.", "rejected": "Red.", "margin": 1e400}', "margin: got inf, input should be a finite number"),
+        ('{"prompt": "What?", "chosen": "Blue.", "rejected": "Red.", "margin": NaN}', "margin: got nan, input should be a finite number"),
+        ('{"prompt": "What?", "chosen": "Blue.", "rejected": " Blue. "}', "the rejected answer is the same as the chosen answer"),
+    ],
+)
+@pytest.mark.parametrize("method", ["reward", "dpo"])
+def test_a_pair_that_cannot_be_used(toy, tmp_path, capsys, method, row, what):
+    data, out = tmp_path / "pairs.jsonl", tmp_path / "out"
+    lines(data, *[json.dumps(PAIR)] * 3, row)
+    command = [method, "--model", toy.sft, "--data", data, "--out", out, "--epochs", "0.5", "--batch", "2", "--threads", "1", "--quiet"]
+    assert f"{data}:4: {what}" in refused(command, capsys)
+    assert not out.exists()
+    assert run([*command, "--skip-bad"], capsys)[0] == 0
+    assert f"1 skipped (line: why): 4: {what}" in Run(out).stage["card"]["source"]
+
+
+def test_places_that_cannot_be_written(toy, tmp_path, capsys):
+    data = write(tmp_path / "rows.jsonl", GOOD)
+    (tmp_path / "link").symlink_to("link")
+    for out, why in (
+        (data / "x", "not a directory"),
+        (Path("/proc/x"), "no such file or directory"),
+        (tmp_path / ("x" * 300), "file name too"),
+    ):
+        assert f"{out}: cannot be written ({why}" in refused(sft(toy, data, out), capsys)
+    before = sorted(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    assert "no such file" in refused(sft(toy, tmp_path / "typo.jsonl", tmp_path / "mine"), capsys)
+    assert "no such file" in refused(sft(toy, tmp_path / "typo.jsonl", tmp_path / "mine" / "a" / "b"), capsys)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "mine", *before]  # what was there stays, what was made for it goes
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_a_mistake_costs_no_sampling(toy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("temper.methods.collect.sample", lambda *args, **kwargs: pytest.fail("sampled"))
+    command = ["collect", "--model", toy.sft, "--prompts", "world:prompts?n=3", "--panel", "twon", "--out", tmp_path / "out", "--quiet"]
+    assert "twon" in refused(command, capsys)
+
+
+def test_rows_of_the_world_have_a_name(toy, tmp_path, capsys):
+    line = refused(sft(toy, "world:demonstrations?n=5", tmp_path / "out", "--max-length", "8"), capsys)
+    assert re.match(r"temper: world:demonstrations\?n=5:\d: \d+ tokens > --max-length 8", line), line
 
 
 def test_flags(toy, tmp_path, capsys):

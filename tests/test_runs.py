@@ -355,7 +355,7 @@ def test_leftovers_of_a_death_are_cleaned(tmp_path):
 
 def test_full_disk_while_saving(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, {"n": 1})
-    for where in ("temper.runs._write", "temper.runs._fsync", "safetensors.torch.save_file"):
+    for where in ("temper.runs._write", "temper.runs.fsync", "safetensors.torch.save_file"):
         with monkeypatch.context() as patch:
             patch.setattr(where, full)
             with pytest.raises(UserError, match=r"step-00000002: no space left on the disk; the checkpoint before it is whole; free some"):

@@ -26,9 +26,9 @@ class Message(pydantic.BaseModel):
 
 
 class Record(pydantic.BaseModel):
-    """Base of all records: frozen, unknown fields refused; what else is known of a row stands in `meta`."""
+    """Base of all records: frozen, unknown fields refused, numbers finite; what else is known of a row stands in `meta`."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     meta: dict[str, Any] = {}
 

@@ -50,7 +50,7 @@ OWN = (
 
 @contextlib.contextmanager
 def disk(path: Path, safe: str) -> Iterator[None]:
-    """Turns a full disk into one clear line. `safe`: what is not lost."""
+    """Turns a disk that is full or refuses into one clear line. `safe`: what is not lost."""
     try:
         yield
     except UserError:
@@ -59,12 +59,14 @@ def disk(path: Path, safe: str) -> Iterator[None]:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "os error 28" in str(error):  # how safetensors (Rust) words ENOSPC
             raise UserError(f"{path}: no space left on the disk; {safe}; free some space, then give the same command again") from error
-        if isinstance(error, PermissionError):
-            raise UserError(f"{path}: may not be written; choose another --out, or change its permissions") from error
+        if isinstance(error, OSError):
+            why = (error.strerror or str(error)).lower()
+            raise UserError(f"{path}: cannot be written ({why}); {safe}; mend that, or choose another --out") from error
         raise
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flushes a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,10 +87,10 @@ def atomic_write(path: Path, data: bytes | str, *, durable: bool = True, safe: s
         try:
             _write(aside, data.encode() if isinstance(data, str) else data)
             if durable:
-                _fsync(aside)
+                fsync(aside)
             os.replace(aside, path)
             if durable:
-                _fsync(path.parent)
+                fsync(path.parent)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
@@ -269,6 +271,7 @@ class Run:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._lock: int | None = None
+        self._made: list[Path] = []  # the folders that go when it is given up, the innermost first
         self._logs: dict[str, int] = {}
         self._status_at = 0.0
 
@@ -322,14 +325,15 @@ class Run:
         Raises UserError when the folder holds something else, another run, or a run that is being written.
         """
         run = cls(folder)
-        stage_file = run.folder / "stage.json"
-        if run.folder.exists() and not run.folder.is_dir():
-            raise UserError(f"{run.folder} is a file, not a folder; choose another --out")
-        if run.folder.is_dir() and not stage_file.exists():
-            foreign = sorted(path.name for path in run.folder.iterdir() if path.name != ".lock" and not path.name.startswith(ASIDE))
-            if foreign:
-                raise UserError(f"{run.folder} holds {foreign[0]} but no stage.json: not written by temper; choose another --out")
         with disk(run.folder, "nothing was written"):
+            if run.folder.exists() and not run.folder.is_dir():
+                raise UserError(f"{run.folder} is a file, not a folder; choose another --out")
+            ours = (run.folder / "stage.json").exists()
+            if run.folder.is_dir() and not ours:
+                foreign = sorted(path.name for path in run.folder.iterdir() if path.name != ".lock" and not path.name.startswith(ASIDE))
+                if foreign:
+                    raise UserError(f"{run.folder} holds {foreign[0]} but no stage.json: not written by temper; choose another --out")
+            run._made = [run.folder] if ours else [path for path in (run.folder, *run.folder.parents) if not path.exists()]
             run.folder.mkdir(parents=True, exist_ok=True)
             run._acquire()
         try:
@@ -398,7 +402,8 @@ class Run:
                 self._clear(self.stage)
             (self.folder / ".lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # it holds something else
-                self.folder.rmdir()
+                for made in self._made:
+                    made.rmdir()
         self.close()
 
     def close(self) -> None:
@@ -618,11 +623,11 @@ def save_checkpoint(
             sums = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
             _write(aside / "manifest.json", json.dumps({"step": step, "sha256": sums}).encode())
             for path in (*aside.iterdir(), aside):
-                _fsync(path)
+                fsync(path)
             if target.exists():  # the same step again
                 os.replace(target, folder / f"{ASIDE}old-{target.name}-{os.getpid()}")
             os.replace(aside, target)
-            _fsync(folder)
+            fsync(folder)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise

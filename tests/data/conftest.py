@@ -1,7 +1,5 @@
 """Tiny tokenizers and chat templates, written for these tests."""
 
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -78,11 +76,3 @@ def window():
         return SimpleNamespace(max_length=max_length, too_long=too_long, skip_bad=skip_bad)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def real() -> Path:
-    folder = os.environ.get("TEMPER_TEST_DATA")
-    if not folder or not Path(folder).is_dir():
-        pytest.skip("TEMPER_TEST_DATA does not name the folder of real files")
-    return Path(folder)

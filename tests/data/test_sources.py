@@ -275,6 +275,16 @@ def test_world_options_are_checked():
         read("world:documents?n=many", "text")
 
 
+def test_rankings_name_each_answer_once(tmp_path):
+    row = {"prompt": [{"role": "user", "content": "Q"}], "answers": ["b", "a", "b "], "meta": {}}
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "answers": ["b", "a"]}) + "\n")
+    with pytest.raises(UserError, match=r"r\.jsonl:1: answer 3 is the same as answer 1"):
+        read(str(path), "comparisons")
+    records, report = read(str(path), "comparisons", skip_bad=True)
+    assert (len(records), report.skipped[0][0]) == (1, f"{path}:1")
+
+
 def test_world_data_sets():
     records, report = read("world:demonstrations?n=5&seed=1", "prompts")
     assert len(records) == 5

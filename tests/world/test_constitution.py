@@ -34,6 +34,13 @@ def test_comparison_fills_each_place_once():
     assert text.endswith(law.principles[0].comparison)
 
 
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "law.yaml"
+    path.write_bytes(b"principles:\n  - {name: caf\xe9}\n")
+    with pytest.raises(UserError, match=r"law\.yaml: byte \d+ is not UTF-8"):
+        constitution(path)
+
+
 def test_a_file_of_ones_own(tmp_path):
     path = tmp_path / "law.yaml"
     path.write_text(TEXT)

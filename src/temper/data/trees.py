@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from temper.config import UserError
-from temper.data.template import bos_id, end_id, render_chat, render_prompt
+from temper.data.template import bos_id, encode_plain, end_id, render_chat, render_prompt
 from temper.forest import Segment, Tree
 from temper.records import Chat, Message, Pair, Prompt, Ranked, Record, Text
 
@@ -296,7 +296,7 @@ def text_trees(tokenizer, records: Sequence[Text], window: int) -> tuple[list[Tr
     trees: list[Tree] = []
     for first in range(0, len(records), 256):
         chunk = records[first : first + 256]
-        batch = tokenizer([r.text for r in chunk], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        batch = encode_plain(tokenizer, [r.text for r in chunk], [where(r, i) for i, r in enumerate(chunk, first)])
         for i, (record, ids) in enumerate(zip(chunk, batch, strict=True), first):
             part, parts = record.meta.get("part", 1), record.meta.get("parts", 1)
             ids = [*([bos] if bos is not None and part == 1 else []), *ids, *([end] if part == parts else [])]

@@ -49,6 +49,7 @@ def settings(name: str) -> type[Settings]:
 
 def collect(s: Collect, model: Any, tokenizer: Any, progress: Callable[[int, int], None]) -> tuple[list[Ranked], dict[str, Any]]:
     """The rankings, and what the card says of them. Prompts whose answers are all alike give none and are counted."""
+    raters = Annotators(s.panel, s.seed)
     records, report = read(s.prompts, "prompts", skip_bad=s.window.skip_bad)
     stranger = next((i for i, r in enumerate(records) if "ask" not in r.meta), None)
     if stranger is not None:
@@ -78,7 +79,6 @@ def collect(s: Collect, model: Any, tokenizer: Any, progress: Callable[[int, int
             progress=told,
         ),
     )
-    raters = Annotators(s.panel, s.seed)
     rankings = []
     for i, (record, answers) in enumerate(zip(kept, groups, strict=True)):
         texts = [tokenizer.decode(a.tokens, skip_special_tokens=True).strip() for a in answers if a.finish == "stop"]

@@ -155,9 +155,10 @@ class Annotator:
         return Choice(1 if u < win else 0 if u < win + tie else -1, self.name, order)
 
     def rank(self, x: np.ndarray, rng: np.random.Generator) -> list[int]:
-        """x [n, F] -> the rows, the best first: a draw from Plackett and Luce's model, whose pairwise chances are those of `chances`.
+        """x [n, F] -> the rows, the best first: a draw from Plackett and Luce's model. No ties.
 
-        The answers are shown in a random order; being shown first is worth `position` more than being shown last. No ties.
+        The answers are shown in a random order; being shown first is worth `position` more than being shown last. Two answers alone have
+        the pairwise chances of `chances` without a tie band; among more, two stand closer, so position counts a little less.
         """
         shown = rng.permutation(len(x))
         worth = self.utilities(x) - self.position * shown / max(1, len(x) - 1)

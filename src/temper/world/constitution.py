@@ -50,6 +50,8 @@ def load(path: str | Path = DEFAULT) -> Constitution:
         raise UserError(f"{path}: no such constitution file")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("principles"), list) or not raw["principles"]:

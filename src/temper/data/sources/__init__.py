@@ -117,12 +117,19 @@ def as_kind(record: Record, kind: str) -> tuple[Record, str]:
     raise ValueError(f"holds {_WHAT.get(type(record), 'other records')}, needed are {needed}")
 
 
-def _empty_answer(record: Record) -> str:
-    """Which answer says nothing, or ""."""
-    if isinstance(record, Pair):
-        return next((f"the {side} answer is empty" for side in ("chosen", "rejected") if not getattr(record, side).strip()), "")
-    if isinstance(record, Ranked):
-        return next((f"answer {i} is empty" for i, answer in enumerate(record.answers, 1) if not answer.strip()), "")
+def _useless_answer(record: Record) -> str:
+    """Which answer says nothing, or only what another one says; or ""."""
+    if isinstance(record, Pair | Ranked):
+        if isinstance(record, Pair):
+            answers = {"the chosen answer": record.chosen, "the rejected answer": record.rejected}
+        else:
+            answers = {f"answer {i}": answer for i, answer in enumerate(record.answers, 1)}
+        first: dict[str, str] = {}
+        for name, answer in answers.items():
+            if not answer.strip():
+                return f"{name} is empty"
+            if (same := first.setdefault(answer.strip(), name)) != name:
+                return f"{name} is the same as {same}, so neither is the better"
     if isinstance(record, Chat):
         return next(
             (
@@ -239,7 +246,7 @@ def _make(module: types.ModuleType, row: Row, kind: str) -> tuple[Record, str]:
         raise ValueError(one_line(error)) from None
     except ValueError as error:
         raise _WrongKind(str(error)) from None
-    if problem := _empty_answer(record):
+    if problem := _useless_answer(record):
         raise ValueError(problem)
     return record, done
 
@@ -263,21 +270,21 @@ def read(spec: str, kind: Kind, skip_bad: bool = False) -> Records:
     """Records of one kind from a file, a folder of files, or the embedded world (`world:NAME?n=1000&seed=0&split=train`).
 
     A pair serves as a conversation (its chosen answer) or a prompt, a conversation as a prompt. A row that cannot be used is a
-    UserError `file:line: ...`; with skip_bad it is left out and listed in the report. Every record's meta has `at`: file:line.
+    UserError `file:line: ...`; with skip_bad it is left out and listed in the report. Every record's meta has `at`: file:line or spec:row.
     """
     report = Report(spec)
     if spec.startswith("world:"):
         made, report.why = _world(spec)
         report.source, report.rows = "the embedded world", len(made)
         records = []
-        for record in made:
+        for k, record in enumerate(made, 1):
             try:
                 record, done = as_kind(record, kind)
             except ValueError as error:
                 raise UserError(f"{spec}: {error}; give another of its datasets") from None
             if done:
                 report.conversions[done] += 1
-            records.append(record)
+            records.append(record.model_copy(update={"meta": {**record.meta, "at": f"{spec}:{k}"}}))
         if not records:
             raise UserError(f"{spec}: gives no rows; ask for a larger n")
     else:

@@ -16,6 +16,7 @@ def recognise(row: dict[str, Any]) -> str:
 
 def convert(row: dict[str, Any]) -> Record:
     model = FIELDS[frozenset(row)]
-    if model is Chat and not any(isinstance(m, dict) and m.get("role") == "assistant" for m in row["messages"]):
+    said = row.get("messages")
+    if isinstance(said, list) and not any(isinstance(m, dict) and m.get("role") == "assistant" for m in said):
         model = Prompt
     return model.model_validate(row)
