@@ -1,11 +1,14 @@
 """The recipe as a graph: what it may say, what is stale, in which order and beside what it runs."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -17,10 +20,11 @@ from toy import TINY, values_of
 from temper.config import UserError, dump
 from temper.ladder import graph
 from temper.ladder.graph import nodes, wanted
-from temper.ladder.processes import Node, execute
+from temper.ladder.processes import Node, _child, execute
 from temper.ladder.recipe import _flat, read_recipe, write_resolved
 from temper.ladder.run import RunSettings, by_hand, claim
 from temper.runs import Run
+from temper.train import ranks
 
 
 def stages_of(toy):
@@ -418,6 +422,53 @@ def test_a_stage_on_two_ranks(tmp_path, toy, capfd):
     outcome = run(2, "wrong")
     assert (outcome.status, outcome.code, outcome.error) == ("failed", 2, f"{tmp_path / 'none.txt'}: no such file")
     assert "Traceback" not in capfd.readouterr().err  # the follower met the mistake too
+
+
+def one_fails(how):
+    """What a rank does while the other waits for it."""
+    if ranks.rank() == 1:
+        if how == "bug":
+            raise ValueError("a bug of one rank")
+        if how == "user":
+            raise UserError("what you gave is wrong")
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+    if how == "interrupted" and ranks.rank() == 0:
+        raise KeyboardInterrupt
+    return {"status": "done", "seconds": float(ranks.led(1.0))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "status", "code", "error"),
+    [
+        ("", "done", 0, ""),
+        ("bug", "failed", 1, "a bug of one rank"),
+        ("user", "failed", 2, "what you gave is wrong"),
+        ("killed", "failed", 1, "exit code -9"),
+        ("interrupted", "interrupted", 130, ""),
+    ],
+)
+def test_the_rank_that_failed_says_why_and_nothing_is_left(tmp_path, monkeypatch, how, status, code, error):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    outcome = play([Node("two", [], 1, partial(one_fails, how), ranks=2)])[0]["two"]
+    assert (outcome.status, outcome.code) == (status, code)
+    assert error in outcome.error
+    assert "onnection" not in outcome.error  # that the other rank lost touch is no news
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("raised", "ends"), [(UserError("no such file"), None), (KeyboardInterrupt(), 130), (ValueError("a bug"), None)])
+def test_a_follower_tells_and_prints_nothing(monkeypatch, capfd, raised, ends):
+    def run():
+        raise raised
+
+    monkeypatch.setattr(ranks, "join", lambda *who: None)
+    here, there = multiprocessing.Pipe(duplex=False)
+    with pytest.raises(SystemExit, match="130") if ends else nullcontext():
+        _child(run, there, 1, 2, "meeting")
+    assert here.poll() == (ends is None)
+    assert capfd.readouterr() == ("", "")
 
 
 # ---------------------------------------------------------------- the run's folder
