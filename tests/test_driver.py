@@ -250,10 +250,12 @@ def test_full_disk_while_saving(whole, tmp_path, monkeypatch):
     assert result(tmp_path / "toy") == whole[2]
 
 
-def test_checkpoints_by_seconds(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        stage(tmp_path / "a", save_seconds=1e9)
+def test_checkpoints_by_seconds(tmp_path):
+    def stop(module):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stage(tmp_path / "a", save_seconds=1e9, finish=stop)
     assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-00000024"]
     stage(tmp_path / "a")
     assert not (tmp_path / "a" / "checkpoints").exists()

@@ -221,7 +221,15 @@ def make(folder: Path, stages=tuple(PARENTS), ladder: bool = True) -> Path:
             }
             for s in stages
         }
-        log = {"name": "harbour", "seed": 0, "elapsed_s": 561.4, "cores": 2, "command": "temper run recipes/harbour.yaml", "stages": lines}
+        log = {
+            "name": "harbour",
+            "seed": 0,
+            "elapsed_s": 561.4,
+            "peak_mb": 1624.8,
+            "cores": 2,
+            "command": "temper run recipes/harbour.yaml",
+            "stages": lines,
+        }
         write(folder / "ladder.json", {**log, "evaluations": {s: 21.5 for s in stages if s in EVALUATED}})
         (folder / "recipe.yaml").write_text("name: harbour\nseed: 0\nstages: {}\n", encoding="utf-8")
     return folder

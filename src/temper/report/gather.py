@@ -78,6 +78,7 @@ class Ladder:
     stages: list[Stage]
     seed: int | None = None
     elapsed: float | None = None
+    peak_mb: float | None = None
     cores: int | None = None
     command: str = ""
     missing: list[str] = field(default_factory=list)  # in words
@@ -216,6 +217,7 @@ def gather(folder: str | Path) -> Ladder:
         stages=stages,
         seed=seed if seed is not None else seeds.pop() if len(seeds) == 1 else None,
         elapsed=number(ladder.get("elapsed_s")),
+        peak_mb=number(ladder.get("peak_mb")),
         cores=whole(ladder.get("cores")),
         command=str(ladder.get("command") or ""),
         missing=missing,

@@ -177,6 +177,8 @@ def _facts(run: Ladder) -> Markup:
     facts = [f"{done} of {len(run.stages)} stages done" if done < len(run.stages) else f"{done} stage{'s' if done != 1 else ''}"]
     if run.elapsed is not None:
         facts.append(f"{duration(run.elapsed)} in all")
+    if run.peak_mb:
+        facts.append(f"{amount(run.peak_mb)} MB at most")
     if run.cores:
         facts.append(f"{run.cores} core{'s' if run.cores != 1 else ''}")
     if run.seed is not None:
