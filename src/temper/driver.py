@@ -63,24 +63,8 @@ def drive(
         return run.stage["summary"]
 
     began = time.monotonic()
-    loaded = load_latest(run.checkpoints)
-    for event in loaded.events:
-        run.event(**event)
-        _say(f"{event['checkpoint']} is damaged ({event['what']}); using the one before it", quiet)
-    tally: dict[str, Any] = {"seconds": 0.0, "tokens": 0.0, "tokens_learned": 0.0, "skipped": 0, "peak_mb": 0.0, "resumed": 0}
-    state: State | None = None
-    if loaded.state is not None:
-        state, tally = loaded.state["fit"], {**tally, **loaded.state["tally"]}
-        tally["resumed"] += 1
-        _say(f"{title or run.folder}: going on after step {loaded.step} of {steps}", quiet)
-    elif run.rows("metrics"):
-        _say(f"{title or run.folder}: no whole checkpoint; starting at step 1", quiet)
-    run.truncate_after(loaded.step)
-    if run.rows("metrics") or state is not None or loaded.events:
-        run.event("resumed", after=loaded.step)
-    before = tally["seconds"]
-    last = loaded.step
-    stopping, beside = False, 0.0  # the memory of the other ranks
+    state, tally, last = _standing(run, steps, title, quiet)
+    before, beside, stopping = tally["seconds"], 0.0, False  # beside: the memory of the other ranks
     saved_at = time.monotonic()
     module: nn.Module | None = None
     final: dict[str, float] = next((row for row in reversed(run.rows("metrics")) if "eval" not in row), {})
@@ -97,7 +81,7 @@ def drive(
     with _signals() as stop, _progress(title, steps, last, quiet) as show:
         run.set_status(phase="train", now=True, step=last, steps=steps)
         iterator = iter(make_steps(state))
-        del state, loaded
+        del state
         try:
             for step in iterator:
                 last, module = step.n, step.module
@@ -153,25 +137,51 @@ def drive(
             finish(module)
         stopping = stop()
 
-    seconds = before + time.monotonic() - began
+    tally["seconds"] = before + time.monotonic() - began
+    tally["peak_mb"] = max(tally["peak_mb"], _peak_mb()) + beside
+    summary = _summary(tally, last, final)
+    run.finish(summary)
+    run.remove_checkpoints()
+    if stopping:
+        print(f"stopped; {run.folder} is done", file=sys.stderr)
+        raise Interrupted
+    return summary
+
+
+def _standing(run: Run, steps: int, title: str, quiet: bool) -> tuple[State | None, dict[str, Any], int]:
+    """From where a run goes on: the newest whole snapshot (None: from the start), what was counted up to it, its step. Later rows go."""
+    tally: dict[str, Any] = {"seconds": 0.0, "tokens": 0.0, "tokens_learned": 0.0, "skipped": 0, "peak_mb": 0.0, "resumed": 0}
+    step, saved, events = load_latest(run.checkpoints)
+    for event in events:
+        run.event(**event)
+        _say(f"{event['checkpoint']} is damaged ({event['what']}); using the one before it", quiet)
+    if saved is not None:
+        tally |= saved["tally"]
+        tally["resumed"] += 1
+        _say(f"{title or run.folder}: going on after step {step} of {steps}", quiet)
+    elif run.rows("metrics"):
+        _say(f"{title or run.folder}: no whole checkpoint; starting at step 1", quiet)
+    run.truncate_after(step)
+    if run.rows("metrics") or saved is not None or events:
+        run.event("resumed", after=step)
+    return saved and saved["fit"], tally, step
+
+
+def _summary(tally: Mapping[str, Any], steps: int, final: Mapping[str, float]) -> dict[str, Any]:
+    """What stage.json says of a run that is done. final: the last row of its metrics."""
     summary = {
-        "steps": last,
-        "seconds": round(seconds, 3),
+        "steps": steps,
+        "seconds": round(tally["seconds"], 3),
         "tokens": int(tally["tokens"]),
         "tokens_learned": int(tally["tokens_learned"]),
-        "tokens_per_second": round(tally["tokens"] / seconds, 1),
-        "peak_mb": round(max(tally["peak_mb"], _peak_mb()) + beside, 1),
+        "tokens_per_second": round(tally["tokens"] / tally["seconds"], 1),
+        "peak_mb": round(tally["peak_mb"], 1),
         "skipped": tally["skipped"],
         "resumed": tally["resumed"],
         "last": {name: value for name, value in final.items() if name != "step"},
     }
     if torch.cuda.is_available():
         summary["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    run.finish(summary)
-    run.remove_checkpoints()
-    if stopping:
-        print(f"stopped; {run.folder} is done", file=sys.stderr)
-        raise Interrupted
     return summary
 
 
