@@ -261,6 +261,12 @@ def test_checkpoints_by_seconds(tmp_path):
     assert not (tmp_path / "a" / "checkpoints").exists()
 
 
+def test_the_memory_of_all_ranks_is_summed(tmp_path, monkeypatch):
+    monkeypatch.setattr("temper.driver._peak_mb", lambda: 100.0)
+    monkeypatch.setattr("temper.train.ranks.gather", lambda value: [value, 3 * value] if isinstance(value, float) else [value])
+    assert stage(tmp_path / "a")["peak_mb"] == 400
+
+
 def test_plain_lines_without_a_terminal_and_silence_when_quiet(tmp_path, capsys, monkeypatch):
     stage(tmp_path / "a")
     assert capsys.readouterr() == ("", "")

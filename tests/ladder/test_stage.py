@@ -1,5 +1,6 @@
 """One stage: a folder that is given up when nothing was trained in it, and a summary that no death leaves half-written."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from toy import train, values_of
 from temper.config import UserError
 from temper.ladder import stage
 from temper.ladder.stage import input_fingerprint
+from temper.methods import sft
 from temper.runs import Run, save_checkpoint
 
 IDENTITY = {"method": "sft"}
@@ -129,6 +131,20 @@ def test_the_world_counts_by_its_version_and_its_code(monkeypatch, name, value):
     before = input_fingerprint("data", "world:prompts?n=3")
     monkeypatch.setattr(stage, name, value)
     assert input_fingerprint("data", "world:prompts?n=3") != before
+
+
+def test_what_a_job_has_to_say_stands_on_its_card(toy, tmp_path, monkeypatch):
+    prepare = sft.prepare
+    monkeypatch.setattr(sft, "prepare", lambda *given: dataclasses.replace(prepare(*given), notes=["the window is short"]))
+    train("sft", tmp_path / "out", **values_of("sft", toy) | {"epochs": 0.1})
+    assert Run(tmp_path / "out").stage["card"]["notes"] == ["the window is short"]
+
+
+def test_collecting_reports_what_it_took(toy, tmp_path):
+    summary = train("collect", tmp_path / "out", **values_of("collect", toy))
+    assert summary["tokens"] > 0 < summary["tokens_per_second"]
+    assert summary["peak_mb"] > 50
+    assert "tokens" not in Run(tmp_path / "out").stage["card"]
 
 
 def test_every_tensor_moves_at_the_first_update(toy, tmp_path):

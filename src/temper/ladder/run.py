@@ -171,6 +171,7 @@ def effort(out: Path, names: Sequence[str], now: tuple[float, float] | None) -> 
     """What the run has cost: {"elapsed_s", "peak_mb"}, each node counted as it was last made.
 
     elapsed_s: seconds in which any of the nodes was at work, with those of this command (`now`, from and to; None: it made nothing).
+    A node that was interrupted or killed is taken to have worked without a break.
     peak_mb: the most that nodes at work at one moment had in memory, each counted at its largest: an upper bound.
     """
     made = []

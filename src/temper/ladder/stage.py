@@ -52,6 +52,7 @@ def input_fingerprint(name: str, value: str) -> str:
         return fingerprint([VERSION, code_version(WORLD), value])
     path = Path(value)
     if name in MODELS:
+        path = path.expanduser()
         path = path / "model" if (path / "model").is_dir() else path
         files = sorted(p for p in path.glob("[!.]*") if p.is_file()) if (path / "config.json").exists() else []
         return fingerprint({p.name: fingerprint(p) for p in files} or value)
@@ -131,11 +132,12 @@ def absent(values: Mapping[str, Any]) -> str | None:
     """The first input that is not there, in words. Not looked for: the embedded world, other stages (@), what may be a model's hub name."""
     for name in INPUTS:
         value = values.get(name)
-        if not value or value.startswith(("world:", "@")) or Path(value).expanduser().exists():
+        if not value or value.startswith(("world:", "@")):
             continue
-        if name not in MODELS:
+        if name not in MODELS and not Path(value).exists():
             return f"{value}: no such file"
-        if value.startswith((".", "/", "~")) or value.count("/") > 1:
+        local = name in MODELS and (value.startswith((".", "/", "~")) or value.count("/") > 1)
+        if local and not Path(value).expanduser().exists():
             return f"{value}: no such folder"
     return None
 
@@ -144,6 +146,8 @@ def _train(method: str, settings: Settings, place: Place, context: Context, run:
     """Prepare, then train or make; the run is done after it."""
     run.set_status(phase="prepare", now=True)
     job = load(method).prepare(settings, run)
+    if job.notes:
+        job.card["notes"] = list(job.notes)  # a stage of a recipe has no other way to say them
     run.update(card=job.card, artefact=job.artefact)
     if not place.quiet:
         for note in job.notes:
@@ -153,8 +157,9 @@ def _train(method: str, settings: Settings, place: Place, context: Context, run:
 
         def made(path: Path, told: Callable[[int, int], None]) -> int:
             produce(path, told)
+            tokens = job.card.pop("tokens", 0)
             run.update(card=job.card)  # what it counted on the way
-            return job.card.get("tokens", 0)
+            return tokens
 
         return make(made, artefact, run, title=Path(place.out).name, quiet=place.quiet)
 
