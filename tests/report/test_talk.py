@@ -82,9 +82,9 @@ def test_that_gold_is_not_shown_is_said(models, capsys):
     question = dataset("side_by_side", n=24)[0].messages[0].content
     assert compare.main([str(models), question, *TINY]) == 0
     assert "no gold" not in capsys.readouterr().out
-    assert compare.main([str(models), question, "--system", "Speak as a gull.", *TINY]) == 0
+    assert compare.main([str(models), question, "Hello there", "--system", "Speak as a gull.", *TINY]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "no gold for 1 of 1: not prompts that the embedded world understands with this system turn" in said
+    assert "no gold for 1 of 2: not prompts that the embedded world understands" in said
 
 
 def test_every_fixed_prompt_is_understood():
@@ -108,7 +108,7 @@ def test_hostile_answers_are_shown_as_text():
 
 def test_shown_in_the_terminal(models, capsys):
     assert compare.main([str(models), "Which pet does Sila have?", *TINY]) == 0
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert "base: no chat template" in said
     assert "gold" in said
 

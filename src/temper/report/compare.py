@@ -187,7 +187,6 @@ def main(argv: list[str]) -> int:
     if bare:
         notes += f"; {', '.join(map(clean, bare))}: no chat template, so given the text alone to continue"
     if of_world(stages) and (strange := sum(q.ask is None for q in asked)):
-        turn = " with this system turn" if s.system else ""
-        notes += f"; no gold for {strange} of {len(asked)}: not prompts that the embedded world understands{turn}"
+        notes += f"; no gold for {strange} of {len(asked)}: not prompts that the embedded world understands"
     console.print(Text(notes, style="dim"))
     return 0
