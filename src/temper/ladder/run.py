@@ -149,7 +149,7 @@ def main(argv: list[str]) -> int:
                 **effort(out, [n.name for n in every], (began, time.time()) if made else None),
                 "command": command,
                 "stages": {s.name: _line(s, out, outcomes.get(s.name)) for s in stages},
-                "evaluations": {name.removeprefix("evaluate "): o.seconds for name, o in outcomes.items() if name.startswith("evaluate ")},
+                "evaluations": {n.removeprefix("evaluate "): o.seconds for n, o in outcomes.items() if n.startswith("evaluate ")},
             }
             atomic_write(out / "ladder.json", json.dumps(log, indent=1) + "\n")
 
