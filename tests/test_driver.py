@@ -250,16 +250,21 @@ def test_full_disk_while_saving(whole, tmp_path, monkeypatch):
     assert result(tmp_path / "toy") == whole[2]
 
 
-def test_checkpoints_by_seconds_and_the_best(tmp_path):
-    stage(tmp_path / "a", save_seconds=1e9, keep_checkpoints=True)
+def test_checkpoints_by_seconds(tmp_path):
+    def stop(module):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stage(tmp_path / "a", save_seconds=1e9, finish=stop)
     assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-00000024"]
-    summary = stage(tmp_path / "b", keep_checkpoints=True, keep=1, best="-norm", evaluate_every=1)
-    norms = {row["step"]: row["eval"]["norm"] for row in Run(tmp_path / "b").rows("metrics") if "eval" in row}
-    lowest = min(norms, key=norms.__getitem__)
-    assert summary["best"] == {"step": lowest, "norm": norms[lowest]}
-    assert sorted(path.name for path in (tmp_path / "b" / "checkpoints").iterdir()) == sorted({f"step-{lowest:08d}", "step-00000024"})
-    with pytest.raises(ValueError, match=r"best='gold'.*norm"):
-        stage(tmp_path / "c", best="gold")
+    stage(tmp_path / "a")
+    assert not (tmp_path / "a" / "checkpoints").exists()
+
+
+def test_the_memory_of_all_ranks_is_summed(tmp_path, monkeypatch):
+    monkeypatch.setattr("temper.driver._peak_mb", lambda: 100.0)
+    monkeypatch.setattr("temper.train.ranks.gather", lambda value: [value, 3 * value] if isinstance(value, float) else [value])
+    assert stage(tmp_path / "a")["peak_mb"] == 400
 
 
 def test_plain_lines_without_a_terminal_and_silence_when_quiet(tmp_path, capsys, monkeypatch):

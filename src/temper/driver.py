@@ -44,9 +44,6 @@ def drive(
     samples: Callable[[], Iterable[Mapping[str, Any]]] | None = None,
     samples_every: int = 0,
     save_seconds: float = 120.0,
-    keep: int = 2,
-    best: str | None = None,
-    keep_checkpoints: bool = False,
     quiet: bool = False,
     title: str = "",
     command: str = "",
@@ -55,37 +52,19 @@ def drive(
 
     make_steps(state): the steps after a snapshot, or all of them (None). run: claimed. evaluate() -> numbers and samples() ->
     rows are asked every so many steps and after the last (every = 0: only after the last); they may use random numbers and
-    switch the module to eval mode without a trace. save_seconds: time between checkpoints; the last `keep` stay, and the one
-    with the highest evaluated number `best` ("-name": the lowest), saved when it is met. finish(module): writes the
-    artefact, atomically; then the run is done and the checkpoints go, unless `keep_checkpoints`. command: shown as the way to
-    go on after an interruption.
+    switch the module to eval mode without a trace. save_seconds: time between checkpoints; the last two stay. finish(module):
+    writes the artefact, atomically; then the run is done and the checkpoints go. command: shown as the way to go on after an
+    interruption.
 
     Raises Interrupted (exit code 130) after SIGINT or SIGTERM, saved; TrainingError as `fit` does, nothing saved over.
     """
     if run.done:
-        if not keep_checkpoints:
-            run.remove_checkpoints()
+        run.remove_checkpoints()
         return run.stage["summary"]
 
     began = time.monotonic()
-    loaded = load_latest(run.checkpoints)
-    for event in loaded.events:
-        run.event(**event)
-        _say(f"{event['checkpoint']} is damaged ({event['what']}); using the one before it", quiet)
-    tally: dict[str, Any] = {"seconds": 0.0, "tokens": 0.0, "tokens_learned": 0.0, "skipped": 0, "peak_mb": 0.0, "resumed": 0, "best": None}
-    state: State | None = None
-    if loaded.state is not None:
-        state, tally = loaded.state["fit"], {**tally, **loaded.state["tally"]}
-        tally["resumed"] += 1
-        _say(f"{title or run.folder}: going on after step {loaded.step} of {steps}", quiet)
-    elif run.rows("metrics"):
-        _say(f"{title or run.folder}: no whole checkpoint; starting at step 1", quiet)
-    run.truncate_after(loaded.step)
-    if run.rows("metrics") or state is not None or loaded.events:
-        run.event("resumed", after=loaded.step)
-    before = tally["seconds"]
-    last = loaded.step
-    stopping = False
+    state, tally, last = _standing(run, steps, title, quiet)
+    before, beside, stopping = tally["seconds"], 0.0, False  # beside: the memory of the other ranks
     saved_at = time.monotonic()
     module: nn.Module | None = None
     final: dict[str, float] = next((row for row in reversed(run.rows("metrics")) if "eval" not in row), {})
@@ -97,14 +76,14 @@ def drive(
         state = {"fit": step.snapshot(), "tally": dict(tally)}
         if step.gather:
             ranks.order("save")
-        save_checkpoint(run.checkpoints, step.n, state, keep=keep, best=tally["best"] and tally["best"]["step"], spread=shard.write)
+        save_checkpoint(run.checkpoints, step.n, state, spread=shard.write)
         saved_at = time.monotonic()
 
     ranks.led(state)
     with _signals() as stop, _progress(title, steps, last, quiet) as show:
         run.set_status(phase="train", now=True, step=last, steps=steps)
         iterator = iter(make_steps(state))
-        del state, loaded
+        del state
         try:
             for step in iterator:
                 last, module = step.n, step.module
@@ -119,7 +98,6 @@ def drive(
                         run.event(**event, step=last)
                         if "note" in event:
                             _say(f"step {last}: {event['event']}: {event['note']}", quiet)
-                    better = False
                     evaluated = evaluate and (at_end or _due(last, evaluate_every))
                     sampled = samples and (at_end or _due(last, samples_every))
                     if step.gather and (evaluated or sampled or at_end):
@@ -130,17 +108,18 @@ def drive(
                         with _untouched(module):
                             found = dict(evaluate())  # type: ignore[misc]
                         run.log("metrics", {"step": last, "eval": found})
-                        better = best is not None and _better(found, best, tally, last)
                     if sampled:
                         with _untouched(module):
                             for row in samples():  # type: ignore[misc]
                                 run.log("samples", {"step": last, **row})
                     stopping = stop()  # asked once: a signal after this is for the next step
-                    if at_end or better or stopping or time.monotonic() - saved_at >= save_seconds:
+                    if at_end or stopping or time.monotonic() - saved_at >= save_seconds:
                         save(step)
                 eta = show(last, step.metrics)
                 run.set_status(phase="train", step=last, steps=steps, eta=eta, seconds=before + time.monotonic() - began)
                 ranks.order("stop" if stopping or at_end else "next")
+                if stopping or at_end:
+                    beside = peak_mb() - _peak_mb()
                 if stopping and not at_end:
                     run.set_status(phase="interrupted", now=True, step=last, steps=steps)
                     run.event("interrupted", after=last)
@@ -166,35 +145,61 @@ def drive(
             finish(module)
         stopping = stop()
 
-    seconds = before + time.monotonic() - began
-    summary = {
-        "steps": last,
-        "seconds": round(seconds, 3),
-        "tokens": int(tally["tokens"]),
-        "tokens_learned": int(tally["tokens_learned"]),
-        "tokens_per_second": round(tally["tokens"] / seconds, 1),
-        "peak_mb": round(max(tally["peak_mb"], _peak_mb()), 1),
-        "skipped": tally["skipped"],
-        "resumed": tally["resumed"],
-        "last": {name: value for name, value in final.items() if name != "step"},
-    }
-    if tally["best"]:
-        summary["best"] = tally["best"]
-    if torch.cuda.is_available():
-        summary["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    tally["seconds"] = before + time.monotonic() - began
+    tally["peak_mb"] = max(tally["peak_mb"], _peak_mb()) + beside
+    summary = _summary(tally, last, final)
     run.finish(summary)
-    if not keep_checkpoints:
-        run.remove_checkpoints()
+    run.remove_checkpoints()
     if stopping:
         print(f"stopped; {run.folder} is done", file=sys.stderr)
         raise Interrupted
     return summary
 
 
+def _standing(run: Run, steps: int, title: str, quiet: bool) -> tuple[State | None, dict[str, Any], int]:
+    """From where a run goes on: the newest whole snapshot (None: from the start), what was counted up to it, its step. Later rows go."""
+    tally: dict[str, Any] = {"seconds": 0.0, "tokens": 0.0, "tokens_learned": 0.0, "skipped": 0, "peak_mb": 0.0, "resumed": 0}
+    step, saved, events = load_latest(run.checkpoints)
+    for event in events:
+        run.event(**event)
+        _say(f"{event['checkpoint']} is damaged ({event['what']}); using the one before it", quiet)
+    if saved is not None:
+        tally |= saved["tally"]
+        tally["resumed"] += 1
+        _say(f"{title or run.folder}: going on after step {step} of {steps}", quiet)
+    elif run.rows("metrics"):
+        _say(f"{title or run.folder}: no whole checkpoint; starting at step 1", quiet)
+    run.truncate_after(step)
+    if run.rows("metrics") or saved is not None or events:
+        run.event("resumed", after=step)
+    return saved and saved["fit"], tally, step
+
+
+def _summary(tally: Mapping[str, Any], steps: int, final: Mapping[str, float]) -> dict[str, Any]:
+    """What stage.json says of a run that is done. final: the last row of its metrics."""
+    summary = {
+        "steps": steps,
+        "seconds": round(tally["seconds"], 3),
+        "tokens": int(tally["tokens"]),
+        "tokens_learned": int(tally["tokens_learned"]),
+        "tokens_per_second": round(tally["tokens"] / tally["seconds"], 1),
+        "peak_mb": round(tally["peak_mb"], 1),
+        "skipped": tally["skipped"],
+        "resumed": tally["resumed"],
+        "last": {name: value for name, value in final.items() if name != "step"},
+    }
+    if torch.cuda.is_available():
+        summary["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return summary
+
+
 def make(
-    job_make: Callable[[Path, Callable[[int, int], None]], None], artefact: Path, run: Run, *, title: str = "", quiet: bool = False
+    job_make: Callable[[Path, Callable[[int, int], None]], int], artefact: Path, run: Run, *, title: str = "", quiet: bool = False
 ) -> dict:
-    """Has a stage that trains nothing made, with progress; returns its summary (also in stage.json)."""
+    """Has a stage that trains nothing made, with progress; returns its summary (also in stage.json).
+
+    job_make(artefact, told) returns how many tokens it sampled.
+    """
     began = time.monotonic()
     run.set_status(phase="collect", now=True)
     with _progress(title, 0, 0, quiet) as show:
@@ -202,8 +207,15 @@ def make(
         def told(done: int, of: int) -> None:
             run.set_status(phase="collect", step=done, steps=of, eta=show(done, {}, of))
 
-        job_make(artefact, told)
-    summary = {"seconds": round(time.monotonic() - began, 3), "steps": 0}
+        tokens = job_make(artefact, told)
+    seconds = time.monotonic() - began
+    summary = {
+        "steps": 0,
+        "seconds": round(seconds, 3),
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / seconds, 1),
+        "peak_mb": round(peak_mb(), 1),
+    }
     run.finish(summary)
     return summary
 
@@ -218,22 +230,12 @@ def follow(make_steps: Callable[[State | None], Iterator[Step]]) -> None:
                 elif what == "save":
                     shard.write(spread_tensors(step.snapshot()))
             if what == "stop":
+                peak_mb()
                 break
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _better(found: Mapping[str, Any], best: str, tally: dict, step: int) -> bool:
-    """Is this evaluation the best so far? Remembers it in the tally."""
-    name, sign = (best[1:], -1.0) if best.startswith("-") else (best, 1.0)
-    if name not in found:
-        raise ValueError(f"best={best!r}: the evaluation has {sorted(found)}")
-    if tally["best"] is not None and sign * found[name] <= sign * tally["best"][name]:
-        return False
-    tally["best"] = {"step": step, name: float(found[name])}
-    return True
 
 
 @contextmanager
@@ -265,6 +267,11 @@ def _signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def peak_mb() -> float:
+    """Largest resident sizes of a stage's processes so far, summed over its ranks, in MB. All ranks call it together."""
+    return sum(ranks.gather(_peak_mb()))
 
 
 def _peak_mb() -> float:

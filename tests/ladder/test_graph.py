@@ -1,11 +1,15 @@
 """The recipe as a graph: what it may say, what is stale, in which order and beside what it runs."""
 
 import json
+import multiprocessing
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -14,13 +18,17 @@ import pytest
 import yaml
 from toy import TINY, values_of
 
-from temper.config import UserError, dump
+from temper.config import UserError, build, dump, parse
 from temper.ladder import graph
+from temper.ladder.by_hand import command_of
 from temper.ladder.graph import nodes, wanted
-from temper.ladder.processes import Node, execute
-from temper.ladder.recipe import _flat, read_recipe, write_resolved
-from temper.ladder.run import RunSettings, by_hand, claim
+from temper.ladder.processes import Node, _child, execute
+from temper.ladder.recipe import _flat, read_recipe, resolved
+from temper.ladder.run import RunSettings, by_hand, claim, effort, main
+from temper.ladder.stage import Place, identity
+from temper.methods import load
 from temper.runs import Run
+from temper.train import ranks
 
 
 def stages_of(toy):
@@ -273,6 +281,18 @@ def test_a_stage_of_a_recipe_is_the_command_by_hand(tmp_path, toy):
         assert Run(tmp_path / s.name).stage["fingerprint"] == Run(out / s.name).stage["fingerprint"]
 
 
+def test_the_command_of_a_stage_on_several_ranks_makes_the_same_stage(tmp_path, toy, monkeypatch):
+    stages = {"base": stages_of(toy)["base"] | {"ranks": 2, "threads": 3}}
+    _, (stage,) = read_recipe(recipe(tmp_path / "r.yaml", stages), None)
+    words = shlex.split(by_hand(stage, tmp_path))
+    assert words[:6] == ["torchrun", "--nproc-per-node", "2", "-m", "temper", "pretrain"]
+    given = parse(command_of("pretrain"), words[6:], "temper pretrain")
+    monkeypatch.setattr(ranks, "count", lambda: int(words[2]))
+    own = build(load("pretrain").settings("pretrain"), stage.resolved(tmp_path))
+    assert given.place.out == str(tmp_path / "base")
+    assert identity("pretrain", given.method, given.place) == identity("pretrain", own, Place(out="", threads=3))
+
+
 # ---------------------------------------------------------------- executing
 
 
@@ -420,6 +440,53 @@ def test_a_stage_on_two_ranks(tmp_path, toy, capfd):
     assert "Traceback" not in capfd.readouterr().err  # the follower met the mistake too
 
 
+def one_fails(how):
+    """What a rank does while the other waits for it."""
+    if ranks.rank() == 1:
+        if how == "bug":
+            raise ValueError("a bug of one rank")
+        if how == "user":
+            raise UserError("what you gave is wrong")
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+    if how == "interrupted" and ranks.rank() == 0:
+        raise KeyboardInterrupt
+    return {"status": "done", "seconds": float(ranks.led(1.0))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "status", "code", "error"),
+    [
+        ("", "done", 0, ""),
+        ("bug", "failed", 1, "a bug of one rank"),
+        ("user", "failed", 2, "what you gave is wrong"),
+        ("killed", "failed", 1, "exit code -9"),
+        ("interrupted", "interrupted", 130, ""),
+    ],
+)
+def test_the_rank_that_failed_says_why_and_nothing_is_left(tmp_path, monkeypatch, how, status, code, error):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    outcome = play([Node("two", [], 1, partial(one_fails, how), ranks=2)])[0]["two"]
+    assert (outcome.status, outcome.code) == (status, code)
+    assert error in outcome.error
+    assert "onnection" not in outcome.error  # that the other rank lost touch is no news
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("raised", "ends"), [(UserError("no such file"), None), (KeyboardInterrupt(), 130), (ValueError("a bug"), None)])
+def test_a_follower_tells_and_prints_nothing(monkeypatch, capfd, raised, ends):
+    def run():
+        raise raised
+
+    monkeypatch.setattr(ranks, "join", lambda *who: None)
+    here, there = multiprocessing.Pipe(duplex=False)
+    with pytest.raises(SystemExit, match="130") if ends else nullcontext():
+        _child(run, there, 1, 2, "meeting")
+    assert here.poll() == (ends is None)
+    assert capfd.readouterr() == ("", "")
+
+
 # ---------------------------------------------------------------- the run's folder
 
 
@@ -435,6 +502,55 @@ def test_whose_folder_it_is(tmp_path):
         claim(tmp_path / "mine", "toy", True, ["sft"])
     with pytest.raises(UserError, match="is a file, not a folder"):
         claim(tmp_path / "mine" / "thesis.tex", "toy", False, [])
+
+
+def made(out, name, finished, seconds, peak_mb):
+    (out / name).mkdir(parents=True)
+    (out / name / "stage.json").write_text(json.dumps({"finished": finished, "summary": {"seconds": seconds, "peak_mb": peak_mb}}))
+
+
+def test_what_a_run_has_cost(tmp_path):
+    """Nodes side by side count once in time and together in memory; one made again counts as it was made last."""
+    made(tmp_path, "a", 110, 10, 500)
+    made(tmp_path, "b", 130, 20, 300)
+    made(tmp_path, "c", 125, 5, 400)
+    (tmp_path / "b" / "evaluation.json").write_text(json.dumps({"finished": 133, "seconds": 3, "peak_mb": 100}))
+    names = ["a", "b", "c", "evaluate b", "evaluate c", "never made"]
+    assert effort(tmp_path, names, None) == {"elapsed_s": 33.0, "peak_mb": 700.0}
+    assert effort(tmp_path, names, (98.0, 134.0))["elapsed_s"] == 36.0  # with the start of the processes
+    (tmp_path / "ladder.json").write_text('{"elapsed_s": 36.0}')
+    assert effort(tmp_path, names, None)["elapsed_s"] == 36.0  # nothing was made
+    (tmp_path / "c" / "stage.json").unlink()
+    (tmp_path / "c").rmdir()
+    made(tmp_path, "c", 1010, 8, 900)  # again, much later
+    assert effort(tmp_path, names, (1001.0, 1011.0)) == {"elapsed_s": 43.0, "peak_mb": 900.0}
+
+
+def test_a_missing_input_is_said_before_anything_is_made(tmp_path, toy, capsys):
+    from temper.cli import main as command
+
+    stages, out = stages_of(toy), tmp_path / "out"
+    for name, key, value, what in (
+        ("ppo", "prompts", "nope.jsonl", "nope.jsonl: no such file"),
+        ("dpo", "data", str(tmp_path / "none.jsonl"), f"{tmp_path / 'none.jsonl'}: no such file"),
+        ("constitution", "principles", "nope.yaml", "nope.yaml: no such file"),
+        ("reward", "model", "./nowhere", "./nowhere: no such folder"),
+    ):
+        wrong = {**stages, name: {**stages[name], key: value}}
+        path = recipe(tmp_path / "r.yaml", wrong)
+        assert command(["run", path, "--out", str(out)]) == 2
+        assert capsys.readouterr().err == f"temper: {path}: {name}: {what}\n"
+        assert not out.exists()
+
+
+def test_the_users_recipe_is_not_written_over(tmp_path, toy):
+    path = Path(recipe(tmp_path / "recipe.yaml", {"base": stages_of(toy)["base"]}))
+    before = "# mine\n" + path.read_text()
+    path.write_text(before)
+    with pytest.raises(UserError, match=r"recipe.yaml: the run would write its recipe.yaml, .*; choose another --out"):
+        main([str(path), "--out", str(tmp_path)])
+    assert path.read_text() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_fresh_clears_the_stages_and_nothing_else(tmp_path):
@@ -453,7 +569,7 @@ def test_the_resolved_recipe_writes_every_default_out(tmp_path, toy):
     stages = stages_of(toy)
     stages["ppo"]["ranks"] = 2
     found, ordered = read_recipe(recipe(tmp_path / "r.yaml", stages, evaluation={"prompts_each": 30}), 4)
-    write_resolved(found, ordered, tmp_path)
+    (tmp_path / "recipe.yaml").write_text(resolved(found, ordered))
     again, same = read_recipe(str(tmp_path / "recipe.yaml"), None)
     assert again.seed == 4
     assert again.evaluation == {"prompts_each": 30}

@@ -16,7 +16,7 @@ from temper.runs import Run
 
 pytestmark = pytest.mark.slow
 LOOK = {"prompts_each": 24, "samples": 2, "max_new": 12, "enumerable": 1}
-TIMES = {"seconds", "key", "against"}
+TIMES = {"seconds", "finished", "peak_mb", "key", "against"}
 
 
 def ladder(out):
@@ -73,7 +73,10 @@ def test_the_report(whole):
     for name in ("base", "sft", "dpo", "ppo", "constitution"):
         assert {"mean", "low", "high", "n"} <= found["stages"][name]["gold"].keys()
     assert found["wall_s"].keys() >= {"base", "sft", "ppo"}
-    assert found["elapsed_s"] > 0
+    assert found["elapsed_s"] >= max(found["wall_s"].values())
+    assert found["peak_mb"] >= max(run["summary"]["peak_mb"] for run in found["runs"].values()) > 0
+    collected = found["runs"]["comparisons"]["summary"]
+    assert collected["tokens"] > 0 < collected["tokens_per_second"]
 
 
 def test_nothing_is_done_again(whole):
@@ -96,10 +99,11 @@ def test_the_same_seed_gives_the_same_figures_and_another_seed_others(whole, tmp
 
 def test_a_failing_stage_is_named_and_the_corrected_recipe_goes_on(toy, tmp_path, capsys):
     stages = {name: stages_of(toy)[name] for name in ("base", "sft", "comparisons")}
-    stages["sft"]["data"] = str(tmp_path / "none.jsonl")
+    stages["sft"]["data"] = str(tmp_path / "empty.jsonl")
+    (tmp_path / "empty.jsonl").touch()
     path, out = recipe(tmp_path / "r.yaml", stages), tmp_path / "out"
     assert main([path, "--out", str(out)]) == 2
-    assert f"sft: {tmp_path / 'none.jsonl'}: no such file" in capsys.readouterr().err
+    assert f"temper: sft: {tmp_path / 'empty.jsonl'}: is empty" in capsys.readouterr().err
     log = ladder(out)["stages"]
     assert (log["base"]["status"], log["sft"]["status"], log["comparisons"]["status"]) == ("done", "failed", "waiting")
     assert not (out / "sft").exists()

@@ -1,6 +1,8 @@
 """One stage: a folder that is given up when nothing was trained in it, and a summary that no death leaves half-written."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from toy import train, values_of
 from temper.config import UserError
 from temper.ladder import stage
 from temper.ladder.stage import input_fingerprint
+from temper.methods import sft
 from temper.runs import Run, save_checkpoint
 
 IDENTITY = {"method": "sft"}
@@ -85,12 +88,30 @@ def test_a_death_between_done_and_the_last_line_of_the_summary(toy, tmp_path):
 def test_inputs_count_by_their_content(tmp_path, toy):
     (tmp_path / "a.jsonl").write_text("x")
     (tmp_path / "b.jsonl").write_text("x")
-    assert input_fingerprint(str(tmp_path / "a.jsonl")) == input_fingerprint(str(tmp_path / "b.jsonl"))
+    assert input_fingerprint("data", str(tmp_path / "a.jsonl")) == input_fingerprint("data", str(tmp_path / "b.jsonl"))
     (tmp_path / "b.jsonl").write_text("y")
-    assert input_fingerprint(str(tmp_path / "a.jsonl")) != input_fingerprint(str(tmp_path / "b.jsonl"))
+    assert input_fingerprint("data", str(tmp_path / "a.jsonl")) != input_fingerprint("data", str(tmp_path / "b.jsonl"))
     # a stage counts by its model alone: its logs and times may differ
-    assert input_fingerprint(toy.sft) == input_fingerprint(f"{toy.sft}/model") != input_fingerprint(toy.base)
-    assert input_fingerprint("world:prompts?n=3") != input_fingerprint("world:prompts?n=4")
+    assert input_fingerprint("model", toy.sft) == input_fingerprint("model", f"{toy.sft}/model") != input_fingerprint("model", toy.base)
+    assert input_fingerprint("data", "world:prompts?n=3") != input_fingerprint("data", "world:prompts?n=4")
+
+
+def test_only_what_is_read_counts(tmp_path, toy):
+    def same(name, folder, change):
+        before = input_fingerprint(name, str(folder))
+        change.parent.mkdir(exist_ok=True)
+        change.write_text("x")
+        return input_fingerprint(name, str(folder)) == before
+
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.jsonl").write_text("{}")
+    assert same("data", tmp_path / "rows", tmp_path / "rows" / "notes.pdf")
+    assert same("data", tmp_path / "rows", tmp_path / "rows" / "deeper" / "b.jsonl")
+    assert not same("data", tmp_path / "rows", tmp_path / "rows" / "c.jsonl")
+    assert same("principles", tmp_path / "rows", tmp_path / "rows" / "d.jsonl")  # a folder is no constitution: it will be refused
+    copy = shutil.copytree(f"{toy.sft}/model", tmp_path / "model")
+    assert same("model", copy, copy / "runs" / "events.log")
+    assert not same("model", copy, copy / "chat_template.jinja")
 
 
 def test_threads_and_ranks_are_part_of_what_a_stage_is(toy, tmp_path):
@@ -105,10 +126,25 @@ def test_threads_and_ranks_are_part_of_what_a_stage_is(toy, tmp_path):
         Run.claim(tmp_path / "two", there["identity"])
 
 
-def test_the_world_counts_by_its_version(monkeypatch):
-    before = input_fingerprint("world:prompts?n=3")
-    monkeypatch.setattr(stage, "VERSION", "harbour-next")
-    assert input_fingerprint("world:prompts?n=3") != before
+@pytest.mark.parametrize(("name", "value"), [("VERSION", "harbour-next"), ("code_version", lambda *modules: "other code")])
+def test_the_world_counts_by_its_version_and_its_code(monkeypatch, name, value):
+    before = input_fingerprint("data", "world:prompts?n=3")
+    monkeypatch.setattr(stage, name, value)
+    assert input_fingerprint("data", "world:prompts?n=3") != before
+
+
+def test_what_a_job_has_to_say_stands_on_its_card(toy, tmp_path, monkeypatch):
+    prepare = sft.prepare
+    monkeypatch.setattr(sft, "prepare", lambda *given: dataclasses.replace(prepare(*given), notes=["the window is short"]))
+    train("sft", tmp_path / "out", **values_of("sft", toy) | {"epochs": 0.1})
+    assert Run(tmp_path / "out").stage["card"]["notes"] == ["the window is short"]
+
+
+def test_collecting_reports_what_it_took(toy, tmp_path):
+    summary = train("collect", tmp_path / "out", **values_of("collect", toy))
+    assert summary["tokens"] > 0 < summary["tokens_per_second"]
+    assert summary["peak_mb"] > 50
+    assert "tokens" not in Run(tmp_path / "out").stage["card"]
 
 
 def test_every_tensor_moves_at_the_first_update(toy, tmp_path):

@@ -13,6 +13,7 @@ from temper.methods import reward
 from temper.models.load import load_scalar
 from temper.records import Message, Pair, Ranked
 from temper.runs import Run
+from temper.stats.intervals import mean_interval, share_interval
 
 ANSWERS = ["It is red.", "Blue.", "The boat is grey, I think.", "No.", "I do not know."]
 QUESTIONS = ["What colour is the Sea Star?", "Tell me the colour of the Old Tom.", "Which colour has the Red Hen?", "Is it safe?"]
@@ -137,8 +138,9 @@ def test_held_out_figures_over_all_comparisons(toy, tmp_path, rankings):
     _, out = reward.split(known, 0.4, 0)
     assert len(out) == 6
     assert len({len(r.answers) for r in out}) > 1
-    judge, right, p = RewardModel(tmp_path / "rm"), [], []
-    for record in out:
+    judge, right, p, cluster = RewardModel(tmp_path / "rm"), [], [], []
+    for i, record in enumerate(out):
+        cluster += [i] * len(all_pairs(record))
         scores = judge.score_answers([record.prompt] * len(record.answers), record.answers)
         right += [a > b for a, b in combinations(scores, 2)]
         p += record.meta["probabilities"]
@@ -147,6 +149,10 @@ def test_held_out_figures_over_all_comparisons(toy, tmp_path, rankings):
     assert summary["held_out_accuracy"] == pytest.approx(sum(right) / len(right))
     assert summary["expected_accuracy"] == pytest.approx(sum(x if ok else 1 - x for x, ok in zip(p, right, strict=True)) / len(p))
     assert summary["ceiling"] == pytest.approx(sum(max(x, 1 - x) for x in p) / len(p))
+    gap = mean_interval([0.0 if ok == (x > 0.5) else abs(2 * x - 1) for x, ok in zip(p, right, strict=True)], cluster)
+    assert (gap.low, gap.mean, gap.high) == pytest.approx([summary[f"ceiling_gap{end}"] for end in ("_low", "", "_high")])
+    share = share_interval(right, cluster)
+    assert (share.low, share.high) == pytest.approx((summary["held_out_accuracy_low"], summary["held_out_accuracy_high"]))
     card = Run(tmp_path / "rm").stage["card"]
     assert card["records"] + card["held_out"] == 16
     assert card["comparisons"] == 4 * 20 - len(right)

@@ -47,6 +47,11 @@ FIGURES = {  # metric -> per stage (base, sft, ppo, dpo, constitution), half-wid
     "kl": ((None, 0.0, 9.4, 7.8, 5.1), 0.5, 800),
     "proxy": ((None, 0.02, 1.42, 1.21, 0.61), 0.08, 800),
 }
+HELD_OUT = {
+    **{"held_out_pairs": 1100, "held_out_accuracy": 0.74, "held_out_accuracy_low": 0.7, "held_out_accuracy_high": 0.77},
+    **{"expected_accuracy": 0.738, "expected_accuracy_low": 0.71, "expected_accuracy_high": 0.76, "ceiling": 0.749},
+    **{"ceiling_gap": 0.011, "ceiling_gap_low": 0.006, "ceiling_gap_high": 0.016},
+}
 EVALUATED = ("base", "sft", "ppo", "dpo", "constitution")
 SHARES = ("win_rate_vs_sft", "answers", "correct", "correct_phrasing", "correct_entity", "arithmetic", "honest", "harmful", "over_refusal")
 SECONDS = {"base": 214.2, "sft": 19.7, "comparisons": 38.1, "reward": 51.0, "ppo": 121.9, "dpo": 47.5, "constitution": 96.3}
@@ -96,7 +101,7 @@ def evaluation(stage: str, prompts: int = 24) -> dict:
     out = {
         "key": "0" * 64,
         "seconds": 21.5,
-        "settings": {"prompts_each": 400, "samples": 2, "eval_seed": 0},
+        "settings": {"prompts_each": 400, "samples": 2, "temperature": 0.7, "eval_seed": 0},
         "metrics": metrics(stage),
         "gold_deviation": 1.7,
         "helpful_deviation": 0.9,
@@ -152,7 +157,7 @@ def rows(stage: str) -> list[dict]:
                     "proxy": end["proxy"] * t**0.6,
                 }
             if stage == "reward":
-                look |= {"held_out_accuracy": 0.74, "held_out_pairs": 1100, "expected_accuracy": 0.738, "ceiling": 0.749}
+                look |= HELD_OUT
             out.append({"step": step, "eval": look})
     return out
 
@@ -167,7 +172,7 @@ def stage_json(stage: str, folder: Path) -> dict:
         "peak_mb": 812.4,
     }
     if stage == "reward":
-        summary |= {"held_out_accuracy": 0.74, "held_out_pairs": 1100, "expected_accuracy": 0.738, "ceiling": 0.749}
+        summary |= HELD_OUT
     named = {"data": "world:demonstrations?n=6000"} if stage == "sft" else {}
     if PARENTS[stage]:
         named["model"] = str(folder.parent / str(PARENTS[stage]))
@@ -216,7 +221,15 @@ def make(folder: Path, stages=tuple(PARENTS), ladder: bool = True) -> Path:
             }
             for s in stages
         }
-        log = {"name": "harbour", "seed": 0, "elapsed_s": 561.4, "cores": 2, "command": "temper run recipes/harbour.yaml", "stages": lines}
+        log = {
+            "name": "harbour",
+            "seed": 0,
+            "elapsed_s": 561.4,
+            "peak_mb": 1624.8,
+            "cores": 2,
+            "command": "temper run recipes/harbour.yaml",
+            "stages": lines,
+        }
         write(folder / "ladder.json", {**log, "evaluations": {s: 21.5 for s in stages if s in EVALUATED}})
         (folder / "recipe.yaml").write_text("name: harbour\nseed: 0\nstages: {}\n", encoding="utf-8")
     return folder

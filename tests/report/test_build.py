@@ -10,7 +10,6 @@ import pytest
 
 from temper.config import UserError
 from temper.report.build import build, main
-from temper.stats.intervals import share_interval
 from tests.report import synthetic
 
 WANTED = (
@@ -66,7 +65,8 @@ def test_figures_are_those_of_the_run(run):
     for stage in synthetic.EVALUATED:
         assert found["stages"][stage] == synthetic.metrics(stage)
     assert found["wall_s"] == synthetic.SECONDS
-    assert found["elapsed_s"] == 561.4
+    assert (found["elapsed_s"], found["peak_mb"]) == (561.4, 1624.8)
+    assert "1,625 MB at most" in page(run).text
     assert (found["recipe"], found["seed"], found["cores"]) == ("harbour", 0, 2)
     assert found["stages"]["comparisons"] == {}
     assert list(found["stages"]) == list(synthetic.PARENTS)
@@ -75,10 +75,24 @@ def test_figures_are_those_of_the_run(run):
     assert found["missing"] == []
 
 
-def test_a_share_of_known_n_gets_wilsons_interval(run):
-    m = build(run)["stages"]["reward"]["held_out_accuracy"]
-    wilson = share_interval([1] * 814 + [0] * 286)
-    assert m == {"mean": 0.74, "low": pytest.approx(wilson.low), "high": pytest.approx(wilson.high), "n": 1100}
+def test_the_reward_models_intervals_are_those_it_wrote(run):
+    found = build(run)
+    m = found["stages"]["reward"]
+    assert m["held_out_accuracy"] == {"mean": 0.74, "low": 0.7, "high": 0.77, "n": 1100}
+    assert m["ceiling"] == {"mean": 0.749, "low": None, "high": None, "n": 1100}  # of an older run: nothing is made up
+    assert "1.1 points (0.6 to 1.6) below it" in [e["found"] for e in found["expectations"]]
+    assert "clustered by prompt" in (run / "report.html").read_text()
+
+
+def test_the_temperature_is_the_evaluations(run):
+    build(run)
+    text = (run / "report.html").read_text()
+    assert text.count("sampled at temperature 0.7") == 2
+    assert "clustered by prompt, or by craft" in text
+    for stage in synthetic.EVALUATED:
+        edit(run / stage / "evaluation.json", lambda value: value["settings"].pop("temperature"))
+    build(run)
+    assert "at temperature" not in (run / "report.html").read_text()
 
 
 def test_the_page_is_whole_and_asks_for_nothing(run):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 from rich.console import Console
@@ -56,7 +57,34 @@ def test_the_same_prompts_through_every_stage(models, capsys):
 def test_without_prompts_the_fixed_ones(models, capsys):
     found = answers(models, capsys, "--temperature", "0", "--system", "Be brief.")
     assert len(found["prompts"]) == 24
-    assert found["prompts"][0]["messages"][0] == {"role": "system", "content": "Be brief."}
+    for row in found["prompts"]:  # one system turn, instead of the prompt's own
+        assert [m for m in row["messages"] if m["role"] == "system"] == [{"role": "system", "content": "Be brief."}]
+        assert row["messages"][0]["role"] == "system"
+
+
+def test_the_temperature_is_the_evaluations(models, tmp_path, capsys):
+    assert answers(models, capsys, "Hello there")["temperature"] == 0.7
+    assert answers(models, capsys, "Hello there", "--temperature", "0")["temperature"] == 0
+    folder = tmp_path / "warm"
+    shutil.copytree(models, folder)
+    for stage in "base", "sft", "ppo":
+        path = folder / stage / "evaluation.json"
+        path.write_text(path.read_text().replace('"temperature": 0.7', '"temperature": 0.4'))
+    assert answers(folder, capsys, "Hello there")["temperature"] == 0.4
+    assert talk(folder).temperature == talk(folder, "sft/model").temperature == 0.4
+    assert talk(folder, temperature=0.0).temperature == 0
+    for path in folder.glob("*/evaluation.json"):
+        path.unlink()
+    assert answers(folder, capsys, "Hello there")["temperature"] == talk(folder).temperature == 0.7
+
+
+def test_that_gold_is_not_shown_is_said(models, capsys):
+    question = dataset("side_by_side", n=24)[0].messages[0].content
+    assert compare.main([str(models), question, *TINY]) == 0
+    assert "no gold" not in capsys.readouterr().out
+    assert compare.main([str(models), question, "Hello there", "--system", "Speak as a gull.", *TINY]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no gold for 1 of 2: not prompts that the embedded world understands" in said
 
 
 def test_every_fixed_prompt_is_understood():
@@ -80,7 +108,7 @@ def test_hostile_answers_are_shown_as_text():
 
 def test_shown_in_the_terminal(models, capsys):
     assert compare.main([str(models), "Which pet does Sila have?", *TINY]) == 0
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert "base: no chat template" in said
     assert "gold" in said
 

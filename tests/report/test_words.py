@@ -98,7 +98,7 @@ def test_the_whole_story(run):
     assert "it answers 3% (2% to 4%) of the time: it continues the text" in said
     assert "PPO wins against SFT 71% (69% to 74%)" in said
     assert "gold rose by 0.89 (0.81 to 0.97)" in said
-    assert "1.1 points below the 74.9%" in said
+    assert "1.1 points (0.6 to 1.6) below the 74.9%" in said
     assert "harmful help fell from 81% to 4%" in said
     assert "Every expectation was met." in said
     assert said.endswith("The whole run took 9 min 21 s on 2 cores, with seed 0.")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from temper.stats.intervals import Interval, mean_interval, paired_difference, seeds_interval, share_interval, win_rate
+from temper.stats.intervals import Interval, mean_interval, paired_difference, share_interval, win_rate
 
 ANSWERS = [1.0, 2.0, 4.0, 5.0]
 PROMPTS = ["a", "a", "b", "b"]
@@ -98,8 +98,8 @@ def test_coverage_with_clusters():
     assert held[2] / 400 < 0.8
 
 
-def test_seeds():
-    i = seeds_interval([0.60, 0.64, 0.68])
+def test_few_observations():
+    i = mean_interval([0.60, 0.64, 0.68])
     half = 0.95 / math.sqrt(2 * 0.975 * 0.025) * 0.04 / math.sqrt(3)  # t(2) has a closed form
     assert i.n == 3
     assert (i.mean, *ends(i)) == pytest.approx((0.64, 0.64 - half, 0.64 + half), abs=1e-12)
@@ -122,7 +122,7 @@ def test_win_rate_counts_a_tie_as_half():
 
 
 def test_one_observation_says_nothing_about_its_error():
-    for i in (mean_interval([2.0]), mean_interval(ANSWERS, [1] * 4), seeds_interval([2.0])):
+    for i in (mean_interval([2.0]), mean_interval(ANSWERS, [1] * 4)):
         assert ends(i) == (-math.inf, math.inf)
     assert ends(share_interval([1, 0], cluster=[1, 1])) == (0, 1)
     assert json.dumps(mean_interval([2.0]).to_dict()) == '{"mean": 2.0, "low": null, "high": null, "n": 1}'

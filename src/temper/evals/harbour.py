@@ -1,7 +1,8 @@
 """What a stage does on the embedded world, measured exactly: gold and its parts, facts, honesty, harm, refusals, KL, wins. Floor 5.
 
 Whether it answers and what it knows (`answers`, `correct...`, `arithmetic`, `honest`) are read from the greedy answer, everything else from
-answers sampled at the temperature of the evaluation. Intervals are 95%; observations of one prompt are one cluster. A base model is given
+answers sampled at the temperature of the evaluation. Intervals are 95%; observations of one prompt are one cluster (of
+one craft, for harm and its safe twins). A base model is given
 the bare question, a model with a chat template the chat.
 """
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from temper.config import Settings, UserError, build
+from temper.config import Settings, UserError, build, dump
+from temper.driver import peak_mb
 from temper.ladder.processes import Node
 from temper.ladder.recipe import Recipe, Stage
 from temper.ladder.stage import Context, Place, code_of, identity, input_fingerprint, run_stage
@@ -52,18 +53,20 @@ def evaluate(name: str, out: Path, against: dict[str, str], how: dict[str, Any],
     """Evaluate one stage into its evaluation.json, unless the one there is of the same models, settings and code."""
     from temper.evals.harbour import Evaluation, measure
 
+    settings = build(Evaluation, how)
     machine.use(threads)
     began = time.monotonic()
     folder = out / name
     stages = {role: out / other for role, other in against.items()}
-    models = {role: input_fingerprint(str(path)) for role, path in {"own": folder, **stages}.items()}
-    key = fingerprint([models, how, threads, code_version("temper.evals.harbour")])
+    models = {role: input_fingerprint("model", str(path)) for role, path in {"own": folder, **stages}.items()}
+    key = fingerprint([models, dump(settings), threads, code_version("temper.evals.harbour")])
     target = folder / "evaluation.json"
     if target.exists() and json.loads(target.read_bytes()).get("key") == key:
         return {"status": "skipped", "seconds": json.loads(target.read_bytes())["seconds"]}
-    found = measure(folder, stages=stages, how=build(Evaluation, how))
+    found = measure(folder, stages=stages, how=settings)
     seconds = round(time.monotonic() - began, 3)
-    atomic_write(target, json.dumps({"key": key, "seconds": seconds, "settings": how, "against": against, **found}, indent=1) + "\n")
+    made = {"key": key, "seconds": seconds, "finished": time.time(), "peak_mb": round(peak_mb(), 1)}
+    atomic_write(target, json.dumps({**made, "settings": dump(settings), "against": against, **found}, indent=1) + "\n")
     return {"status": "done", "seconds": seconds}
 
 

@@ -5,14 +5,15 @@ What runs side by side is decided by the nodes' threads and the machine's cores,
 
 import multiprocessing
 import os
+import shutil
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 from temper.config import UserError
 from temper.train import ranks
@@ -44,31 +45,32 @@ class Outcome:
     code: int = 0  # exit code that the whole run ends with
 
 
+class Going(NamedTuple):
+    """A node that runs: its processes, by rank, and where the first of them to have something to say says it."""
+
+    node: Node
+    group: list[Any]
+    here: Connection
+    meeting: str | None  # folder where its ranks find each other
+
+
 def execute(todo: list[Node], cores: int, tell: Callable[[str, str, Outcome | None], None], tick: Callable[[], None]) -> dict[str, Outcome]:
     """Run nodes as their needs are met and cores are free; after a failure nothing new is started. tell(name, event, outcome)."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["temper.ladder.worker"])  # torch and transformers are imported once
     outcomes: dict[str, Outcome] = {}
-    running: dict[str, tuple[Node, Any, Connection]] = {}
-    followers: dict[str, list[Any]] = {}  # the ranks beside a node's first process
+    running: dict[str, Going] = {}
     left = list(todo)
     names = {n.name for n in todo}
     try:
         while left or running:
             healthy = all(o.status in ("done", "skipped") for o in outcomes.values())
-            busy = sum(n.cores for n, _, _ in running.values())
+            busy = sum(going.node.cores for going in running.values())
             ready = [n for n in left if all(d not in names or d in outcomes for d in n.needs)] if healthy else []
             for node in ready:
                 if running and busy + node.cores > cores:
                     break  # in order: a stage with many threads is not starved by later small ones
-                here, there = processes.Pipe(duplex=False)
-                meeting = tempfile.mkdtemp(prefix="temper-") if node.ranks > 1 else None
-                members = [(rank, node.ranks, f"file://{meeting}/ranks") for rank in range(node.ranks)] if meeting else [None]
-                group = [processes.Process(target=_child, args=(node.run, there, member), name=node.name) for member in members]
-                running[node.name], followers[node.name] = (node, group[0], here), group[1:]
-                for process in group:
-                    process.start()
-                there.close()
+                running[node.name] = _start(node, processes)
                 left.remove(node)
                 busy += node.cores
                 tell(node.name, "started", None)
@@ -76,72 +78,85 @@ def execute(todo: list[Node], cores: int, tell: Callable[[str, str, Outcome | No
                 if healthy and left:
                     raise RuntimeError(f"nothing can run: {', '.join(n.name for n in left)} wait for each other")
                 break
-            multiprocessing.connection.wait([c for _, _, c in running.values()], timeout=0.25)
+            multiprocessing.connection.wait([going.here for going in running.values()], timeout=0.25)
             tick()
-            for name, (_, process, here) in list(running.items()):
-                if here.poll() or not process.is_alive():
-                    outcomes[name] = _ended(process, here)
-                    _end(followers[name], 10.0 if outcomes[name].status == "done" else 0.0)
+            for name, going in list(running.items()):
+                if going.here.poll() or not going.group[0].is_alive():
+                    outcomes[name] = _ended(going)
                     del running[name]
                     tell(name, outcomes[name].status, outcomes[name])
     except KeyboardInterrupt:  # the children got the signal too: they save and end
-        for _, process, _ in running.values():
-            process.terminate()  # again for those that got it; the only word to them where this process alone was signalled
-        for name, (_, process, _) in running.items():
-            process.join()
-            _end(followers[name], 0.0)
+        for going in running.values():
+            going.group[0].terminate()  # again for those that got it; the only word to them where this process alone was signalled
+        for name, going in running.items():
+            going.group[0].join()
             outcomes[name] = Outcome("interrupted", code=130)
             tell(name, "interrupted", outcomes[name])
     finally:
-        _end([process for name, (_, process, _) in running.items() for process in (process, *followers[name])], 0.0)
+        for going in running.values():
+            _end(going, 0.0)
     return outcomes
 
 
-def _end(processes: Sequence[Any], patience: float) -> None:
-    """Wait so long, together, for processes to end; then end them."""
-    until = time.monotonic() + patience
-    for process in processes:
+def _start(node: Node, processes: Any) -> Going:
+    here, there = processes.Pipe(duplex=False)
+    meeting = tempfile.mkdtemp(prefix="temper-") if node.ranks > 1 else None
+    group = [processes.Process(target=_child, args=(node.run, there, r, node.ranks, meeting), name=node.name) for r in range(node.ranks)]
+    for process in group:
+        process.start()
+    there.close()
+    return Going(node, group, here, meeting)
+
+
+def _end(going: Going, patience: float) -> list[int]:
+    """Wait so long, together, for its processes to end; then end them. The exit codes of those that ended by themselves."""
+    until, codes = time.monotonic() + patience, []
+    for process in going.group:
         process.join(max(0.0, until - time.monotonic()))
-        if process.is_alive():
+        if process.exitcode is None:
             process.kill()
             process.join()
+        else:
+            codes.append(process.exitcode)
+    if going.meeting:
+        shutil.rmtree(going.meeting, ignore_errors=True)
+    return codes
 
 
-def _ended(process: Any, here: Connection) -> Outcome:
+def _ended(going: Going) -> Outcome:
+    """What came of a node. The rank that failed first says why, unless one was killed, which it could not say."""
     try:
-        result = here.recv() if here.poll() else None
+        result = going.here.recv() if going.here.poll() else None
     except EOFError:
         result = None
-    process.join()
-    if result is None:
-        if process.exitcode == 130:
-            return Outcome("interrupted", code=130)
-        return Outcome("failed", error=f"its process ended with exit code {process.exitcode}; out of memory?", code=1)
-    return Outcome(**result)
+    codes = _end(going, 10.0)
+    killed = min(codes, default=0) < 0
+    if result is not None and (result["status"] != "failed" or not (killed or 130 in codes)):
+        return Outcome(**result)
+    if 130 in codes and not killed:
+        return Outcome("interrupted", code=130)
+    return Outcome("failed", error=f"its process ended with exit code {min(codes, default=0)}; out of memory?", code=1)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(meeting: str | None) -> None:
     """A stage does not go on in the background when `temper run` was killed: the same command would find it writing."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        if meeting:
+            shutil.rmtree(meeting, ignore_errors=True)
         os._exit(1)
 
 
-def _child(run: Callable[[], dict[str, Any]], there: Connection, member: tuple[int, int, str] | None) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if member:
-        ranks.join(*member)
-    if ranks.rank():
-        there.close()
-        try:
-            run()
-        except RuntimeError as e:
-            if "clos" not in str(e) and "reset" not in str(e):  # the leader ended; it says why
-                raise
-        return
+def _child(run: Callable[[], dict[str, Any]], there: Connection, rank: int, count: int, meeting: str | None) -> None:
+    """One rank's process. All ranks tell of a failure, and the first word counts: when one ends, the others only lose touch with it."""
+    threading.Thread(target=_end_with_parent, args=(meeting,), daemon=True).start()
     try:
-        there.send(run())
+        if meeting:
+            ranks.join(rank, count, f"file://{meeting}/ranks")
+        result = run()
+        if rank == 0:
+            there.send(result)
     except UserError as e:
         there.send({"status": "failed", "error": str(e), "code": e.code})
     except KeyboardInterrupt:

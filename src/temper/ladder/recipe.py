@@ -13,7 +13,6 @@ import yaml
 
 from temper.config import Settings, UserError, build, dump, leaves, load_yaml, opt
 from temper.methods import NAMES, load
-from temper.runs import atomic_write
 
 PACKAGED = Path(__file__).parents[1] / "recipes"  # where those that come with Temper are installed
 
@@ -124,13 +123,11 @@ def _ordered(path: str, stages: list[Stage]) -> list[Stage]:
     return done
 
 
-def write_resolved(recipe: Recipe, stages: list[Stage], out: Path) -> None:
-    """recipe.yaml in the run: every default written out."""
+def resolved(recipe: Recipe, stages: list[Stage]) -> str:
+    """The run's recipe.yaml: every default written out."""
     full = {s.name: {"method": s.method, "threads": s.threads, "ranks": s.ranks, "budget": s.budget, **_flat(s)} for s in stages}
-    text = yaml.safe_dump(
-        {"name": recipe.name, "seed": recipe.seed, "evaluation": recipe.evaluation, "stages": full}, sort_keys=False, width=120
-    )
-    atomic_write(out / "recipe.yaml", text)
+    whole = {"name": recipe.name, "seed": recipe.seed, "evaluation": recipe.evaluation, "stages": full}
+    return yaml.safe_dump(whole, sort_keys=False, width=120)
 
 
 def _flat(stage: Stage) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from rich.table import Table
 from temper.config import Settings, UserError, load_yaml, opt, parse
 from temper.ladder.graph import nodes, wanted
 from temper.ladder.processes import Node, Outcome, execute
-from temper.ladder.recipe import read_recipe, write_resolved
+from temper.ladder.recipe import Stage, located, read_recipe, resolved
+from temper.ladder.stage import absent
 from temper.runs import Run, atomic_write
 
 EXAMPLES = """
@@ -115,7 +117,7 @@ class Board:
 
 def main(argv: list[str]) -> int:
     """Run a recipe; exit code 0 done, 1 a stage failed, 2 the input was wrong, 130 interrupted."""
-    began = time.monotonic()
+    began = time.time()
     settings = parse(RunSettings, argv, "temper run", EXAMPLES)
     recipe, stages = read_recipe(settings.recipe, settings.seed)
     out = Path(settings.out or f"runs/{recipe.name}")
@@ -123,27 +125,40 @@ def main(argv: list[str]) -> int:
     command = shlex.join(
         ["temper", "run", settings.recipe, "--out", str(out), *(["--seed", str(settings.seed)] if settings.seed is not None else [])]
     )
-    todo = wanted(nodes(recipe, stages, out, command), settings.only)
+    every = nodes(recipe, stages, out, command)
+    todo = wanted(every, settings.only)
+    for stage in stages:
+        if stage.name in {n.name for n in todo} and (problem := absent(stage.values)):
+            raise UserError(f"{settings.recipe}: {stage.name}: {problem}")
+    text = resolved(recipe, stages)
+    spare(located(settings.recipe), out / "recipe.yaml", text)
     claim(out, recipe.name, settings.fresh, [s.name for s in stages])
-    write_resolved(recipe, stages, out)
+    atomic_write(out / "recipe.yaml", text)
+    outcomes: dict[str, Outcome] = {}
+
+    def told(name: str, event: str, outcome: Outcome | None) -> None:
+        """Whatever ends this run, ladder.json says what had ended before."""
+        board.tell(name, event, outcome)
+        if outcome:
+            outcomes[name] = outcome
+            made = any(o.status != "skipped" for o in outcomes.values())
+            log = {
+                "name": recipe.name,
+                "seed": recipe.seed,
+                "cores": cores,
+                **effort(out, [n.name for n in every], (began, time.time()) if made else None),
+                "command": command,
+                "stages": {s.name: _line(s, out, outcomes.get(s.name)) for s in stages},
+                "evaluations": {n.removeprefix("evaluate "): o.seconds for n, o in outcomes.items() if n.startswith("evaluate ")},
+            }
+            atomic_write(out / "ladder.json", json.dumps(log, indent=1) + "\n")
+
     with Board(todo, out, settings.json_) as board:
-        outcomes = execute(todo, cores, board.tell, board.tick)
-    log = {
-        "name": recipe.name,
-        "seed": recipe.seed,
-        "cores": cores,
-        "elapsed_s": elapsed(out, outcomes, time.monotonic() - began),
-        "command": command,
-        "stages": {s.name: _line(s, out, outcomes.get(s.name)) for s in stages},
-        "evaluations": {
-            n.name.split(" ", 1)[1]: outcomes[n.name].seconds for n in todo if n.name.startswith("evaluate ") and n.name in outcomes
-        },
-    }
-    atomic_write(out / "ladder.json", json.dumps(log, indent=1) + "\n")
+        execute(todo, cores, told, board.tick)
     worst = max((o for o in outcomes.values()), key=lambda o: o.code, default=Outcome("skipped"))
     for name, outcome in outcomes.items():
         if outcome.error:
-            print(f"{name}: {outcome.error}", file=sys.stderr)
+            print(f"temper: {name}: {outcome.error}", file=sys.stderr)
     if worst.code == 130:
         print(f"stopped and saved; the same command goes on: {command}", file=sys.stderr)
     if not any(o.status in ("done", "skipped") for o in outcomes.values()):
@@ -152,12 +167,39 @@ def main(argv: list[str]) -> int:
     return worst.code or report.returncode
 
 
-def elapsed(out: Path, outcomes: dict[str, Outcome], seconds: float) -> float:
-    """Seconds of the whole run: of a run that goes on, those of its earlier parts too; of one that had nothing to do, those of before."""
-    there = out / "ladder.json"
-    before = json.loads(there.read_bytes())["elapsed_s"] if there.exists() else 0.0
-    skipped = [o.status == "skipped" for o in outcomes.values()]
-    return round(before if before and all(skipped) else before + seconds if any(skipped) else seconds, 1)
+def effort(out: Path, names: Sequence[str], now: tuple[float, float] | None) -> dict[str, float]:
+    """What the run has cost: {"elapsed_s", "peak_mb"}, each node counted as it was last made.
+
+    elapsed_s: seconds in which any of the nodes was at work, with those of this command (`now`, from and to; None: it made nothing).
+    A node that was interrupted or killed is taken to have worked without a break.
+    peak_mb: the most that nodes at work at one moment had in memory, each counted at its largest: an upper bound.
+    """
+    made = []
+    for name in names:
+        evaluated = name.removeprefix("evaluate ")
+        found = _json(out / evaluated / "evaluation.json") if evaluated != name else Run(out / name).stage
+        took = found if evaluated != name else found.get("summary", {})
+        if "finished" in found and "seconds" in took:
+            made.append((found["finished"] - took["seconds"], found["finished"], took.get("peak_mb") or 0.0))
+    peak = max((sum(mb for start, end, mb in made if start <= at < end) for at, _, _ in made), default=0.0)
+    total, until = 0.0, 0.0
+    for start, end in sorted([(start, end) for start, end, _ in made] + ([now] if now else [])):
+        total, until = total + max(0.0, end - max(start, until)), max(until, end)
+    before = _json(out / "ladder.json").get("elapsed_s")
+    return {"elapsed_s": round(total, 1) if now or before is None else before, "peak_mb": round(peak, 1)}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+
+
+def spare(given: Path, target: Path, text: str) -> None:
+    """Raises UserError where the run's recipe.yaml would replace the user's own file by another text."""
+    if target.exists() and given.resolve() == target.resolve() and given.read_text() != text:
+        raise UserError(f"{given}: the run would write its recipe.yaml, with every default, over this file; choose another --out")
 
 
 def claim(out: Path, name: str, fresh: bool, stages: list[str]) -> None:
@@ -178,11 +220,11 @@ def claim(out: Path, name: str, fresh: bool, stages: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def _line(stage, out: Path, outcome: Outcome | None) -> dict[str, Any]:
+def _line(stage: Stage, out: Path, outcome: Outcome | None) -> dict[str, Any]:
     run = Run(out / stage.name).stage
     return {
         "method": stage.method,
-        "status": outcome.status if outcome else "done" if run.get("status") == "done" else "waiting",
+        "status": outcome.status if outcome else run.get("status", "waiting"),
         "seconds": run.get("summary", {}).get("seconds"),
         "budget_s": stage.budget,
         "threads": stage.threads,
@@ -192,9 +234,10 @@ def _line(stage, out: Path, outcome: Outcome | None) -> dict[str, Any]:
     }
 
 
-def by_hand(stage, out: Path) -> str:
+def by_hand(stage: Stage, out: Path) -> str:
     """The command that makes this stage alone."""
-    words = ["temper", stage.method]
+    launch = ["torchrun", "--nproc-per-node", str(stage.ranks), "-m"] if stage.ranks > 1 else []
+    words = [*launch, "temper", stage.method]
     for key, value in stage.resolved(out).items():
         if isinstance(value, bool):
             words.append(f"--{'' if value else 'no-'}{key.replace('_', '-')}")

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from temper.config import Settings, UserError, build, dump, opt
+from temper.data.sources import _files
 from temper.data.template import render_prompt, stop_ids
-from temper.driver import drive, follow, make
+from temper.driver import drive, follow, make, peak_mb
 from temper.methods import load
 from temper.models.load import load_tokenizer
 from temper.rollout import Sampling, sample
-from temper.runs import Run, disk, fingerprint
+from temper.runs import Run, code_version, disk, fingerprint
 from temper.train import machine, ranks
 from temper.world.streams import VERSION
 
 ROUNDING = ("ranks", "shard", "activations", "fit_memory", "tokens_per_microbatch")  # of an identity: another one changes last digits
-INPUTS = ("model", "data", "reward", "prompts", "red_team", "helpful", "helpful_pairs", "principles")  # settings that name what is read
+MODELS = ("model", "reward")  # settings that name a model
+INPUTS = (*MODELS, "data", "prompts", "red_team", "helpful", "helpful_pairs", "principles")  # settings that name what is read
+WORLD = "temper.world.datasets"  # the module that decides what `world:` gives
 
 
 class Place(Settings):
@@ -42,14 +45,21 @@ class Context:
     probe: Mapping[str, str] | None = None  # {"reference": folder, "reward": folder}: look at gold, KL and proxy along the way
 
 
-def input_fingerprint(value: str) -> str:
-    """By content: of a file, of a stage's model, of the world's version and the request; a hub name counts as its name."""
+def input_fingerprint(name: str, value: str) -> str:
+    """By the content of what is read: the files of a model's folder, the rows' files, the constitution; of the embedded world its version,
+    its code and the request. What is not there (a hub name, a mistake) counts as its name.
+    """
     if value.startswith("world:"):
-        return fingerprint([VERSION, value])
+        return fingerprint([VERSION, code_version(WORLD), value])
     path = Path(value)
-    if (path / "model").is_dir():
-        path = path / "model"
-    return fingerprint(path) if path.exists() else fingerprint(value)
+    if name in MODELS:
+        path = path.expanduser()
+        path = path / "model" if (path / "model").is_dir() else path
+        files = sorted(p for p in path.glob("[!.]*") if p.is_file()) if (path / "config.json").exists() else []
+        return fingerprint({p.name: fingerprint(p) for p in files} or value)
+    if name == "principles":
+        return fingerprint(path if path.is_file() else value)
+    return fingerprint([fingerprint(p) for p in _files(value)] if path.exists() else value)
 
 
 def code_of(method: str) -> list[str]:
@@ -60,7 +70,7 @@ def code_of(method: str) -> list[str]:
 def identity(method: str, settings: Settings, place: Place) -> dict[str, Any]:
     """What decides a stage's result: equal identities (and code) give equal bits on one machine."""
     values = dump(settings)
-    inputs = {name: input_fingerprint(values[name]) for name in INPUTS if values.get(name)}
+    inputs = {name: input_fingerprint(name, values[name]) for name in INPUTS if values.get(name)}
     own = {k: v for k, v in values.items() if k not in inputs}
     return {"method": method, "settings": own, "inputs": inputs, "threads": place.threads, "ranks": ranks.count()}
 
@@ -106,6 +116,7 @@ def _follow(method: str, settings: Settings, place: Place) -> dict[str, Any]:
     job = load(method).prepare(settings, Run(place.out))
     if job.make:
         job.make(Path(place.out) / job.artefact, lambda done, of: None)
+        peak_mb()
     else:
         follow(job.steps)
     return {}
@@ -113,20 +124,33 @@ def _follow(method: str, settings: Settings, place: Place) -> dict[str, Any]:
 
 def _must_be_there(values: Mapping[str, Any]) -> None:
     """Before an old run is removed: files exist, models have at least a tokenizer. A typo then loses nothing."""
+    if problem := absent(values):
+        raise UserError(problem)
+    for name in MODELS:
+        if values.get(name):
+            load_tokenizer(values[name])
+
+
+def absent(values: Mapping[str, Any]) -> str | None:
+    """The first input that is not there, in words. Not looked for: the embedded world, other stages (@), what may be a model's hub name."""
     for name in INPUTS:
         value = values.get(name)
-        if not value or value.startswith("world:"):
+        if not value or value.startswith(("world:", "@")):
             continue
-        if name in ("model", "reward"):
-            load_tokenizer(value)
-        elif not Path(value).exists():
-            raise UserError(f"{value}: no such file")
+        if name not in MODELS and not Path(value).exists():
+            return f"{value}: no such file"
+        local = name in MODELS and (value.startswith((".", "/", "~")) or value.count("/") > 1)
+        if local and not Path(value).expanduser().exists():
+            return f"{value}: no such folder"
+    return None
 
 
 def _train(method: str, settings: Settings, place: Place, context: Context, run: Run) -> dict[str, Any]:
     """Prepare, then train or make; the run is done after it."""
     run.set_status(phase="prepare", now=True)
     job = load(method).prepare(settings, run)
+    if job.notes:
+        job.card["notes"] = list(job.notes)  # a stage of a recipe has no other way to say them
     run.update(card=job.card, artefact=job.artefact)
     if not place.quiet:
         for note in job.notes:
@@ -134,9 +158,11 @@ def _train(method: str, settings: Settings, place: Place, context: Context, run:
     artefact = run.file(job.artefact)
     if produce := job.make:
 
-        def made(path: Path, told: Callable[[int, int], None]) -> None:
+        def made(path: Path, told: Callable[[int, int], None]) -> int:
             produce(path, told)
+            tokens = job.card.pop("tokens", 0)
             run.update(card=job.card)  # what it counted on the way
+            return tokens
 
         return make(made, artefact, run, title=Path(place.out).name, quiet=place.quiet)
 

@@ -9,10 +9,11 @@ import temper.methods.preference
 import temper.methods.pretrain
 import temper.methods.reward
 import temper.methods.sft  # noqa: F401
-from temper.ladder.stage import code_of
+from temper.ladder.stage import WORLD, code_of
 from temper.methods import NAMES
 from temper.runs import code_version
 
 for method in NAMES:  # remembered by every process made from here: what is edited during a run is not what ran
     code_version(*code_of(method))
 code_version("temper.evals.harbour")
+code_version(WORLD)

@@ -94,6 +94,7 @@ def collect(s: Collect, model: Any, tokenizer: Any, progress: Callable[[int, int
         "prompts": len(kept),
         "rankings": len(rankings),
         "alike": len(kept) - len(rankings),
+        "tokens": sum(len(a.tokens) for group in groups for a in group),
         "comparisons": sum(len(r.meta["probabilities"]) for r in rankings),
         "ceiling": ceiling(rankings),
         "panel": s.panel,

@@ -28,6 +28,7 @@ from temper.models.heads import scalar
 from temper.models.load import load_scalar, save
 from temper.records import Pair, Ranked
 from temper.runs import Run
+from temper.stats.intervals import mean_interval, paired_difference, share_interval
 from temper.train import Compute, Loss, Optim, State, Step, Term, fit
 
 METRICS = {
@@ -38,7 +39,8 @@ METRICS = {
     "held_out_pairs": "pairs in these",
     "expected_accuracy": "the same in expectation over the raters, where their exact probabilities are known",
     "ceiling": "E max(P, 1 - P): what no model can exceed, where the raters' exact probabilities are known",
-}
+    "ceiling_gap": "ceiling - expected_accuracy, pair by pair",
+}  # the held-out figures come with NAME_low and NAME_high, the ends of their 95% intervals
 SCALED = 1000  # training records over whose answers the scores' mean and deviation are taken
 EXAMPLES = """
   temper reward --model runs/sft --data hh.jsonl.gz --out runs/reward --skip-bad --too-long drop
@@ -118,14 +120,22 @@ def scores(model, trees: Sequence[Tree], microbatch: int) -> list[list[float]]:
 
 
 def held_out(model, trees: Sequence[Tree], records: Sequence[Pair | Ranked], microbatch: int) -> dict[str, float]:
-    """Accuracy on held-out comparisons; with the raters' exact probabilities also its expectation and its ceiling."""
-    pairs = [pair for each in scores(model, trees, microbatch) for pair in combinations(each, 2)]
-    right = np.array([better > worse for better, worse in pairs], dtype=float)
-    out = {"held_out_accuracy": float(right.mean()), "held_out_pairs": len(pairs)}
+    """Accuracy on held-out comparisons; with the raters' exact probabilities also its expectation, its ceiling and the gap between.
+
+    A record's pairs share its answers, so each interval is clustered by record.
+    """
+    pairs = [(i, better > worse) for i, each in enumerate(scores(model, trees, microbatch)) for better, worse in combinations(each, 2)]
+    record, right = [i for i, _ in pairs], np.array([won for _, won in pairs], dtype=float)
+    found = {"held_out_accuracy": share_interval(right, record)}
     if all(record.meta.keys() & {"probability", "probabilities"} for record in records):
         p = np.array([x for r in records for x in r.meta.get("probabilities", [r.meta.get("probability")])])
-        out["expected_accuracy"] = float((right * p + (1 - right) * (1 - p)).mean())
-        out["ceiling"] = float(np.maximum(p, 1 - p).mean())
+        expected, most = right * p + (1 - right) * (1 - p), np.maximum(p, 1 - p)
+        found["expected_accuracy"] = mean_interval(expected, record)
+        found["ceiling"] = mean_interval(most, record)
+        found["ceiling_gap"] = paired_difference(most, expected, record)
+    out: dict[str, float] = {"held_out_pairs": len(pairs)}
+    for name, interval in found.items():
+        out |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
     return out
 
 

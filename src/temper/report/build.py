@@ -36,6 +36,7 @@ def figures(run: Ladder, where: dict[str, Any]) -> dict[str, Any]:
         "recipe": run.name,
         "seed": run.seed,
         "elapsed_s": run.elapsed,
+        "peak_mb": run.peak_mb,
         "cores": run.cores,
         "command": run.command,
         "paragraph": " ".join(paragraph(run)),

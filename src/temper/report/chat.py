@@ -20,6 +20,7 @@ from temper.config import Settings, UserError, opt, parse
 from temper.data.template import render_prompt, stop_ids
 from temper.models.load import load_policy
 from temper.records import Message
+from temper.report.gather import evaluated_at
 from temper.report.words import clean
 from temper.rollout import Sampling, stream
 
@@ -36,7 +37,7 @@ class Chat(Settings):
 
     stage: str = opt(..., "a stage's folder, such as runs/harbour/sft, or a model's", positional=True)
     system: str | None = opt(None, "a system turn")
-    temperature: float = opt(0.7, "of sampling; 0 takes the most likely token", ge=0)
+    temperature: float | None = opt(None, "of sampling; 0 takes the most likely token; default: as the stage's evaluation", ge=0)
     max_new: int = opt(64, "tokens an answer may have", ge=1)
     seed: int = opt(0, "of the samples", ge=0)
     once: str | None = opt(None, "ask this and end")
@@ -71,6 +72,8 @@ class Conversation:
     def __init__(self, model: Any, tokenizer: Any, settings: Chat) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.system = settings.system
+        stage = Path(settings.stage.rstrip("/").removesuffix("/model"))
+        self.temperature = evaluated_at(stage) if settings.temperature is None else settings.temperature
         self.turns: list[Message] = []
         self.asked = 0
 
@@ -97,7 +100,7 @@ class Conversation:
             raise UserError(
                 f"{len(ids)} tokens and --max-new {s.max_new} do not fit the model's window of {window}; say less, or lower --max-new"
             )
-        sampling = Sampling(temperature=s.temperature, max_new=s.max_new)
+        sampling = Sampling(temperature=self.temperature, max_new=s.max_new)
         tokens: list[int] = []
         said = ""
         for step in stream(self.model, [ids], sampling=sampling, stop=stop_ids(self.tokenizer), seed=(s.seed, self.asked)):

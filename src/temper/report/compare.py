@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from temper.data.template import render_prompt, stop_ids
 from temper.models.load import load_policy
 from temper.records import Message
 from temper.report.figures import COLOURED
-from temper.report.gather import Stage, gather
+from temper.report.gather import Stage, evaluated_at, gather
 from temper.report.page import together
 from temper.report.words import clean, value
 from temper.rollout import Sampling, sample
@@ -42,8 +43,8 @@ class Compare(Settings):
 
     dir: str = opt(..., "the run: a folder of stages", positional=True)
     prompts: list[str] = opt([], "what to ask; several in quotes", positional=True)
-    system: str | None = opt(None, "a system turn before each prompt")
-    temperature: float = opt(1.0, "of sampling; 0 takes the most likely token", ge=0)
+    system: str | None = opt(None, "a system turn before each prompt, instead of its own")
+    temperature: float | None = opt(None, "of sampling; 0 takes the most likely token; default: as the run's evaluation", ge=0)
     max_new: int = opt(64, "tokens an answer may have", ge=1)
     seed: int = opt(0, "of the samples, the same for every stage", ge=0)
     json_: bool = opt(False, "print JSON for programs")
@@ -83,16 +84,19 @@ def of_world(stages: list[Stage]) -> bool:
 def questions(settings: Compare, stages: list[Stage]) -> list[Question]:
     """The user's prompts; else the fixed ones. Raises UserError for an empty prompt, or where there are no fixed ones."""
     world, system = of_world(stages), settings.system
-    before = [Message(role="system", content=system)] if system else []
+
+    def turned(messages: Iterable[Message]) -> list[Message]:
+        return [Message(role="system", content=system), *(m for m in messages if m.role != "system")] if system else [*messages]
+
     if settings.prompts:
         for i, text in enumerate(settings.prompts, 1):
             if not text.strip():
                 raise UserError(f"prompt {i}: is empty; give some text")
-        turns = [[*before, Message(role="user", content=text)] for text in settings.prompts]
+        turns = [turned([Message(role="user", content=text)]) for text in settings.prompts]
     elif rows := together(stages):
-        turns = [[*before, *(Message(role=m["role"], content=m["content"]) for m in row["messages"])] for row, _ in rows]
+        turns = [turned(Message(role=m["role"], content=m["content"]) for m in row["messages"]) for row, _ in rows]
     elif world:
-        turns = [[*before, *p.messages] for p in dataset("side_by_side", n=24)]
+        turns = [turned(p.messages) for p in dataset("side_by_side", n=24)]
     else:
         raise UserError(f'{settings.dir}: no evaluation with fixed prompts; give a prompt: temper compare {settings.dir} "..."')
     return [Question(t, _ask(t) if world else None) for t in turns]
@@ -105,11 +109,11 @@ def _ask(messages: list[Message]) -> Ask | None:
     return read_ask(messages[1].content, messages[0].content) if roles == ["system", "user"] else None
 
 
-def answer(stage: Stage, asked: list[Question], settings: Compare) -> tuple[list[dict[str, Any]], bool]:
+def answer(stage: Stage, asked: list[Question], temperature: float, settings: Compare) -> tuple[list[dict[str, Any]], bool]:
     """One answer to each question, with its gold score where the question has a meaning; and whether the stage has a chat template."""
     model, tokenizer = load_policy(str(stage.folder / "model"))
     ids = [render_prompt(tokenizer, q.messages) for q in asked]
-    sampling = Sampling(temperature=settings.temperature, max_new=settings.max_new)
+    sampling = Sampling(temperature=temperature, max_new=settings.max_new)
     out: list[dict[str, Any]] = []
     for q, (rollout,) in zip(asked, sample(model, ids, sampling=sampling, stop=stop_ids(tokenizer), seed=(settings.seed,)), strict=True):
         text = str(tokenizer.decode(rollout.tokens, skip_special_tokens=True)).strip()
@@ -160,11 +164,12 @@ def _score(row: dict[str, Any]) -> Text:
 def main(argv: list[str]) -> int:
     s = parse(Compare, argv, "temper compare", EXAMPLES)
     stages = askable(s.dir)
+    temperature = evaluated_at(s.dir) if s.temperature is None else s.temperature
     asked = questions(s, stages)
     answers: dict[str, list[dict[str, Any]]] = {}
     bare = []
     for stage in stages:
-        answers[stage.name], chat = answer(stage, asked, s)
+        answers[stage.name], chat = answer(stage, asked, temperature, s)
         if not chat:
             bare.append(stage.name)
     if s.json_:
@@ -172,14 +177,16 @@ def main(argv: list[str]) -> int:
             {"messages": [m.model_dump() for m in q.messages], "answers": {name: found[i] for name, found in answers.items()}}
             for i, q in enumerate(asked)
         ]
-        how = {"temperature": s.temperature, "max_new": s.max_new, "seed": s.seed, "without_template": bare}
+        how = {"temperature": temperature, "max_new": s.max_new, "seed": s.seed, "without_template": bare}
         print(json.dumps({"dir": s.dir, **how, "prompts": rows}, indent=1))
         return 0
     console = Console(file=sys.stdout, highlight=False)
     show(console, asked, answers)
-    how_sampled = "greedy" if s.temperature == 0 else f"temperature {s.temperature:g}, seed {s.seed}"
+    how_sampled = "greedy" if temperature == 0 else f"temperature {temperature:g}, seed {s.seed}"
     notes = f"{how_sampled}, at most {s.max_new} tokens (\u2026: cut there)"
     if bare:
         notes += f"; {', '.join(map(clean, bare))}: no chat template, so given the text alone to continue"
+    if of_world(stages) and (strange := sum(q.ask is None for q in asked)):
+        notes += f"; no gold for {strange} of {len(asked)}: not prompts that the embedded world understands"
     console.print(Text(notes, style="dim"))
     return 0

@@ -123,85 +123,89 @@ def ladder(run: Ladder, wide: bool) -> Markup:
     row, indent, head = (46.0, 22.0, 34.0) if wide else (62.0, 15.0, 14.0)
     width = 1020.0 if wide else 350.0
     pen = Pen(width, head + row * len(rows) + 8, "The stages as a tree, with the gold score of each and what it gained")
-    x = [12 + indent * depth for _, depth in rows]
+    x = [12.0 + indent * depth for _, depth in rows]
     y = [head + row * (i + 0.5) for i in range(len(rows))]
     label = 12 + indent * deepest + (40 if wide else 30)
     gold = {s.name: s.metrics["gold"] for s, _ in rows if "gold" in s.metrics}
     axis = Axis(*span(v for m in gold.values() for v in (m["low"], m["mean"], m["high"])), label + 210, label + 520)
     if wide:
-        for text, where, anchor in (
-            ("gold, 95%", (axis.start + axis.end) / 2, "middle"),
-            ("gained", 760, "end"),
-            ("wins over SFT", 890, "end"),
-            ("time", 1016, "end"),
-        ):
-            if gold or text == "time":
-                pen.text(where, 13, text, "small quiet", anchor)
-        marks = ticks(axis.low, axis.high, 4) if gold else []
+        _columns(pen, axis if gold else None, head)
+    place = list(zip(x, y, strict=True))
+    for i, (stage, _) in enumerate(rows):
+        if stage.parent in at:
+            _trunk(pen, place[at[stage.parent]], place[i])
+        for other in stage.inputs:
+            if other != stage.parent and other in at:
+                _flow(pen, place[at[other]], place[i], label - (8 if wide else 5))
+    for (stage, _), (left, middle) in zip(rows, place, strict=True):
+        tone = colour(stage, run)
+        broken = "" if stage.status in ("done", "skipped", "unknown") else " broken"
+        pen.dot(left, middle, 6.5, f"node {tone}{'' if stage.metrics.get('gold') else ' hollow'}{broken}")
+        what = WHAT.get(stage.method, stage.method) + (f": {stage.status}" if broken else "")
+        pen.text(label, middle - (3 if wide else 12), fit_text(stage.name, 190 if wide else 150, 14), "name")
+        pen.text(label, middle + (13 if wide else 4), fit_text(what, 195 if wide else 180, 12), "small quiet")
+        pace = duration(stage.seconds) if stage.seconds is not None else ""
+        pen.text(1016 if wide else width - 2, middle + (4 if wide else -12), pace, "small quiet", "end")
+        if wide:
+            _beside(pen, stage, axis, middle, tone)
+        else:
+            pen.text(label, middle + 20, _in_words(stage), "small")
+    return pen.svg("wide" if wide else "narrow")
+
+
+def _columns(pen: Pen, axis: Axis | None, head: float) -> None:
+    """The wide ladder's headings, and the grid of gold (axis None: there is no gold)."""
+    pen.text(1016, 13, "time", "small quiet", "end")
+    if axis:
+        pen.text((axis.start + axis.end) / 2, 13, "gold, 95%", "small quiet", "middle")
+        pen.text(760, 13, "gained", "small quiet", "end")
+        pen.text(890, 13, "wins over SFT", "small quiet", "end")
+        marks = ticks(axis.low, axis.high, 4)
         for mark in marks:
             pen.line(axis(mark), head, axis(mark), pen.height - 8, "grid")
             pen.text(axis(mark), 28, tick_text("gold", mark, marks), "tiny quiet", "middle")
-    for i, (stage, _) in enumerate(rows):
-        if stage.parent in at:
-            p = at[stage.parent]
-            corner = [(x[p], y[p]), (x[p], y[i] - 9)]
-            pen.path(corner, "trunk")
-            pen.add(
-                '<path d="M{a} {b}Q{a} {c} {d} {c}L{e} {c}" class="trunk"/>',
-                a=float(x[p]),
-                b=y[i] - 9,
-                c=float(y[i]),
-                d=x[p] + 9,
-                e=float(x[i]),
-            )
-        for other in stage.inputs:
-            if other != stage.parent and other in at:
-                o = at[other]
-                bulge = label - (14 if wide else 11)
-                pen.add(
-                    '<path d="M{a} {b}C{c} {b} {c} {d} {e} {d}" class="flow"/>',
-                    a=x[o] + 8,
-                    b=float(y[o]),
-                    c=float(bulge + 6),
-                    d=float(y[i]),
-                    e=x[i] + 11,
-                )
-                pen.add('<path d="M{a} {b}l6 -3.5v7z" class="arrow"/>', a=x[i] + 8, b=float(y[i]))
-    for i, (stage, _) in enumerate(rows):
-        tone, m = colour(stage, run), stage.metrics
-        hollow = "" if m.get("gold") else " hollow"
-        pen.dot(x[i], y[i], 6.5, f"node {tone}{hollow}{'' if stage.status in ('done', 'skipped', 'unknown') else ' broken'}")
-        what = WHAT.get(stage.method, stage.method)
-        if stage.status not in ("done", "skipped", "unknown"):
-            what = f"{what}: {stage.status}"
-        pen.text(label, y[i] - (3 if wide else 12), fit_text(stage.name, 190 if wide else 150, 14), "name")
-        pen.text(label, y[i] + 13 if wide else y[i] + 4, fit_text(what, 195 if wide else 180, 12), "small quiet")
-        gained, wins = m.get("gold_gained"), m.get("win_rate_vs_sft")
-        pace = duration(stage.seconds) if stage.seconds is not None else ""
-        if wide:
-            _interval(pen, m.get("gold"), axis, y[i], tone, "gold")
-            if "gold" in m:
-                pen.text(axis.end + 8, y[i] + 4, value("gold", m["gold"]["mean"]), "small")
-            if gained:
-                pen.text(760, y[i] + 4, value("gold_gained", gained["mean"], 2, True), "number", "end")
-            if wins and stage.role != "sft":
-                pen.text(890, y[i] + 4, value("win_rate_vs_sft", wins["mean"], 0), "number", "end")
-            if "held_out_accuracy" in m:
-                pen.text(axis.start, y[i] + 4, _accuracy(stage), "small quiet")
-            pen.text(1016, y[i] + 4, pace, "small quiet", "end")
-        else:
-            pen.text(width - 2, y[i] - 12, pace, "small quiet", "end")
-            words = []
-            if "gold" in m:
-                words.append(f"gold {value('gold', m['gold']['mean'])}")
-            if gained:
-                words.append(f"{value('gold_gained', gained['mean'], 2, True)} gained")
-            if wins and stage.role != "sft":
-                words.append(f"wins {value('win_rate_vs_sft', wins['mean'], 0)}")
-            if "held_out_accuracy" in m:
-                words.append(_accuracy(stage))
-            pen.text(label, y[i] + 20, " \u00b7 ".join(words), "small")
-    return pen.svg("wide" if wide else "narrow")
+
+
+def _trunk(pen: Pen, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """From a stage down and round the corner to one that starts from it."""
+    (a, top), (e, c) = start, end
+    pen.path([(a, top), (a, c - 9)], "trunk")
+    pen.add('<path d="M{a} {b}Q{a} {c} {d} {c}L{e} {c}" class="trunk"/>', a=a, b=c - 9, c=c, d=a + 9, e=e)
+
+
+def _flow(pen: Pen, start: tuple[float, float], end: tuple[float, float], bulge: float) -> None:
+    """A dashed arc with an arrow, from a stage to one that reads what it made."""
+    (a, b), (e, d) = start, end
+    pen.add('<path d="M{a} {b}C{c} {b} {c} {d} {e} {d}" class="flow"/>', a=a + 8, b=b, c=float(bulge), d=d, e=e + 11)
+    pen.add('<path d="M{a} {b}l6 -3.5v7z" class="arrow"/>', a=e + 8, b=d)
+
+
+def _beside(pen: Pen, stage: Stage, axis: Axis, y: float, tone: str) -> None:
+    """A rung's figures, in the wide ladder's columns."""
+    m = stage.metrics
+    _interval(pen, m.get("gold"), axis, y, tone, "gold")
+    if "gold" in m:
+        pen.text(axis.end + 8, y + 4, value("gold", m["gold"]["mean"]), "small")
+    if "gold_gained" in m:
+        pen.text(760, y + 4, value("gold_gained", m["gold_gained"]["mean"], 2, True), "number", "end")
+    if "win_rate_vs_sft" in m and stage.role != "sft":
+        pen.text(890, y + 4, value("win_rate_vs_sft", m["win_rate_vs_sft"]["mean"], 0), "number", "end")
+    if "held_out_accuracy" in m:
+        pen.text(axis.start, y + 4, _accuracy(stage), "small quiet")
+
+
+def _in_words(stage: Stage) -> str:
+    """The same for the narrow ladder, on one line."""
+    m, words = stage.metrics, []
+    if "gold" in m:
+        words.append(f"gold {value('gold', m['gold']['mean'])}")
+    if "gold_gained" in m:
+        words.append(f"{value('gold_gained', m['gold_gained']['mean'], 2, True)} gained")
+    if "win_rate_vs_sft" in m and stage.role != "sft":
+        words.append(f"wins {value('win_rate_vs_sft', m['win_rate_vs_sft']['mean'], 0)}")
+    if "held_out_accuracy" in m:
+        words.append(_accuracy(stage))
+    return " \u00b7 ".join(words)
 
 
 def _accuracy(stage: Stage) -> str:

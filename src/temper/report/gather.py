@@ -1,7 +1,6 @@
 """Reads a run directory, whatever parts of it are there, into plain data for the report. Floor 7.
 
-A missing or damaged part is never an error: it is left out and named in `missing`. Nothing here is computed that the run did not write,
-but the interval of a share of which the run wrote only the number of pairs (Wilson's).
+A missing or damaged part is never an error: it is left out and named in `missing`. Nothing here is computed that the run did not write.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from typing import Any
 import yaml
 
 from temper.config import UserError
+from temper.evals.harbour import Evaluation
 from temper.runs import read_lines
-from temper.stats.intervals import share_interval
 
 ORDER = ("base", "sft", "comparisons", "reward", "ppo", "dpo", "constitution")  # as people climb it; stages of other names come after
 ROLES = {"pretrain": "base", "sft": "sft", "collect": "comparisons", "reward": "reward"}  # method -> what the rung is for
-SCORED = ("held_out_accuracy", "expected_accuracy", "ceiling")  # shares of held-out pairs that a reward stage reports
+SCORED = ("held_out_accuracy", "expected_accuracy", "ceiling", "ceiling_gap")  # of held-out pairs, what a reward stage reports
 
 Metric = dict[str, Any]  # {"mean", "low", "high", "n"}; low and high may be None
 
@@ -79,6 +78,7 @@ class Ladder:
     stages: list[Stage]
     seed: int | None = None
     elapsed: float | None = None
+    peak_mb: float | None = None
     cores: int | None = None
     command: str = ""
     missing: list[str] = field(default_factory=list)  # in words
@@ -90,6 +90,16 @@ class Ladder:
     @property
     def evaluated(self) -> list[Stage]:
         return [s for s in self.stages if s.evaluation.get("metrics") is not None]
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """The settings with which its stages were evaluated; {} where none was."""
+        return next((found for s in self.stages if (found := mapped(s.evaluation.get("settings")))), {})
+
+    @property
+    def temperature(self) -> float | None:
+        """At which the evaluated answers were sampled, where that is known."""
+        return number(self.evaluation.get("temperature"))
 
     @property
     def policies(self) -> list[Stage]:
@@ -125,11 +135,12 @@ def metric(value: Any) -> Metric | None:
     return {"mean": mean, "low": number(value.get("low")), "high": number(value.get("high")), "n": whole(value.get("n")) or 0}
 
 
-def share_of(share: float, n: int) -> Metric:
-    """A share of n things, known only as a number, with Wilson's interval. Conservative where the things are probabilities."""
-    ones = min(n, max(0, round(share * n)))
-    found = share_interval([1.0] * ones + [0.0] * (n - ones)).to_dict()
-    return {"mean": share, "low": min(found["low"] or 0.0, share), "high": max(found["high"] or 0.0, share), "n": n}
+def evaluated_at(folder: str | Path) -> float:
+    """The temperature of the evaluation of the run or stage in a folder; the evaluation's default where there is none."""
+    with contextlib.suppress(UserError):
+        if (found := gather(folder).temperature) is not None:
+            return found
+    return Evaluation().temperature
 
 
 def _read(path: Path, missing: list[str]) -> dict[str, Any]:
@@ -206,6 +217,7 @@ def gather(folder: str | Path) -> Ladder:
         stages=stages,
         seed=seed if seed is not None else seeds.pop() if len(seeds) == 1 else None,
         elapsed=number(ladder.get("elapsed_s")),
+        peak_mb=number(ladder.get("peak_mb")),
         cores=whole(ladder.get("cores")),
         command=str(ladder.get("command") or ""),
         missing=missing,
@@ -272,8 +284,7 @@ def _held_out(stage: Stage) -> None:
     for name in SCORED:
         share = find(name)
         if share is not None and name not in stage.metrics:
-            known = 0 <= share <= 1 and n > 0
-            stage.metrics[name] = share_of(share, n) if known else {"mean": share, "low": None, "high": None, "n": n}
+            stage.metrics[name] = {"mean": share, "low": find(f"{name}_low"), "high": find(f"{name}_high"), "n": n}
 
 
 def _lineage(stage: Stage, names: set[str], places: dict[Path, str]) -> None:

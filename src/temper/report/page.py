@@ -81,10 +81,11 @@ NOTES = {
     " being exploited.",
     "frontier": "On these prompts every grammatical answer can be listed, so KL and gold are sums, not samples. The dashed line joins exact"
     " points of the most gold that any policy can reach at a KL (the reference tilted by the gold score); no point can lie above it.",
-    "prompts": "in their fixed order, none picked: one answer each, sampled at temperature 1. Above each answer its gold score, below it"
-    " the parts. The base model is given the bare question, the others their chat template.",
-    "reward": "The reward model's shares are counted on pairs kept out of training, and their intervals are Wilson's for that many pairs;"
-    " where the share is a mean of probabilities they are wider than they need be.",
+    "prompts": "in their fixed order, none picked: one answer each, sampled{at}. Above each answer its gold score, below it the parts."
+    " The base model is given the bare question, the others their chat template.",
+    "reward": "The reward model's figures are counted on pairs kept out of training. The pairs of one prompt share its answers, so their"
+    " intervals are clustered by prompt: Wilson's for the accuracy, Student's t for what is a mean of the raters' probabilities. The gap"
+    " to the ceiling is paired: both are taken of the same pairs.",
     "same": "With the same seed, thread count and machine the figures come out the same, timings apart.",
 }
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"  # nothing is ever fetched or run
@@ -176,6 +177,8 @@ def _facts(run: Ladder) -> Markup:
     facts = [f"{done} of {len(run.stages)} stages done" if done < len(run.stages) else f"{done} stage{'s' if done != 1 else ''}"]
     if run.elapsed is not None:
         facts.append(f"{duration(run.elapsed)} in all")
+    if run.peak_mb:
+        facts.append(f"{amount(run.peak_mb)} MB at most")
     if run.cores:
         facts.append(f"{run.cores} core{'s' if run.cores != 1 else ''}")
     if run.seed is not None:
@@ -484,8 +487,13 @@ def _prompts(run: Ladder) -> Markup | None:
         )
         for i, (row, by) in enumerate(rows, 1)
     ]
-    note = f"All {len(rows)}, {NOTES['prompts']}"
+    note = f"All {len(rows)}, {NOTES['prompts'].format(at=_at(run))}"
     return html('<p class="note">{n}</p>', n=note) + join(out)
+
+
+def _at(run: Ladder) -> str:
+    """How hot the evaluated answers were sampled, where that is known."""
+    return "" if run.temperature is None else f" at temperature {run.temperature:g}"
 
 
 def _turns(row: dict[str, Any]) -> Markup:
@@ -524,7 +532,7 @@ def _answer(row: dict[str, Any] | None, stage: Stage, run: Ladder, scale: float)
 
 
 def _made(run: Ladder, machine: dict[str, Any]) -> Markup:
-    how: dict[str, Any] = next((mapped(s.evaluation.get("settings")) for s in run.evaluated if s.evaluation.get("settings")), {})
+    how = run.evaluation
     parts: list[Markup] = []
     if run.evaluated:
         prompts = f"{amount(number(how['prompts_each']))} " if number(how.get("prompts_each")) else ""
@@ -532,9 +540,10 @@ def _made(run: Ladder, machine: dict[str, Any]) -> Markup:
         seed = f" The random numbers of sampling follow from seed {flat(how['eval_seed'])}." if "eval_seed" in how else ""
         text = (
             f"Every stage answered the same {prompts}held-out prompts of the embedded world. Facts, sums and \u201cI do not know\u201d are"
-            f" read from the greedy answer; everything else from answers{samples} sampled at temperature 1.{seed} The gold score is exact:"
+            f" read from the greedy answer; everything else from answers{samples} sampled{_at(run)}.{seed} The gold score is exact:"
             " a program that knows the world reads the answer. Intervals are 95%: for means Student's t, for shares Wilson's, over"
-            " sampled answers clustered by prompt; gold gained and wins are paired by prompt. In the paragraph at the top a change"
+            " sampled answers clustered by prompt, or by craft where they speak of harm and of safe prompts that look like it, for the"
+            " crafts are few; gold gained and wins are paired by prompt. In the paragraph at the top a change"
             " is claimed only where a paired interval excludes no change, or two stages' intervals do not touch. Intervals speak of"
             " the prompts and samples, not of other seeds: run again with another --seed for those."
         )

@@ -23,8 +23,12 @@ MEANING = {
     "held_out_accuracy": "share of held-out pairs in which the preferred answer scores higher",
     "expected_accuracy": "the same in expectation over the raters, whose exact probabilities are known",
     "ceiling": "what no reward model can exceed on these pairs, because the raters disagree: E max(P, 1 - P)",
+    "ceiling_gap": "the ceiling less the expected accuracy, pair by pair",
 }
-BETTER = {**{name: sign for name, (_, sign) in METRICS.items()}, "held_out_accuracy": 1, "expected_accuracy": 1, "ceiling": 0}
+BETTER = {
+    **{name: sign for name, (_, sign) in METRICS.items()},
+    **{"held_out_accuracy": 1, "expected_accuracy": 1, "ceiling": 0, "ceiling_gap": -1},
+}
 LABELS = {
     "gold": "gold score",
     "gold_helpful": "helpful part",
@@ -50,6 +54,7 @@ LABELS = {
     "held_out_accuracy": "held-out accuracy",
     "expected_accuracy": "expected accuracy",
     "ceiling": "ceiling of accuracy",
+    "ceiling_gap": "below the ceiling",
 }
 GROUPS = {
     "Gold score": ("gold", "gold_helpful", "gold_harmless", "gold_honest", "gold_concise", "gold_format", "gold_gained", "win_rate_vs_sft"),
@@ -224,9 +229,8 @@ def expectations(ladder: Ladder) -> list[Expectation]:
         name = "expected_accuracy" if "expected_accuracy" in reward.metrics else "held_out_accuracy"
         out.append(_range(reward, "ceiling", low=0.7))
         if name in reward.metrics:
-            gap = 100 * (reward.metrics["ceiling"]["mean"] - reward.metrics[name]["mean"])
-            found = f"{plain(abs(gap), 1)} points {'below' if gap >= 0 else 'above'} it"
-            out.append(Expectation(reward.name, LABELS[name], "within 3 points of the ceiling", found, abs(gap) <= 3))
+            gap, found = _gap(reward, name)
+            out.append(Expectation(reward.name, LABELS[name], "within 3 points of the ceiling", f"{found} it", abs(gap) <= 3))
     for stage in ladder.policies:
         if stage.role in ("ppo", "dpo"):
             m = stage.metrics.get("win_rate_vs_sft")
@@ -359,10 +363,17 @@ def _reward(stage: Stage) -> list[str]:
     n = f" of {plain(m['n'], 0)}" if m["n"] else ""
     out = f"The reward model agrees with the raters on {value(name, m['mean'])} ({between(name, m)}){n} held-out pairs"
     if "ceiling" in found:
-        gap = 100 * (found["ceiling"]["mean"] - m["mean"])
-        where = f"{plain(abs(gap), 1)} points {'below' if gap >= 0 else 'above'}"
-        out += f", {where} the {value('ceiling', found['ceiling']['mean'])} that the raters' own disagreement allows"
+        out += f", {_gap(stage, name)[1]} the {value('ceiling', found['ceiling']['mean'])} that the raters' own disagreement allows"
     return [out + "."]
+
+
+def _gap(stage: Stage, name: str) -> tuple[float, str]:
+    """Percentage points from a reward model's accuracy up to the ceiling, also in words, with the interval where it is known."""
+    found = stage.metrics
+    gap = 100 * (found["ceiling"]["mean"] - found[name]["mean"])
+    m = found.get("ceiling_gap") if name == "expected_accuracy" else None
+    ends = f" ({plain(100 * m['low'], 1)} to {plain(100 * m['high'], 1)})" if m and None not in (m["low"], m["high"]) else ""
+    return gap, f"{plain(abs(gap), 1)} points{ends} {'below' if gap >= 0 else 'above'}"
 
 
 def _policy(stage: Stage, sft: Stage | None) -> list[str]:

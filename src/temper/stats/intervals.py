@@ -82,11 +82,6 @@ def share_interval(x: ArrayLike, cluster: Sequence[Any] | NDArray | None = None)
     return Interval(share, low, high, len(values))
 
 
-def seeds_interval(values: ArrayLike) -> Interval:
-    """t interval over seeds, one value per seed: how much the next seed's mean may differ. n is the number of seeds."""
-    return mean_interval(values)
-
-
 def paired_difference(x: ArrayLike, y: ArrayLike, cluster: Sequence[Any] | NDArray | None = None) -> Interval:
     """t interval of mean(x - y), x_i and y_i measured on the same item.
 
