@@ -289,13 +289,12 @@ def steps_of(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_last_k_and_the_best_stay(tmp_path):
+def test_the_last_k_stay(tmp_path):
     for step in range(1, 7):
-        save_checkpoint(tmp_path, step, {"n": step}, keep=2, best=2 if step >= 2 else None)
-    assert steps_of(tmp_path) == ["step-00000002", "step-00000005", "step-00000006"]
-    save_checkpoint(tmp_path, 6, {"n": -6}, keep=2, best=2)  # the same step again
+        save_checkpoint(tmp_path, step, {"n": step}, keep=2)
+    save_checkpoint(tmp_path, 6, {"n": -6}, keep=2)  # the same step again
     assert load_latest(tmp_path).state == {"n": -6}
-    assert steps_of(tmp_path) == ["step-00000002", "step-00000005", "step-00000006"]
+    assert steps_of(tmp_path) == ["step-00000005", "step-00000006"]
 
 
 def damage_byte(path):

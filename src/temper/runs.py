@@ -596,14 +596,13 @@ def save_checkpoint(
     state: State,
     *,
     keep: int = 2,
-    best: int | None = None,
     spread: Callable[[dict[str, Any], Path], None] | None = None,
 ) -> Path:
     """Writes a nested state as `folder/step-...`: safetensors and JSON with SHA-256 sums, no pickle.
 
     spread(tensors, folder): writes the tensors that lie spread over ranks (DTensor), each rank its part, in safetensors files.
 
-    Written aside, flushed, renamed; only then are older ones removed, down to the last `keep` and the one of step `best`.
+    Written aside, flushed, renamed; only then are older ones removed, down to the last `keep`.
     Raises UserError on a full disk, the older checkpoints being whole; TypeError when the state holds something else.
     """
     from safetensors.torch import save_file
@@ -632,8 +631,8 @@ def save_checkpoint(
             shutil.rmtree(aside, ignore_errors=True)
             raise
     for old in _steps(folder)[:-keep]:
-        if old != best:  # renamed first: a death in the middle leaves no half of a checkpoint
-            os.replace(folder / f"step-{old:08d}", folder / f"{ASIDE}pruned-{old:08d}")
+        # renamed first: a death in the middle leaves no half of a checkpoint
+        os.replace(folder / f"step-{old:08d}", folder / f"{ASIDE}pruned-{old:08d}")
     for left in folder.glob(f"{ASIDE}*"):
         shutil.rmtree(left, ignore_errors=True)
     return target
