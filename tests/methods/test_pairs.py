@@ -20,7 +20,7 @@ from temper.methods.base import Batching, forests, offline
 from temper.models.load import load_policy, load_scalar
 from temper.records import Message
 from temper.runs import Run
-from temper.train import Compute, Optim
+from temper.train import Optim
 
 WINDOW = preference.Window()
 
@@ -162,7 +162,7 @@ def test_the_reference_is_the_model_at_the_start_computed_once(toy, pairs, monke
     forwards = []
     monkeypatch.setattr(preference, "token_logp", lambda m, f, inner=preference.token_logp: (forwards.append(f.T), inner(m, f))[1])
     b = Batching(batch=6, epochs=1)
-    steps = list(preference.train_on(model, trees, "dpo", {"beta": 0.1}, b, Optim(lr=1e-3), Compute(), 3))
+    steps = list(preference.train_on(model, trees, "dpo", {"beta": 0.1}, b, Optim(lr=1e-3), 3))
     assert len(forwards) == 1 + 3  # the check before the first step, then one forward per step: none of a reference
     assert steps[-1].n == 3
 
@@ -214,7 +214,7 @@ def test_its_second_loss_is_that_of_the_formula(toy, pairs):
     trees, _ = comparison_trees(tokenizer, pairs, model, WINDOW)
     preference.with_reference(model, trees, 8192)
     b = Batching(batch=18, epochs=2)
-    run = preference.train_on(model, trees, "dpo", {"beta": 0.7}, b, Optim(lr=3e-3, warmup=0), Compute(), 2)
+    run = preference.train_on(model, trees, "dpo", {"beta": 0.7}, b, Optim(lr=3e-3, warmup=0), 2)
     next(run)
     with torch.no_grad():
         forest = offline(trees, b, preference.count_records)(0)[0]
@@ -235,7 +235,7 @@ def test_the_check_before_the_first_step_finds_another_reference(toy, pairs, gap
     trees, _ = comparison_trees(tokenizer, pairs, model, WINDOW)
     preference.with_reference(model, trees, 8192)
     trees[4][2].labels["ref_logp"] += gap
-    run = preference.train_on(model, trees, "dpo", {"beta": 0.1}, Batching(batch=18), Optim(), Compute(), 1)
+    run = preference.train_on(model, trees, "dpo", {"beta": 0.1}, Batching(batch=18), Optim(), 1)
     with pytest.raises(UserError, match="policy and reference differ by"):
         next(run)
 

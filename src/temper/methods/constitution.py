@@ -260,7 +260,7 @@ def prepare(settings: CAI, run: Run) -> Job:
             raise UserError(f"{s.red_team}: no prompt got two different answers that could be compared; raise --temperature or --max-new")
         answer_trees, _ = comparison_trees(tokenizer, pairs, model, s.window)
         preference.with_reference(model, answer_trees, b.tokens_per_microbatch, preference.references(run))
-        return preference.train_on(model, answer_trees, "dpo", {"beta": s.beta}, b, s.optim, s.compute, steps=second, resume=resume)
+        return preference.train_on(model, answer_trees, "dpo", {"beta": s.beta}, b, s.optim, second, resume, s.compute)
 
     def steps(resume: State | None) -> Iterator[Step]:
         phase = resume["phase"] if resume else 1

@@ -126,7 +126,7 @@ def check_reference(model, batches: Sequence[Forest]) -> None:
 
 
 def train_on(
-    model, trees, name: str, how: dict, b: Batching, optim: Optim, compute: Compute, steps: int, resume: State | None = None
+    model, trees, name: str, how: dict, b: Batching, optim: Optim, steps: int, resume: State | None = None, compute: Compute = Compute()
 ) -> Iterator[Step]:
     """Train on pair trees that carry their reference log-probs, by the rule of that name with settings `how`."""
     source, loss = offline(trees, b, count_records), make_loss(partial(RULES[name], **how))
@@ -135,7 +135,7 @@ def train_on(
 
 def train(settings: DPO, model, trees, resume: State | None = None) -> Iterator[Step]:
     s, b, how = settings, settings.batching, {"beta": settings.beta, "label_smoothing": settings.label_smoothing}
-    return train_on(model, trees, "dpo", how, b, s.optim, s.compute, b.steps(len(trees)), resume)
+    return train_on(model, trees, "dpo", how, b, s.optim, b.steps(len(trees)), resume, s.compute)
 
 
 def prepare(settings: DPO, run: Run) -> Job:
