@@ -4,6 +4,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 RUN_ARGS ?=
 BENCH_ARGS ?=
 export TOKENIZERS_PARALLELISM := false
@@ -17,23 +18,27 @@ run: $(STAMP)
 test: check
 	$(PY) -m pytest -m "slow and not load"
 
-check: $(STAMP)
+check: $(DEV)
 	$(PY) -m ruff check src tests bench
 	$(PY) -m ruff format --check src tests bench
 	$(PY) -m mypy
 	$(PY) -m pytest -m "not slow and not load"
 
-load: $(STAMP)
+load: $(DEV)
 	$(PY) -m pytest -m load
 
 bench: $(STAMP)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(PY) -m bench $(BENCH_ARGS)
 
-install: $(STAMP)
+install: $(DEV)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(DEV): $(STAMP)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
