@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 
 from temper.config import UserError
@@ -177,14 +179,23 @@ def test_prompts_leave_room_for_the_answer(chatml, window):
 
 
 def test_rows_that_the_template_refuses(llama3, window):
-    records = [chat("the <|begin_of_text|> token", "Fine.", at="f.jsonl:7"), chat("Hi", "Fine.")]
-    with pytest.raises(UserError, match=r"^f\.jsonl:7: .*beginning token"):
+    llama3 = copy.deepcopy(llama3)
+    llama3.chat_template = "{% if 'token' in messages[0].content %}{{ raise_exception('no tokens') }}{% endif %}" + llama3.chat_template
+    records = [chat("the token", "Fine.", at="f.jsonl:7"), chat("Hi", "Fine.")]
+    with pytest.raises(UserError, match=r"^f\.jsonl:7: .*no tokens"):
         chat_trees(llama3, records, None, window())
     trees, report = chat_trees(llama3, records, None, window(skip_bad=True))
     assert len(trees) == 1
     assert "f.jsonl:7" in report.dropped[0]
     with pytest.raises(UserError, match="none of the 1 rows"):
         chat_trees(llama3, records[:1], None, window(skip_bad=True))
+
+
+def test_documents_cannot_write_special_tokens(base, llama3):
+    for tokenizer in (base, llama3):
+        ((tree,), _) = text_trees(tokenizer, [Text(text=f"a{tokenizer.eos_token} b")], 100)
+        assert tree[0].tokens.count(tokenizer.eos_token_id) == 1
+        assert tokenizer.decode(tree[0].tokens).endswith(f"a{tokenizer.eos_token} b{tokenizer.eos_token}")
 
 
 @pytest.mark.parametrize("size", [2, 3, 7, 16, 1000])
