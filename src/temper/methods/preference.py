@@ -80,9 +80,9 @@ def with_reference(model, trees: Sequence[Tree], microbatch: int, keep: Path | N
             segment.labels = {**segment.labels, "ref_logp": value}
 
 
-def references(run: Run) -> Path:
-    """Where runs beside each other keep their references' log-probabilities."""
-    return run.folder.parent / ".references"
+def references(run: Run | None) -> Path | None:
+    """Where runs beside each other keep their references' log-probabilities; without a run nowhere."""
+    return run.folder.parent / ".references" if run else None
 
 
 def _reference(model, trees: Sequence[Tree], microbatch: int) -> list[list[float]]:
