@@ -54,13 +54,13 @@ def test_fine_tuning_counts_what_it_drops(sft):
 @pytest.mark.parametrize("method", ["reward", "dpo"])
 def test_comparisons(real, sft, tmp_path, method):
     """Four answers are empty and five prompts differ: refused by their lines, or counted."""
-    values = {"model": str(sft), "data": str(real / "hh-harmless-base-test.jsonl.gz"), "too_long": "drop", "epochs": 0.05, **FEW}
+    values = {"model": str(sft), "data": str(real / "hh-harmless-base-test.jsonl.gz"), "max_length": 128, "too_long": "drop"}
     with pytest.raises(UserError, match=r"gz:87: the chosen answer is empty \(and 8 more bad rows, lines 517, 926, 1104, 1255, 1689, 1951"):
-        train(method, tmp_path / "out", **values)
+        train(method, tmp_path / "out", epochs=0.1, **values, **FEW)
     assert not (tmp_path / "out").exists()
-    train(method, tmp_path / "out", skip_bad=True, **values)
+    train(method, tmp_path / "out", skip_bad=True, epochs=0.1, **values, **FEW)
     card = Run(tmp_path / "out").stage["card"]
     assert "2303 of 2312 rows; 9 skipped (line: why): 87: the chosen answer is empty" in card["source"]
     found = evaluations(tmp_path / "out")[-1]
-    assert found["held_out_pairs"] == card["held_out"] > 20
+    assert found["held_out_pairs"] == card["held_out"] > 10
     assert 0 <= found["held_out_accuracy"] <= 1
