@@ -279,7 +279,7 @@ def test_what_collect_writes_feeds_both(toy, tmp_path, name):
 
 
 def test_settings_reach_the_loss(toy):
-    s = build(preference.DPO, values_of("dpo", toy) | {"beta": 0.5, "label_smoothing": 0.2})
+    s = build(preference.settings("dpo"), values_of("dpo", toy) | {"beta": 0.5, "label_smoothing": 0.2})
     model, tokenizer = load_policy(toy.sft)
     trees, _ = comparison_trees(tokenizer, read(toy.pairs, "pairs").records, model, WINDOW)
     preference.with_reference(model, trees, 8192)

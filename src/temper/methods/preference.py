@@ -6,8 +6,9 @@ beside the run and are then data. Deviation: AdamW where the paper used RMSprop.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from temper.data.template import stop_ids
 from temper.data.trees import comparison_trees
 from temper.forest import Forest, Tree, per_segment
 from temper.losses.preference import RULES, Pairs
+from temper.losses.registry import settings as keywords
 from temper.methods.base import Batching, Job, Split, Window, forests, offline
 from temper.methods.reward import count_records, ends
 from temper.models.adapters import without_adapter
@@ -42,22 +44,31 @@ EXAMPLES = """
 """
 
 
-class DPO(Settings):
+class Preference(Settings):
     """Move a model towards chosen and away from rejected answers."""
 
+    rule: ClassVar[str]
     model: str = opt(..., "the SFT model: a folder or a Hugging Face name")
     data: str = opt(..., "pairs: chosen/rejected, HH dialogues, or the pairs of `temper collect`")
-    beta: float = opt(0.1, "pull to the reference", gt=0)
-    label_smoothing: float = opt(0.0, "share of labels believed flipped (cDPO)", ge=0, lt=0.5)
     window: Window = Window()
     split: Split = Split()
     batching: Batching = Batching(batch=64)
     optim: Optim = Optim(lr=1e-4, schedule="cosine", warmup=0.1)
     compute: Compute = Compute()
 
+    def own(self) -> dict[str, Any]:
+        """What the rule itself is told."""
+        return {name: getattr(self, name) for name in keywords(RULES[self.rule])}
 
-def settings(name: str) -> type[Settings]:
-    return DPO
+
+@cache
+def settings(name: str) -> type[Preference]:
+    """Those of every rule over pairs, and the rule's own, read off its signature."""
+    told = keywords(RULES[name]).values()
+    fields: dict[str, Any] = {s.name: opt(s.default, s.help, **cast(Any, s.limits)) for s in told}
+    types: dict[str, Any] = {"rule": ClassVar[str], **{s.name: s.kind for s in told}}
+    about = (RULES[name].__doc__ or "").split("\n\n")[0]
+    return type(name, (Preference,), {"__annotations__": types, "__doc__": about, "__module__": __name__, "rule": name, **fields})
 
 
 def answer_logp(model, batch: Forest) -> Tensor:
@@ -133,12 +144,12 @@ def train_on(
     return fit(model, source, loss, steps=steps, optim=optim, seed=b.seed, resume=resume, check=check_reference, compute=compute)
 
 
-def train(settings: DPO, model, trees, resume: State | None = None) -> Iterator[Step]:
-    s, b, how = settings, settings.batching, {"beta": settings.beta, "label_smoothing": settings.label_smoothing}
-    return train_on(model, trees, "dpo", how, b, s.optim, b.steps(len(trees)), resume, s.compute)
+def train(settings: Preference, model, trees, resume: State | None = None) -> Iterator[Step]:
+    s, b = settings, settings.batching
+    return train_on(model, trees, s.rule, s.own(), b, s.optim, b.steps(len(trees)), resume, s.compute)
 
 
-def prepare(settings: DPO, run: Run) -> Job:
+def prepare(settings: Preference, run: Run) -> Job:
     b = settings.batching
     model, tokenizer = load_policy(settings.model, **settings.compute.placed)
     records, report = read(settings.data, "pairs", skip_bad=settings.window.skip_bad)

@@ -37,6 +37,7 @@ from transformers.utils import logging as hf_logging
 from temper.config import Settings, UserError, opt
 from temper.forest import Forest, Rows, Segment, plant, unroll
 from temper.models import adapters, attention, heads
+from temper.runs import fsync
 
 log = logging.getLogger("temper")
 
@@ -195,11 +196,10 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
         tokenizer.save_pretrained(aside)
         for file in aside.rglob("*"):
             if file.is_file():
-                with open(file, "rb+") as handle:
-                    os.fsync(handle.fileno())
+                fsync(file)
                 file.chmod(0o644)  # safetensors writes for its owner alone
         aside.chmod(0o755)
-        _sync(aside)
+        fsync(aside)
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".tmp-old-{folder.name}.", dir=folder.parent))
             folder.rename(old / folder.name)
@@ -207,7 +207,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
             shutil.rmtree(old)
         else:
             aside.rename(folder)
-        _sync(folder.parent)
+        fsync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -406,11 +406,3 @@ def _fold_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: 
     if ends:
         generation.eos_token_id = ends[0] if len(ends) == 1 else ends
     model.generation_config = generation
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
