@@ -16,13 +16,13 @@ run: $(STAMP)
 	$(PY) -m temper run recipes/harbour.yaml --out runs/harbour $(RUN_ARGS)
 
 test: check
-	$(PY) -m pytest -m "slow and not load"
+	$(PY) -m pytest -n 2 -m "slow and not load"
 
 check: $(DEV)
 	$(PY) -m ruff check src tests bench
 	$(PY) -m ruff format --check src tests bench
 	$(PY) -m mypy
-	$(PY) -m pytest -m "not slow and not load"
+	$(PY) -m pytest -n 2 -m "not slow and not load"
 
 load: $(DEV)
 	$(PY) -m pytest -m load

@@ -285,6 +285,7 @@ def test_steps_that_end_early_are_an_error(tmp_path):
         drive(lambda state: iter(()), run, steps=3, finish=lambda module: None, quiet=True)
 
 
+@pytest.mark.slow
 def test_killed_at_two_random_moments(whole, tmp_path):
     """kill -9, the same command, kill -9, the same command."""
     folder, rng = tmp_path / "toy", random.Random()

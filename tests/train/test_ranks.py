@@ -238,6 +238,7 @@ def test_spread_over_two_ranks_what_one_does(two, toy, tmp_path, method):
     same_answers(rollouts, sampled_alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "ppo"])
 def test_a_checkpoint_of_spread_weights_goes_on_with_one_rank_and_one_of_one_spread(two, toy, tmp_path, method):
     name, values = short(method, toy, tmp_path)
@@ -276,6 +277,7 @@ def test_a_rank_holds_its_part(two, toy, tmp_path):
         assert again == whole
 
 
+@pytest.mark.slow
 def test_a_stage_with_spread_weights(two, toy, tmp_path):
     """The driver: evaluation, samples and the model that is written need whole weights; checkpoints are every rank's."""
     values = values_of("sft", toy) | {"epochs": 0.25, "lr": 1e-3}
@@ -364,6 +366,7 @@ def test_two_ranks_collect_the_same_comparisons(two, toy, tmp_path):
     assert there["card"] == alone["card"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("late", "how"), [(0, {}), (1, {}), (1, FULL)])
 def test_constitutional_ai_on_two_ranks(two, toy, tmp_path, late, how):
     """Two phases, and files in between that the leader writes and both read, whoever comes first."""
