@@ -27,7 +27,7 @@ class DPO:
     def ours(self, model, batching):
         if "ref_logp" not in self.trees[0][0].labels:
             preference.with_reference(model, self.trees, batching.tokens_per_microbatch)
-        return preference.train(preference.DPO(model="", data="", batching=batching, optim=OPTIM), model, self.trees)
+        return preference.train(preference.settings("dpo")(model="", data="", batching=batching, optim=OPTIM), model, self.trees)
 
     def trainer(self, model, rows, peer, common, callback):
         from datasets import Dataset
