@@ -76,12 +76,14 @@ def test_a_death_between_done_and_the_last_line_of_the_summary(toy, tmp_path):
     """The held-out figures are added on the way back."""
     values = values_of("reward", toy)
     whole = train("reward", tmp_path / "rm", **values)
+    (tmp_path / "rm" / "checkpoints").mkdir()  # they go after the run was marked as done
     assert "held_out_accuracy" in whole
     path = tmp_path / "rm" / "stage.json"
     there = json.loads(path.read_text())
     there["summary"] = {k: v for k, v in there["summary"].items() if not k.startswith("held_out")}
     path.write_text(json.dumps(there))
     assert train("reward", tmp_path / "rm", **values) == whole
+    assert not (tmp_path / "rm" / "checkpoints").exists()
     assert Run(tmp_path / "rm").stage["summary"] == whole
 
 

@@ -100,6 +100,7 @@ def run_stage(method: str, settings: Settings, place: Place, context: Context | 
         place.out, identity(method, settings, place), fresh=place.fresh, record=record, code=code_of(method), rounding=ROUNDING
     ) as run:
         if ranks.led(run.done):
+            run.remove_checkpoints()  # killed right after it was done, it left them
             return _complete(run, run.stage["summary"])
         try:
             summary = _train(method, settings, place, context, run)
