@@ -125,9 +125,9 @@ def test_long_and_bad_rows_are_counted_and_listed(tmp_path, toy):
     card = Run(tmp_path / "out").stage["card"]
     assert card["records"] == 7
     assert "1 skipped (line: why): 6: message 2 (assistant) is empty" in card["source"]
-    assert "1 dropped" in card["cut"]
-    assert "rows.jsonl:4" in card["cut"]
+    assert "1 dropped" in card["kept"]
+    assert "rows.jsonl:4" in card["kept"]
     train("sft", tmp_path / "cut", skip_bad=True, too_long="cut-prompt", **values)
     card = Run(tmp_path / "cut").stage["card"]
     assert card["records"] == 8
-    assert "1 prompt cut" in card["cut"]
+    assert "1 prompt cut" in card["kept"]

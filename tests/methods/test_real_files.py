@@ -44,10 +44,10 @@ def test_pretraining(base):
 def test_fine_tuning_counts_what_it_drops(sft):
     card = Run(sft).stage["card"]
     assert "999 of 999 rows" in card["source"]
-    dropped = sum(int(card[cut].split(" dropped")[0].rpartition(" ")[2]) for cut in ("cut", "cut_held_out") if "dropped" in card[cut])
+    dropped = sum(int(card[kept].split(" dropped")[0].rpartition(" ")[2]) for kept in ("kept", "kept_held_out") if "dropped" in card[kept])
     assert dropped > 100
     assert card["records"] + card["held_out"] + dropped == 999
-    assert "limit 256 tokens (the model's window)" in card["cut"]
+    assert "limit 256 tokens (the model's window)" in card["kept"]
     assert evaluations(sft)[-1]["held_out_loss"] > 0
 
 

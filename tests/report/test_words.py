@@ -111,7 +111,9 @@ def test_an_interval_that_includes_no_change_shows_none(run):
     assert "gold shows no clear change (+0.10; \u22120.10 to +0.30)" in said
     assert "PPO wins" not in said
     assert "Not as expected: ppo, wins over SFT: 55% (49% to 61%), wanted more than 60%" in said
-    assert "the sign of over-optimisation" in said  # its proxy rose all the same
+    assert "over-optimisation" not in said  # its proxy rose, but that gold fell is not shown
+    put(run, "ppo", gold_gained=(-0.2, -0.3, -0.1))
+    assert "The reward model scores it higher while gold falls: the sign of over-optimisation." in sentences(run)
 
 
 def test_a_loss_is_called_one(run):

@@ -98,7 +98,7 @@ def collect(s: Collect, model: Any, tokenizer: Any, progress: Callable[[int, int
         "comparisons": sum(len(r.meta["probabilities"]) for r in rankings),
         "ceiling": ceiling(rankings),
         "panel": s.panel,
-        "cut": cut.summary(),
+        "kept": cut.summary(),
     }
     return rankings, card
 

@@ -305,7 +305,7 @@ def prepare(settings: PPO, run: Run) -> Job:
         total=s.rollouts * s.epochs_per_batch * s.minibatches,
         steps=lambda resume: train(s, module, source, resume),
         save=lambda path: save(policy, tokenizer, path, stop=stop_ids(tokenizer)),
-        card={"source": report.summary(), "prompts": len(prompts), "cut": cut.summary()},
+        card={"source": report.summary(), "prompts": len(prompts), "kept": cut.summary()},
         policy=(policy, tokenizer),
         asks=[r.messages for r in records[:4]],
     )

@@ -72,7 +72,7 @@ def prepare(settings: Pretrain, run: Run) -> Job:
             "held_out": len(out),
             "vocabulary": len(tokenizer),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "cut": cut.summary(),
+            "kept": cut.summary(),
         },
         evaluate=(lambda: {"held_out_loss": held_out_loss(model, tests, settings.batching.tokens_per_microbatch)}) if tests else None,
         policy=(model, tokenizer),

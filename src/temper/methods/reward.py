@@ -177,8 +177,8 @@ def prepare(settings: Reward, run: Run) -> Job:
             "comparisons": sum(comb(len(tree) - (tree[0].labels["rank"] < 0), 2) for tree in trees),
             "held_out": len(tests),
             "tokens": sum(len(s.tokens) for t in trees for s in t),
-            "cut": cut.summary(),
-            "cut_held_out": test_cut.summary() if out else "",
+            "kept": cut.summary(),
+            "kept_held_out": test_cut.summary() if out else "",
         },
         evaluate=(lambda: held_out(model, tests, tested, b.tokens_per_microbatch)) if tests else None,
     )

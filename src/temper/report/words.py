@@ -404,8 +404,8 @@ def _policy(stage: Stage, sft: Stage | None) -> list[str]:
     if clear:
         out.append(f"Against SFT, {names(clear)}.")
     proxy = apart(found.get("proxy"), before.get("proxy"))
-    if proxy == 1 and side(found.get("gold_gained"), 0.0) in (-1, 0):
-        out.append("The reward model scores it higher while gold does not follow: the sign of over-optimisation.")
+    if proxy == 1 and side(found.get("gold_gained"), 0.0) == -1:  # an interval that holds zero shows nothing
+        out.append("The reward model scores it higher while gold falls: the sign of over-optimisation.")
     return out
 
 
