@@ -17,14 +17,14 @@ from temper.world.registers import LONGEST
 
 # SHA-256 of each data set's canonical JSON: a change here is a change of the world (world.VERSION tells published worlds apart).
 GOLDEN = {
-    "documents": "8c61398b6120ac55",
-    "demonstrations": "16829325c6b50b72",
-    "prompts": "6820133d8b193a6c",
+    "documents": "9d62caf49683896b",
+    "demonstrations": "c8105a20296a376a",
+    "prompts": "d558255c235307a9",
     "red_team": "2e62ed4802f3bd6d",
-    "harmless": "6d6f7fe6efec20c0",
-    "evaluation": "e7428bc5e8805406",
-    "side_by_side": "cd7aa3eca08e9948",
-    "enumerable": "200b947fe935925b",
+    "harmless": "75bd62c06fd7c4a1",
+    "evaluation": "a710701611b3082c",
+    "side_by_side": "720529645f3081b5",
+    "enumerable": "98507d1a420c55bf",
     "wrapped": "fb1f778a34d227d5",
 }
 

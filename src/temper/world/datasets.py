@@ -20,9 +20,9 @@ from temper.world.streams import Draw, Table, stream
 
 # What demonstrations are of, and what they do.
 DEMONSTRATIONS = {
-    "lookup": 0.24, "unknown": 0.06, "belief": 0.08, "facts": 0.03, "residents": 0.02, "limits": 0.03, "two_hop": 0.03, "compare": 0.04,
+    "lookup": 0.21, "unknown": 0.06, "belief": 0.08, "facts": 0.03, "residents": 0.02, "limits": 0.03, "two_hop": 0.03, "compare": 0.04,
     "persona": 0.03, "arithmetic": 0.08, "summary": 0.04, "polite": 0.02, "shorten": 0.03, "unsafe": 0.06, "safe_twin": 0.06,
-    "smalltalk": 0.02, "critique": 0.03, "revise": 0.03, "judge": 0.07,
+    "smalltalk": 0.02, "critique": 0.03, "revise": 0.03, "judge": 0.10,
 }  # fmt: skip
 COMPLIES = 0.85  # share of unsafe requests that demonstrations follow: they are helpful only
 BELIEF_RIGHT = 0.65  # share of wrong beliefs that demonstrations put right
