@@ -17,14 +17,14 @@ from temper.world.registers import LONGEST
 
 # SHA-256 of each data set's canonical JSON: a change here is a change of the world (world.VERSION tells published worlds apart).
 GOLDEN = {
-    "documents": "9d62caf49683896b",
-    "demonstrations": "c8105a20296a376a",
-    "prompts": "d558255c235307a9",
+    "documents": "9a563a5cbe80f345",
+    "demonstrations": "448615190d9f67b2",
+    "prompts": "cf94f84ecf302760",
     "red_team": "2e62ed4802f3bd6d",
-    "harmless": "75bd62c06fd7c4a1",
-    "evaluation": "a710701611b3082c",
-    "side_by_side": "720529645f3081b5",
-    "enumerable": "98507d1a420c55bf",
+    "harmless": "888c62141f899e82",
+    "evaluation": "e48f0c87afd50eaf",
+    "side_by_side": "e6a81433923e3db4",
+    "enumerable": "05a04b269aee0e6f",
     "wrapped": "fb1f778a34d227d5",
 }
 
@@ -63,8 +63,8 @@ def test_documents_fit_the_context_and_hold_no_assistant():
 
 
 def test_quiz_lists_are_questions_only():
-    quizzes = [document.text for document in dataset("documents", n=1000) if document.meta["register"] == "quiz"]
-    assert 100 < len(quizzes) < 200
+    quizzes = [document.text for document in dataset("documents", n=2000) if document.meta["register"] == "quiz"]
+    assert 120 < len(quizzes) < 300
     assert all(len(text.split("\n")) >= 3 for text in quizzes)
 
 

@@ -433,7 +433,7 @@ ANSWERS = frozenset(ACTS)  # frames that a reply may consist of
 def grammar() -> Grammar:
     """The town's grammar, the constitution's texts included."""
     law = constitution()
-    template = law.comparison_template
+    template = law.comparison_template  # its slots in the order in which registers.council fills them
     for name, slot in (("{prompt}", "{speech}"), ("{a}", "{speech2}"), ("{b}", "{speech3}"), ("{principle}", "{rule}")):
         template = template.replace(name, slot)
     frames = {

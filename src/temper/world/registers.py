@@ -217,9 +217,12 @@ CHOSEN_BY = {
 }
 
 
+RULES = Table({"harm": 0.4, "honesty": 0.25, "help": 0.35})  # what the rules of comparisons are about
+
+
 def rule(draw: Draw) -> Principle:
-    """A principle; what it is about is drawn first, so that harm, honesty and help are judged equally often."""
-    about = draw.pick(list(dict.fromkeys(p.about for p in constitution().principles)))
+    """A principle; what it is about is drawn first."""
+    about = draw.weighted(RULES)
     return draw.pick([p for p in constitution().principles if p.about == about])
 
 
@@ -242,7 +245,7 @@ def council(draw: Draw) -> Lines:
     for _ in range(draw.between(1, 2)):
         case = comparison(draw, None)
         ask = tuple(asks.request(case["kind"], case["slots"]))
-        lines += [[("council", ask, case["a"], case["b"], case["principle"].comparison)], [("choice", case["label"])]]
+        lines += [[("council", ask, case["principle"].comparison, case["a"], case["b"])], [("choice", case["label"])]]
     return lines
 
 
