@@ -10,7 +10,7 @@ from temper.config import Settings, opt, parse
 from temper.report.gather import Ladder, gather, machine, number
 from temper.report.page import page
 from temper.report.terminal import summary
-from temper.report.words import expectations, paragraph
+from temper.report.words import expectations, paragraph, remarks
 from temper.runs import atomic_write
 
 EXAMPLES = """
@@ -40,6 +40,7 @@ def figures(run: Ladder, where: dict[str, Any]) -> dict[str, Any]:
         "cores": run.cores,
         "command": run.command,
         "paragraph": " ".join(paragraph(run)),
+        "remarks": remarks(run),
         "stages": {s.name: s.metrics for s in run.stages},
         "wall_s": {s.name: s.seconds for s in run.stages if s.seconds is not None},
         "budget_s": {s.name: s.budget for s in run.stages if s.budget is not None},

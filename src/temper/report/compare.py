@@ -126,12 +126,15 @@ def answer(stage: Stage, asked: list[Question], temperature: float, settings: Co
 
 
 def show(console: Console, asked: list[Question], answers: dict[str, list[dict[str, Any]]]) -> None:
-    """Side by side where the terminal is wide enough, else under each other."""
-    wide = console.width // max(1, len(answers)) >= NARROW
+    """Side by side where the terminal is wide enough, else under each other; in a file or a pipe a block each, and no line broken."""
+    plain = not console.is_terminal
+    wide = not plain and console.width // max(1, len(answers)) >= NARROW
     for i, q in enumerate(asked):
+        if plain:
+            console.print(f"== {i + 1} of {len(asked)}")
         for m in q.messages:
             who = "" if m.role == "user" else f"{m.role}: "
-            console.print(Text(f"{who}{clean(m.content)}", style="bold" if m.role == "user" else "dim"))
+            console.print(Text(f"{who}{clean(m.content)}", style="bold" if m.role == "user" else "dim"), soft_wrap=plain)
         if wide:
             table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
             for name in answers:
@@ -143,8 +146,10 @@ def show(console: Console, asked: list[Question], answers: dict[str, list[dict[s
         else:
             for name, rows in answers.items():
                 head = Text(f"{clean(name)}  ", style=f"bold {STYLES.get(name, '')}".strip())
-                console.print(head + _score(rows[i]))
-                console.print(_body(rows[i]))
+                head = Text("\n-- " if plain else "") + head + _score(rows[i])
+                head.rstrip()
+                console.print(head, soft_wrap=plain)
+                console.print(_body(rows[i]), soft_wrap=plain)
         console.print()
 
 
@@ -188,5 +193,5 @@ def main(argv: list[str]) -> int:
         notes += f"; {', '.join(map(clean, bare))}: no chat template, so given the text alone to continue"
     if of_world(stages) and (strange := sum(q.ask is None for q in asked)):
         notes += f"; no gold for {strange} of {len(asked)}: not prompts that the embedded world understands"
-    console.print(Text(notes, style="dim"))
+    console.print(Text(notes, style="dim"), soft_wrap=not console.is_terminal)
     return 0
