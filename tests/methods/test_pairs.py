@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -141,9 +142,14 @@ def test_held_out_figures(toy, tmp_path, pairs):
     assert "ceiling" not in plain
 
 
-def test_a_reward_model_needs_a_template(toy, tmp_path):
-    with pytest.raises(UserError, match="no chat template, so it belongs to a base model; fine-tune it first"):
-        train("reward", tmp_path / "rm", model=toy.base, data=toy.pairs)
+@pytest.mark.parametrize("method", ["reward", "dpo"])
+def test_pairs_need_a_template(toy, tmp_path, method):
+    """The line names the model, not the data."""
+    with pytest.raises(UserError, match=f"^{re.escape(toy.base)}.*: a base model, whose tokenizer has no chat template"):
+        train(method, tmp_path / "out", model=toy.base, data=toy.pairs)
+
+
+def test_a_language_model_is_no_reward_model(toy):
     with pytest.raises(UserError, match="a language model, not a reward model"):
         RewardModel(toy.sft)
 

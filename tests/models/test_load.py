@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+import shutil
 
 import pytest
 import torch
@@ -190,12 +191,32 @@ def test_missing_folders_and_unreachable_names(tmp_path, monkeypatch):
         ("./none", "no such folder"),
         ("", "no such folder"),
         (str(file), "a file"),
-        ("nobody-here/nothing", "not loadable from the hub"),
+        ("nobody-here/nothing", r"nobody-here/nothing: no such folder, not in the cache, and the hub cannot be reached \(.*\); give"),
     ]:
         for load in (load_policy, load_scalar, load_tokenizer):
-            with pytest.raises(UserError, match=message if load is not load_tokenizer or "hub" not in message else "nothing") as error:
+            with pytest.raises(UserError, match=message) as error:
                 load(name)
             assert "\n" not in str(error.value)
+
+
+def test_without_a_network_a_name_in_the_cache_loads_and_the_hub_is_asked_once(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def unreachable(url, **kwargs):
+        asked.append(url)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("temper.models.load.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--someone--small"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    shutil.copytree(folder, repository / "snapshots" / "abc")
+    for load in (load_policy, load_scalar, load_tokenizer):
+        load("someone/small")
+    assert len(asked) == 1
+    with pytest.raises(UserError, match=r"someone/large: .*\(Name or service not known\)"):
+        load_policy("someone/large")
 
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

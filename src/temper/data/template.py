@@ -66,11 +66,11 @@ def template_name(tokenizer) -> str:
     return f"the chat template of {name}" if name else "the chat template"
 
 
-def _template(tokenizer) -> str:
+def chat_template(tokenizer) -> str:
+    """The template of a tokenizer. Raises UserError where it has none."""
     if not tokenizer.chat_template:
-        raise UserError(
-            "the tokenizer has no chat template, so it belongs to a base model; fine-tune it first (`temper sft` attaches a template)"
-        )
+        name = getattr(tokenizer, "name_or_path", "") or "the model"
+        raise UserError(f"{name}: a base model, whose tokenizer has no chat template; fine-tune it first, `temper sft` gives it one")
     return tokenizer.get_chat_template()
 
 
@@ -112,7 +112,7 @@ class _Rendered(NamedTuple):
 
 def _render(tokenizer, messages: Sequence[Message], *, ask: bool, blocks: bool = False) -> _Rendered:
     """ask: end with the generation prompt. blocks: find the generation blocks."""
-    template, control = _template(tokenizer), _control(tokenizer)
+    template, control = chat_template(tokenizer), _control(tokenizer)
     patterns = [control.said if m.role == "assistant" else control.asked for m in messages]
     private = (chr(c) for c in _PRIVATE if not any(chr(c) in m.content for m in messages))
     spelled = dict.fromkeys(token for m, pattern in zip(messages, patterns, strict=True) for token in pattern.findall(m.content))
@@ -266,7 +266,7 @@ def render_prompt(tokenizer, messages: Sequence[Message]) -> list[int]:
 def _assistant_spans(tokenizer, messages: Sequence[Message], turns: list[int]) -> tuple[_Rendered, list[tuple[int, int]]]:
     """The rendered conversation and the character span of each assistant turn in `turns` (indices into messages)."""
     name = template_name(tokenizer)
-    if re.search(r"\{%[-+]?\s*generation\b", _template(tokenizer)):
+    if re.search(r"\{%[-+]?\s*generation\b", chat_template(tokenizer)):
         whole = _render(tokenizer, messages, ask=False, blocks=True)
         spans = whole.blocks
         if not any(a < b for a, b in spans):

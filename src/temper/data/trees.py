@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from temper.config import UserError
-from temper.data.template import bos_id, encode_plain, end_id, render_chat, render_prompt
+from temper.data.template import bos_id, chat_template, encode_plain, end_id, render_chat, render_prompt
 from temper.forest import Segment, Tree
 from temper.records import Chat, Message, Pair, Prompt, Ranked, Record, Text
 
@@ -244,7 +244,11 @@ def comparison_tree(tokenizer, record: Pair | Ranked) -> Tree:
 
 
 def comparison_trees(tokenizer, records: Sequence[Pair | Ranked], model: Any, window: Window) -> tuple[list[Tree], Report]:
-    """One tree per record that fits, in order: prompt + the longest answer must be within the limit."""
+    """One tree per record that fits, in order: prompt + the longest answer must be within the limit.
+
+    Raises UserError for a tokenizer without a chat template, and `file:row: ...`.
+    """
+    chat_template(tokenizer)  # it is the model's lack, not the first row's
     fit, trees = _Fit(records, model, window), []
     for i, record in fit:
         rendered = fit.attempt(i, _render_answers, tokenizer, record)

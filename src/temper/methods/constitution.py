@@ -19,7 +19,7 @@ import torch
 
 from temper.config import Settings, UserError, opt
 from temper.data.sources import read
-from temper.data.template import render_prompt, stop_ids
+from temper.data.template import chat_template, render_prompt, stop_ids
 from temper.data.trees import chat_trees, comparison_trees, limit_of, prompt_ids
 from temper.forest import Segment, Tree
 from temper.methods import preference, sft
@@ -206,6 +206,7 @@ def prepare(settings: CAI, run: Run) -> Job:
     s, b = settings, settings.batching
     rules = principles(s.principles or DEFAULT)
     model, tokenizer = load_policy(s.model, **s.compute.placed)
+    chat_template(tokenizer)  # a base model has none: looked at before it is asked anything
     judge, _ = load_policy(s.model, **s.compute.placed)
     author, judging = Author(model, tokenizer, s), Author(judge, tokenizer, s)
 

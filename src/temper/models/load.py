@@ -14,10 +14,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -327,6 +330,22 @@ def _source(name_or_dir: str | Path) -> str:
         raise UserError(f"{name}: a file; give the model's folder")
     if isinstance(name_or_dir, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):  # what a hub name looks like
         raise UserError(f"{name or 'model'}: no such folder")
+    return _reachable(name)
+
+
+@cache
+def _reachable(name: str) -> str:
+    """A hub name as it is, or its folder in the cache where the hub cannot be reached. Asked once; loading asks six times per file."""
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except HfHubHTTPError:
+        pass  # it answered; loading says what is wrong
+    except Exception as error:  # of whichever HTTP library the hub's client uses
+        cached = try_to_load_from_cache(name, "config.json")
+        if not isinstance(cached, str):
+            why = f"no such folder, not in the cache, and the hub cannot be reached ({_line(error)})"
+            raise UserError(f"{name}: {why}; give a model's folder, or this name once where there is a network") from error
+        return _source(Path(cached).parent)
     return name
 
 

@@ -86,8 +86,15 @@ def build(folder: str | Path) -> dict[str, Any]:
     return found
 
 
-def main(argv: list[str]) -> int:
+def read(argv: list[str]) -> Report:
+    """What is asked for. Raises UserError for wrong flags, and for a folder that is no run."""
     s = parse(Report, argv, "temper report", EXAMPLES)
+    gather(s.dir)
+    return s
+
+
+def main(argv: list[str]) -> int:
+    s = read(argv)
     found = build(s.dir)
     if s.json_:
         print(json.dumps(found, indent=1))

@@ -142,12 +142,18 @@ def _lines(quiet: bool) -> Iterator[str]:
             return
 
 
-def main(argv: list[str]) -> int:
+def read(argv: list[str]) -> Chat:
+    """What is asked for. Raises UserError for wrong flags, and for a folder without a model."""
     s = parse(Chat, argv, "temper chat", EXAMPLES)
-    place = model_folder(s.stage)
+    model_folder(s.stage)
     if s.once is not None and not s.once.strip():
         raise UserError("--once: is empty; give some text")
-    talk = Conversation(*load_policy(place), s)
+    return s
+
+
+def main(argv: list[str]) -> int:
+    s = read(argv)
+    talk = Conversation(*load_policy(model_folder(s.stage)), s)
     console = Console(highlight=False)
 
     def tell(text: str) -> None:

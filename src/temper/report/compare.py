@@ -166,9 +166,14 @@ def _score(row: dict[str, Any]) -> Text:
     return Text(f"gold {value('gold', found['total'], 2, True)}" + (f" ({', '.join(parts)})" if parts else ""), style="dim")
 
 
-def main(argv: list[str]) -> int:
+def read(argv: list[str]) -> tuple[Compare, list[Stage]]:
+    """What is asked for, and of which stages. Raises UserError for wrong flags, and where there is nothing to ask."""
     s = parse(Compare, argv, "temper compare", EXAMPLES)
-    stages = askable(s.dir)
+    return s, askable(s.dir)
+
+
+def main(argv: list[str]) -> int:
+    s, stages = read(argv)
     temperature = evaluated_at(s.dir) if s.temperature is None else s.temperature
     asked = questions(s, stages)
     answers: dict[str, list[dict[str, Any]]] = {}

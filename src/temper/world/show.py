@@ -6,14 +6,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from temper import world
-from temper.config import UserError
+from temper.config import Parser, UserError
 from temper.world import oracles
 from temper.world.annotators import ANNOTATORS, PANELS, agreement, known, panel, panel_agreement
 from temper.world.asks import KINDS, Ask, request, tags
@@ -35,11 +35,6 @@ EXAMPLES = """examples:
   temper world score "Ada is a baker." --prompt "What work does Ada do?"
   temper world annotators --json
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message.removeprefix('argument ')}; see {self.prog} --help")
 
 
 # ---------------------------------------------------------------- from a question's words to its ask
@@ -312,8 +307,8 @@ def _show_raters(console: Console, found: dict[str, Any]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES, "allow_abbrev": False}
-    top = _Parser("temper world", description="Look at the embedded world: a small harbour town.", **shape)
-    commands = top.add_subparsers(dest="command", metavar="show|sample|score|annotators")
+    top = Parser("temper world", description="Look at the embedded world: a small harbour town.", **shape)
+    commands = top.add_subparsers(dest="command", metavar="show|sample|score|annotators", required=True)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **shape)
@@ -334,24 +329,29 @@ def _parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one of the commands. Raises UserError on what the town does not know."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Console, Any], None]]] = {
-        "show": (lambda args: about(args.person), _show_about),
-        "sample": (lambda args: sample(args.name, args.n, args.seed), _show_sample),
-        "score": (lambda args: score(args.text, args.prompt, args.system), _show_score),
-        "annotators": (lambda args: raters(), _show_raters),
-    }
-    top = _parser()
-    if not argv or argv[0] in ("-h", "--help"):
-        top.print_help()
-        return 0
-    known(argv[0], commands, "command of temper world")
-    args = top.parse_args(argv)
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Console, Any], None]]] = {
+    "show": (lambda args: about(args.person), _show_about),
+    "sample": (lambda args: sample(args.name, args.n, args.seed), _show_sample),
+    "score": (lambda args: score(args.text, args.prompt, args.system), _show_score),
+    "annotators": (lambda args: raters(), _show_raters),
+}
+
+
+def read(argv: Sequence[str]) -> argparse.Namespace:
+    """What is asked for; without a command it is the help, which leaves with SystemExit(0)."""
+    argv = list(argv) or ["--help"]
+    if not argv[0].startswith("-"):
+        known(argv[0], COMMANDS, "command of temper world")
+    args = _parser().parse_args(argv)
     if args.command == "sample" and (args.n < 1 or args.seed < 0):
         raise UserError(f"sample: -n {args.n} --seed {args.seed}: give at least one record and a seed of at least 0")
-    find, draw = commands[args.command]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one of the commands. Raises UserError on what the town does not know."""
+    args = read(sys.argv[1:] if argv is None else argv)
+    find, draw = COMMANDS[args.command]
     found = find(args)
     if args.json:
         print(json.dumps(found, sort_keys=True, ensure_ascii=False))
