@@ -15,7 +15,7 @@ from temper.data.template import attach_default_template, render_chat, render_pr
 from temper.models.load import load_policy, save
 from temper.models.tokenizer import train_tokenizer
 from temper.records import Message
-from temper.rollout import Sampling, sample
+from temper.rollout import Request, Sampling, sample
 from temper.runs import Run
 
 
@@ -100,7 +100,7 @@ def test_a_base_model_of_another_family_learns_to_stop(tmp_path):
     assert model.get_input_embeddings().num_embeddings >= len(tokenizer) > before - 1
     assert json.loads((tmp_path / "sft" / "model" / "generation_config.json").read_text())["eos_token_id"]
     prompt = render_prompt(tokenizer, [Message(role="user", content="What is 7?")])
-    ((answer,),) = sample(model, [prompt], sampling=Sampling(temperature=0, max_new=30), stop=stop)
+    ((answer,),) = sample(model, Request([prompt], sampling=Sampling(temperature=0, max_new=30), stop=stop))
     assert answer.finish == "stop"
     assert answer.tokens[-1] == stop[0]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "sft" / "model")

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from temper.config import UserError, build
 from temper.data.sources import read
+from temper.data.split import split
 from temper.data.template import render_chat
 from temper.data.trees import comparison_trees
 from temper.judges.reward_model import RewardModel
@@ -95,7 +96,7 @@ def test_the_first_loss_is_bradley_terry_of_the_plain_scores(toy, tmp_path, pair
 
 def test_scores_have_mean_zero_and_deviation_one_over_the_training_answers(toy, pairs):
     judge = RewardModel(toy.reward)
-    kept, out = reward.split(pairs, 0.2, 0)
+    kept, out = split(pairs, 0.2, 0)
     assert len(out) == 4
     prompts, answers = [p.prompt for p in kept] * 2, [p.chosen for p in kept] + [p.rejected for p in kept]
     scores = torch.tensor(judge.score_answers(prompts, answers))
@@ -129,7 +130,7 @@ def test_held_out_figures(toy, tmp_path, pairs):
     ]
     data = write(tmp_path / "labelled.jsonl", rows)
     summary = train("reward", tmp_path / "rm", model=toy.sft, data=str(data), held_out=0.4, lr=1e-5)
-    _, out = reward.split(read(str(data), "pairs").records, 0.4, 0)
+    _, out = split(read(str(data), "pairs").records, 0.4, 0)
     judge = RewardModel(tmp_path / "rm")
     won, lost = (judge.score_answers([p.prompt for p in out], [getattr(p, side) for p in out]) for side in ("chosen", "rejected"))
     right = [a > b for a, b in zip(won, lost, strict=True)]

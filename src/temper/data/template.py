@@ -123,10 +123,9 @@ def _render(tokenizer, messages: Sequence[Message], *, ask: bool, blocks: bool =
         {"role": m.role, "content": pattern.sub(lambda found: disguise[found[0]], m.content)}
         for m, pattern in zip(messages, patterns, strict=True)
     ]
-    texts: Any
-    spans: Any
+    render: Any = render_jinja_template  # its annotation says str
     try:
-        texts, spans = render_jinja_template(  # type: ignore[str-unpack]
+        texts, spans = render(
             conversations=[disguised],
             chat_template=template,
             add_generation_prompt=ask,

@@ -96,15 +96,10 @@ class Board:
 
     def table(self) -> Table:
         table = Table(box=None, pad_edge=False)
-        for column, justify in (
-            ("stage", "left"),
-            ("", "left"),
-            ("progress", "left"),
-            ("time", "right"),
-            ("budget", "right"),
-            ("left", "right"),
-        ):
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        for column in ("stage", "", "progress"):
+            table.add_column(column)
+        for column in ("time", "budget", "left"):
+            table.add_column(column, justify="right")
         for node in self.todo:
             event, outcome = self.state.get(node.name, ("waiting", None))
             progress, left = self.progress(node) if event == "started" else ("", "")

@@ -13,7 +13,7 @@ from temper.data.template import render_prompt, stop_ids
 from temper.driver import drive, follow, make, peak_mb
 from temper.methods import load
 from temper.models.load import load_tokenizer
-from temper.rollout import Sampling, sample
+from temper.rollout import Request, Sampling, sample
 from temper.runs import Run, code_version, disk, fingerprint
 from temper.train import machine, ranks
 from temper.world.streams import VERSION
@@ -195,7 +195,7 @@ def _samples(job) -> Callable[[], list[dict[str, Any]]]:
     short = [i for i, x in enumerate(ids) if len(x) + 64 <= window]
 
     def look() -> list[dict[str, Any]]:
-        groups = sample(model, [ids[i] for i in short], sampling=Sampling(temperature=0.0, max_new=64), stop=stop_ids(tokenizer))
+        groups = sample(model, Request([ids[i] for i in short], sampling=Sampling(temperature=0.0, max_new=64), stop=stop_ids(tokenizer)))
         answers = [tokenizer.decode(a.tokens, skip_special_tokens=True) for (a,) in groups]
         return [{"prompt": job.asks[i][-1].content, "answer": answer} for i, answer in zip(short, answers, strict=True)]
 

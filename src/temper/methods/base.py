@@ -4,15 +4,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from temper.config import Settings, opt
 from temper.data.packing import batch_indices, pack
+from temper.data.sources import Kind, read
+from temper.data.split import split
+from temper.data.trees import Report
 from temper.forest import Forest, Tree, plant
 from temper.records import Message
-from temper.train import State, Step, ranks
+from temper.train import State, Step, fit, ranks
+
+Weigh = Callable[[Sequence[Tree]], dict[str, float]]  # the weights of a forest's items, by name
 
 
 class Window(Settings):
@@ -62,9 +67,39 @@ class Job:
     notes: Sequence[str] = ()  # said to the user before the first step
 
 
-def offline(
-    trees: Sequence[Tree], batching: Batching, weigh: Callable[[Sequence[Tree]], dict[str, float]] | None = None
-) -> Callable[[int], list[Forest]]:
+class Given(NamedTuple):
+    """Records as trees: those to learn from, those to be measured on, and what the run's card says of both."""
+
+    trees: list[Tree]
+    tests: list[Tree]
+    out: list[Any]  # the records kept out of training
+    tested: list[Any]  # those of them that `tests` were written from
+    card: dict[str, Any]
+
+
+def given(settings: Any, kind: Kind, write: Callable[[Sequence[Any]], tuple[list[Tree], Report]]) -> Given:
+    """Read `settings.data`, keep some records out of training, and write the trees of either part."""
+    records, report = read(settings.data, kind, skip_bad=settings.window.skip_bad)
+    kept, out = split(records, settings.split.held_out, settings.batching.seed)
+    (trees, cut), (tests, test_cut) = write(kept), write(out)
+    card = {
+        "source": report.summary(),
+        "held_out": len(tests),
+        "tokens": sum(len(s.tokens) for t in trees for s in t),
+        "kept": cut.summary(),
+        "kept_held_out": test_cut.summary() if out else "",
+    }
+    return Given(trees, tests, out, [record for i, record in enumerate(out) if i not in test_cut.dropped], card)
+
+
+def learn(settings: Any, model: Any, trees: Sequence[Tree], loss: Any, resume: State | None, weigh: Weigh | None = None) -> Iterator[Step]:
+    """`fit` on all trees, in the batches and for the epochs of the settings."""
+    b, how = settings.batching, settings.compute
+    steps = b.steps(len(trees))
+    return fit(model, offline(trees, b, weigh), loss, steps=steps, optim=settings.optim, seed=b.seed, resume=resume, compute=how)
+
+
+def offline(trees: Sequence[Tree], batching: Batching, weigh: Weigh | None = None) -> Callable[[int], list[Forest]]:
     """The source of an offline method: step -> this rank's micro-batches, a pure function of (records, seed, step)."""
     sizes = [sum(len(s.tokens) for s in tree) for tree in trees]
 
@@ -80,7 +115,7 @@ def offline(
 def forests(
     trees: Sequence[Tree],
     microbatch: int,
-    weigh: Callable[[Sequence[Tree]], dict[str, float]] | None = None,
+    weigh: Weigh | None = None,
     device: str | torch.device = "cpu",
 ) -> Iterator[tuple[list[int], Forest]]:
     """All trees once, packed: (their indices, the forest on `device`). For reference log-probs, scores and held-out losses."""

@@ -27,7 +27,7 @@ from temper.methods.base import Batching, Job, Window, forests, offline
 from temper.models.heads import token_logp
 from temper.models.load import load_policy, save
 from temper.records import Chat, Message, Pair, read_jsonl, write_jsonl
-from temper.rollout import Sampling, generator, sample
+from temper.rollout import Request, Sampling, generator, sample
 from temper.runs import Run
 from temper.train import Compute, Optim, State, Step, fit, ranks
 from temper.world.constitution import DEFAULT, Constitution, load
@@ -109,7 +109,9 @@ class Author:
         ids = [render_prompt(self.tokenizer, c) for c in conversations]
         fits = [i for i, x in enumerate(ids) if self.room(len(x) + self.s.sampling.max_new)]
         seed, out = ("constitution", self.s.batching.seed, purpose), [[""] * n for _ in ids]
-        groups = sample(self.model, [ids[i] for i in fits], sampling=self.s.sampling, stop=stop_ids(self.tokenizer), n=n, seed=seed)
+        groups = sample(
+            self.model, Request([ids[i] for i in fits], sampling=self.s.sampling, stop=stop_ids(self.tokenizer), n=n, seed=seed)
+        )
         for i, group in zip(fits, groups, strict=True):
             out[i] = [self.tokenizer.decode(a.tokens, skip_special_tokens=True).strip() if a.finish == "stop" else "" for a in group]
         return out

@@ -28,7 +28,7 @@ from temper.losses.policy import clipped, clipped_surrogate, clipped_value
 from temper.methods.base import Job, Window
 from temper.models.heads import scalar, slack, token_logp
 from temper.models.load import load_policy, load_scalar, save
-from temper.rollout import Sampling, generator, sample
+from temper.rollout import Request, Sampling, generator, sample
 from temper.runs import Run
 from temper.train import Compute, Loss, Optim, State, Step, Term, fit, ranks
 
@@ -130,12 +130,14 @@ class Rollouts:
         mine = ranks.share([len(prompt) for prompt in chosen])
         sampled = sample(
             self.module["policy"],
-            [chosen[i] for i in mine],
-            sampling=s.sampling,
-            stop=self.stop,
-            n=s.samples_per_prompt,
-            seed=("ppo", s.seed, rollout),
-            index=mine,
+            Request(
+                [chosen[i] for i in mine],
+                sampling=s.sampling,
+                stop=self.stop,
+                n=s.samples_per_prompt,
+                seed=("ppo", s.seed, rollout),
+                index=mine,
+            ),
         )
         trees = [_tree(prompt, answers) for prompt, answers in zip(chosen, ranks.whole(mine, sampled), strict=True)]
         borders = [len(trees) * k // s.minibatches for k in range(s.minibatches + 1)]

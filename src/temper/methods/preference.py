@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from temper.config import Settings, opt
-from temper.data.sources import read
-from temper.data.split import split
 from temper.data.template import stop_ids
 from temper.data.trees import comparison_trees
 from temper.forest import Forest, Tree, per_segment
 from temper.losses.preference import RULES, Pairs
 from temper.losses.registry import settings as keywords
-from temper.methods.base import Batching, Job, Split, Window, forests, offline
+from temper.methods.base import Batching, Job, Split, Window, forests, given, offline
 from temper.methods.reward import count_records, ends
 from temper.models.adapters import without_adapter
 from temper.models.heads import precision, slack, token_logp
@@ -152,10 +150,7 @@ def train(settings: Preference, model, trees, resume: State | None = None) -> It
 def prepare(settings: Preference, run: Run) -> Job:
     b = settings.batching
     model, tokenizer = load_policy(settings.model, **settings.compute.placed)
-    records, report = read(settings.data, "pairs", skip_bad=settings.window.skip_bad)
-    kept, out = split(records, settings.split.held_out, b.seed)
-    trees, cut = comparison_trees(tokenizer, kept, model, settings.window)
-    tests, test_cut = comparison_trees(tokenizer, out, model, settings.window)
+    trees, tests, out, _, card = given(settings, "pairs", lambda pairs: comparison_trees(tokenizer, pairs, model, settings.window))
     with_reference(model, [*trees, *tests], b.tokens_per_microbatch, references(run))
 
     def held_out() -> dict[str, float]:
@@ -171,14 +166,7 @@ def prepare(settings: Preference, run: Run) -> Job:
         total=b.steps(len(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
         save=lambda path: save(model, tokenizer, path, stop=stop_ids(tokenizer)),
-        card={
-            "source": report.summary(),
-            "pairs": len(trees),
-            "held_out": len(tests),
-            "tokens": sum(len(s.tokens) for t in trees for s in t),
-            "kept": cut.summary(),
-            "kept_held_out": test_cut.summary() if out else "",
-        },
+        card={**card, "pairs": len(trees)},
         evaluate=held_out if tests else None,
         policy=(model, tokenizer),
         asks=[pair.prompt for pair in out[:4]],

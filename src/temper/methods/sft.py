@@ -10,16 +10,14 @@ from typing import Literal
 import torch
 
 from temper.config import Settings, opt
-from temper.data.sources import read
-from temper.data.split import split
 from temper.data.template import attach_default_template, stop_ids
 from temper.data.trees import chat_trees
 from temper.forest import Forest, Tree
-from temper.methods.base import Batching, Job, Split, Window, forests, offline
+from temper.methods.base import Batching, Job, Split, Window, forests, given, learn
 from temper.models.heads import weighted_nll
 from temper.models.load import load_policy, resize, save
 from temper.runs import Run
-from temper.train import Compute, Loss, Optim, State, Step, Term, fit
+from temper.train import Compute, Loss, Optim, State, Step, Term
 
 METRICS = {
     "loss": "negative log-likelihood per learned token, in nats",
@@ -65,31 +63,24 @@ def held_out_loss(model, trees: Sequence[Tree], microbatch: int) -> float:
 
 
 def train(settings: SFT, model, trees, resume: State | None = None) -> Iterator[Step]:
-    b, how = settings.batching, settings.compute
-    steps = b.steps(len(trees))
-    return fit(model, offline(trees, b), lm_loss, steps=steps, optim=settings.optim, seed=b.seed, resume=resume, compute=how)
+    return learn(settings, model, trees, lm_loss, resume)
 
 
 def prepare(settings: SFT, run: Run) -> Job:
     model, tokenizer = load_policy(settings.model, **settings.compute.placed)
     if attach_default_template(tokenizer):
         resize(model, tokenizer)
-    records, report = read(settings.data, "chat", skip_bad=settings.window.skip_bad)
-    kept, out = split(records, settings.split.held_out, settings.batching.seed)
-    trees, cut = chat_trees(tokenizer, kept, model, settings.window, learn=settings.learn)
-    tests, test_cut = chat_trees(tokenizer, out, model, settings.window, learn=settings.learn)
+    trees, tests, out, _, card = given(
+        settings, "chat", lambda chats: chat_trees(tokenizer, chats, model, settings.window, learn=settings.learn)
+    )
     return Job(
         total=settings.batching.steps(len(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
         save=lambda path: save(model, tokenizer, path, stop=stop_ids(tokenizer)),
         card={
-            "source": report.summary(),
+            **card,
             "records": len(trees),
-            "held_out": len(tests),
-            "tokens": sum(len(s.tokens) for t in trees for s in t),
             "learned_tokens": sum(sum(map(bool, s.target or ())) for t in trees for s in t),
-            "kept": cut.summary(),
-            "kept_held_out": test_cut.summary() if out else "",
         },
         evaluate=(lambda: {"held_out_loss": held_out_loss(model, tests, settings.batching.tokens_per_microbatch)}) if tests else None,
         policy=(model, tokenizer),

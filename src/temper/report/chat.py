@@ -22,7 +22,7 @@ from temper.models.load import load_policy
 from temper.records import Message
 from temper.report.gather import evaluated_at
 from temper.report.words import clean
-from temper.rollout import Sampling, stream
+from temper.rollout import Request, Sampling, stream
 
 EXAMPLES = """
   temper chat runs/harbour/ppo
@@ -103,7 +103,7 @@ class Conversation:
         sampling = Sampling(temperature=self.temperature, max_new=s.max_new)
         tokens: list[int] = []
         said = ""
-        for step in stream(self.model, [ids], sampling=sampling, stop=stop_ids(self.tokenizer), seed=(s.seed, self.asked)):
+        for step in stream(self.model, Request([ids], sampling=sampling, stop=stop_ids(self.tokenizer), seed=(s.seed, self.asked))):
             tokens.append(step.token)
             answer = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
             if heard and answer.startswith(said) and not answer.endswith("\ufffd"):  # else half a character, which the next token ends

@@ -24,7 +24,7 @@ from temper.report.figures import COLOURED
 from temper.report.gather import Stage, evaluated_at, gather
 from temper.report.page import together
 from temper.report.words import clean, value
-from temper.rollout import Sampling, sample
+from temper.rollout import Request, Sampling, sample
 from temper.world import Ask, dataset, gold
 from temper.world.show import read_ask
 
@@ -115,7 +115,9 @@ def answer(stage: Stage, asked: list[Question], temperature: float, settings: Co
     ids = [render_prompt(tokenizer, q.messages) for q in asked]
     sampling = Sampling(temperature=temperature, max_new=settings.max_new)
     out: list[dict[str, Any]] = []
-    for q, (rollout,) in zip(asked, sample(model, ids, sampling=sampling, stop=stop_ids(tokenizer), seed=(settings.seed,)), strict=True):
+    for q, (rollout,) in zip(
+        asked, sample(model, Request(ids, sampling=sampling, stop=stop_ids(tokenizer), seed=(settings.seed,))), strict=True
+    ):
         text = str(tokenizer.decode(rollout.tokens, skip_special_tokens=True)).strip()
         row: dict[str, Any] = {"text": text, "finish": rollout.finish, "tokens": len(rollout.tokens)}
         if q.ask is not None:
