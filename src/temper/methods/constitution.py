@@ -25,7 +25,7 @@ from temper.forest import Segment, Tree
 from temper.methods import preference, sft
 from temper.methods.base import Batching, Job, Window, forests, offline
 from temper.models.heads import token_logp
-from temper.models.load import load_policy, save
+from temper.models.load import export, load_policy, save
 from temper.records import Chat, Message, Pair, read_jsonl, write_jsonl
 from temper.rollout import Sampling, generator, sample
 from temper.runs import Run
@@ -272,7 +272,7 @@ def prepare(settings: CAI, run: Run) -> Job:
     return Job(
         total=first + second,
         steps=steps,
-        save=lambda path: save(model, tokenizer, path, stop=stop_ids(tokenizer)),
+        save=lambda path: export(model, tokenizer, path, stop=stop_ids(tokenizer)),
         card={
             "red_team": len(red_team),
             "helpful": len(helpful),

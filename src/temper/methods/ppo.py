@@ -27,7 +27,7 @@ from temper.losses.kl import adaptive_beta, k1, k3
 from temper.losses.policy import clipped, clipped_surrogate, clipped_value
 from temper.methods.base import Job, Window
 from temper.models.heads import scalar, slack, token_logp
-from temper.models.load import load_policy, load_scalar, save
+from temper.models.load import export, load_policy, load_scalar
 from temper.rollout import Sampling, generator, sample
 from temper.runs import Run
 from temper.train import Compute, Loss, Optim, State, Step, Term, fit, ranks
@@ -304,7 +304,7 @@ def prepare(settings: PPO, run: Run) -> Job:
     return Job(
         total=s.rollouts * s.epochs_per_batch * s.minibatches,
         steps=lambda resume: train(s, module, source, resume),
-        save=lambda path: save(policy, tokenizer, path, stop=stop_ids(tokenizer)),
+        save=lambda path: export(policy, tokenizer, path, stop=stop_ids(tokenizer)),
         card={"source": report.summary(), "prompts": len(prompts), "kept": cut.summary()},
         policy=(policy, tokenizer),
         asks=[r.messages for r in records[:4]],

@@ -12,7 +12,7 @@ from temper.data.split import split
 from temper.data.trees import limit_of, text_trees
 from temper.methods.base import Batching, Job, Split, offline
 from temper.methods.sft import held_out_loss, lm_loss
-from temper.models.load import Size, new_model, save
+from temper.models.load import Size, export, new_model
 from temper.models.tokenizer import train_tokenizer
 from temper.runs import Run
 from temper.train import Compute, Optim, State, Step, fit
@@ -63,7 +63,7 @@ def prepare(settings: Pretrain, run: Run) -> Job:
     return Job(
         total=settings.batching.steps(len(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
-        save=lambda path: save(model, tokenizer, path),
+        save=lambda path: export(model, tokenizer, path),
         card={
             "source": report.summary(),
             "documents": len(kept),

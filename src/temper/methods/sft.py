@@ -17,7 +17,7 @@ from temper.data.trees import chat_trees
 from temper.forest import Forest, Tree
 from temper.methods.base import Batching, Job, Split, Window, forests, offline
 from temper.models.heads import weighted_nll
-from temper.models.load import load_policy, resize, save
+from temper.models.load import export, load_policy, resize
 from temper.runs import Run
 from temper.train import Compute, Loss, Optim, State, Step, Term, fit
 
@@ -81,7 +81,7 @@ def prepare(settings: SFT, run: Run) -> Job:
     return Job(
         total=settings.batching.steps(len(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
-        save=lambda path: save(model, tokenizer, path, stop=stop_ids(tokenizer)),
+        save=lambda path: export(model, tokenizer, path, stop=stop_ids(tokenizer)),
         card={
             "source": report.summary(),
             "records": len(trees),
