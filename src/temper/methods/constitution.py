@@ -23,13 +23,13 @@ from temper.data.template import render_prompt, stop_ids
 from temper.data.trees import chat_trees, comparison_trees, limit_of, prompt_ids
 from temper.forest import Segment, Tree
 from temper.methods import preference, sft
-from temper.methods.base import Batching, Job, Window, forests, offline
+from temper.methods.base import Batching, Job, Window, forests
 from temper.models.heads import token_logp
 from temper.models.load import export, load_policy, save
 from temper.records import Chat, Message, Pair, read_jsonl, write_jsonl
 from temper.rollout import Sampling, generator, sample
 from temper.runs import Run
-from temper.train import Compute, Optim, State, Step, fit, ranks
+from temper.train import Compute, Optim, State, Step, ranks
 from temper.world.constitution import DEFAULT, Constitution, load
 
 METRICS = {
@@ -235,12 +235,13 @@ def prepare(settings: CAI, run: Run) -> Job:
             f"{s.model}: no answer to the prompts ended within --max-new {s.sampling.max_new}; raise it, or fine-tune the model more"
         )
     trees, _ = chat_trees(tokenizer, chats, model, s.window, learn="last")
-    first = b.model_copy(update={"epochs": s.phase1.sl_epochs}).steps(len(trees))
+    revising = b.model_copy(update={"epochs": s.phase1.sl_epochs})
+    first = revising.steps(len(trees))
     second = b.steps(len(red_team) + len(helpful) + len(human))
 
     def phase1(resume: State | None) -> Iterator[Step]:
         optim = s.optim.model_copy(update={"lr": s.phase1.sl_lr})
-        return fit(model, offline(trees, b), sft.lm_loss, steps=first, optim=optim, seed=b.seed, resume=resume, compute=s.compute)
+        return sft.train_on(model, trees, revising, optim, resume, s.compute)
 
     def phase2(resume: State | None) -> Iterator[Step]:
         with ranks.leader_first():
