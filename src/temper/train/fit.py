@@ -71,8 +71,8 @@ class Step(NamedTuple):
 
 
 class Source(Protocol):
-    """Where batches come from. It may also have state() and restore(state), metrics(step) -> dict, asked after the update, and
-    reads(step) -> bool: whether it will use the module's weights."""
+    """Where batches come from. It may also have state() and restore(state), metrics(step) -> dict and events(step) -> list of dict,
+    asked after the update, and reads(step) -> bool: whether it will use the module's weights."""
 
     def __call__(self, step: int, /) -> Sequence[Forest]:
         """The micro-batches of the 0-based optimiser step; with several ranks, this rank's share of them."""
@@ -148,6 +148,8 @@ def fit(
         metrics |= training.update(metrics["grad_norm"], lr_at(optim, step, steps), events)
         if hasattr(source, "metrics"):
             metrics = _join(metrics, source.metrics(step))
+        if hasattr(source, "events"):
+            events += source.events(step)
         seconds = time.perf_counter() - began
         metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
         twin = training.twin
