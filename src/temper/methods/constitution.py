@@ -12,7 +12,7 @@ Deviations: (1) starts from the SFT model, not the base; (2) trains by DPO where
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -202,12 +202,16 @@ def compare(author: Author, judge: Author, constitution: Constitution, prompts: 
     ]
 
 
-def prepare(settings: CAI, run: Run) -> Job:
-    s, b = settings, settings.batching
-    rules = principles(s.principles or DEFAULT)
-    model, tokenizer = load_policy(s.model, **s.compute.placed)
-    judge, _ = load_policy(s.model, **s.compute.placed)
-    author, judging = Author(model, tokenizer, s), Author(judge, tokenizer, s)
+class Inputs(NamedTuple):
+    """What the model is asked, and human comparisons for the second phase."""
+
+    red_team: list[list[Message]]
+    helpful: list[list[Message]]
+    human: list[Pair]
+
+
+def read_inputs(s: CAI, model: Any, tokenizer: Any) -> Inputs:
+    """All files, before anything is computed: a mistake in one must not come up after the first phase."""
 
     def prompts(spec: str) -> list[list[Message]]:
         records, _ = read(spec, "prompts", skip_bad=s.window.skip_bad)
@@ -217,16 +221,20 @@ def prepare(settings: CAI, run: Run) -> Job:
     red_team = prompts(s.red_team)
     dangerous = {p[-1].content for p in red_team}
     helpful = [p for p in prompts(s.helpful) if p[-1].content not in dangerous]
-    single_letters(tokenizer)
     human: list[Pair] = []
-    if s.helpful_pairs:  # looked at now: a mistake in it must not come up after the first phase
+    if s.helpful_pairs:
         found, _ = read(s.helpful_pairs, "pairs", skip_bad=s.window.skip_bad)
         human = [p for p in found if p.prompt[-1].content not in dangerous][: len(red_team)]
         comparison_trees(tokenizer, human, model, s.window)
+    return Inputs(red_team, helpful, human)
+
+
+def demonstrations(s: CAI, run: Run, author: Author, harm: Constitution, red_team: list, helpful: list) -> list[Chat]:
+    """What the first phase learns: revisions of the answers to the red team, and the model's own answers to helpful prompts."""
     with ranks.leader_first():
         revised, kept = run.file("revisions.jsonl"), run.file("helpful.jsonl")
         if not kept.exists():  # written after revisions.jsonl, so it stands for both
-            write_jsonl(revised, revise(author, rules["harm"], red_team))
+            write_jsonl(revised, revise(author, harm, red_team))
             own = zip(helpful, author.answers(helpful, purpose=500), strict=True)
             write_jsonl(kept, [Chat(messages=[*p, Message(role="assistant", content=a)]) for p, (a,) in own if a])
     chats = [*read_jsonl(revised, Chat), *read_jsonl(kept, Chat)]
@@ -234,6 +242,18 @@ def prepare(settings: CAI, run: Run) -> Job:
         raise UserError(
             f"{s.model}: no answer to the prompts ended within --max-new {s.sampling.max_new}; raise it, or fine-tune the model more"
         )
+    return chats
+
+
+def prepare(settings: CAI, run: Run) -> Job:
+    s, b = settings, settings.batching
+    rules = principles(s.principles or DEFAULT)
+    model, tokenizer = load_policy(s.model, **s.compute.placed)
+    judge, _ = load_policy(s.model, **s.compute.placed)
+    author, judging = Author(model, tokenizer, s), Author(judge, tokenizer, s)
+    red_team, helpful, human = read_inputs(s, model, tokenizer)
+    single_letters(tokenizer)
+    chats = demonstrations(s, run, author, rules["harm"], red_team, helpful)
     trees, _ = chat_trees(tokenizer, chats, model, s.window, learn="last")
     revising = b.model_copy(update={"epochs": s.phase1.sl_epochs})
     first = revising.steps(len(trees))
