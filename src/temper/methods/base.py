@@ -15,7 +15,7 @@ from temper.data.split import split
 from temper.data.trees import Report
 from temper.forest import Forest, Tree, plant
 from temper.records import Message
-from temper.train import State, Step, fit, ranks
+from temper.train import Compute, Optim, State, Step, fit, ranks
 
 Weigh = Callable[[Sequence[Tree]], dict[str, float]]  # the weights of a forest's items, by name
 
@@ -92,11 +92,12 @@ def given(settings: Any, kind: Kind, write: Callable[[Sequence[Any]], tuple[list
     return Given(trees, tests, out, [record for i, record in enumerate(out) if i not in test_cut.dropped], card)
 
 
-def learn(settings: Any, model: Any, trees: Sequence[Tree], loss: Any, resume: State | None, weigh: Weigh | None = None) -> Iterator[Step]:
-    """`fit` on all trees, in the batches and for the epochs of the settings."""
-    b, how = settings.batching, settings.compute
+def learn(
+    model: Any, trees: Sequence[Tree], loss: Any, b: Batching, optim: Optim, resume: State | None, how: Compute, weigh: Weigh | None = None
+) -> Iterator[Step]:
+    """`fit` on all trees, in batches and for epochs."""
     steps = b.steps(len(trees))
-    return fit(model, offline(trees, b, weigh), loss, steps=steps, optim=settings.optim, seed=b.seed, resume=resume, compute=how)
+    return fit(model, offline(trees, b, weigh), loss, steps=steps, optim=optim, seed=b.seed, resume=resume, compute=how)
 
 
 def offline(trees: Sequence[Tree], batching: Batching, weigh: Weigh | None = None) -> Callable[[int], list[Forest]]:

@@ -23,7 +23,7 @@ from temper.methods.base import Batching, Job, Split, Window, forests, given, of
 from temper.methods.reward import count_records, ends
 from temper.models.adapters import without_adapter
 from temper.models.heads import precision, slack, token_logp
-from temper.models.load import load_policy, save
+from temper.models.load import export, load_policy
 from temper.models.references import Kept
 from temper.runs import Run
 from temper.train import Compute, Loss, Optim, State, Step, Term, fit, ranks
@@ -165,7 +165,7 @@ def prepare(settings: Preference, run: Run) -> Job:
     return Job(
         total=b.steps(len(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
-        save=lambda path: save(model, tokenizer, path, stop=stop_ids(tokenizer)),
+        save=lambda path: export(model, tokenizer, path, stop=stop_ids(tokenizer)),
         card={**card, "pairs": len(trees)},
         evaluate=held_out if tests else None,
         policy=(model, tokenizer),

@@ -10,9 +10,9 @@ from temper.config import Settings, opt
 from temper.data.sources import read
 from temper.data.split import split
 from temper.data.trees import limit_of, text_trees
-from temper.methods.base import Batching, Job, Split, learn
-from temper.methods.sft import held_out_loss, lm_loss
-from temper.models.load import Size, new_model, save
+from temper.methods.base import Batching, Job, Split
+from temper.methods.sft import held_out_loss, train_on
+from temper.models.load import Size, export, new_model
 from temper.models.tokenizer import train_tokenizer
 from temper.runs import Run
 from temper.train import Compute, Optim, State, Step
@@ -46,7 +46,7 @@ def settings(name: str) -> type[Settings]:
 
 
 def train(settings: Pretrain, model, trees, resume: State | None = None) -> Iterator[Step]:
-    return learn(settings, model, trees, lm_loss, resume)
+    return train_on(model, trees, settings.batching, settings.optim, resume, settings.compute)
 
 
 def prepare(settings: Pretrain, run: Run) -> Job:
@@ -61,7 +61,7 @@ def prepare(settings: Pretrain, run: Run) -> Job:
     return Job(
         total=settings.batching.steps(len(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
-        save=lambda path: save(model, tokenizer, path),
+        save=lambda path: export(model, tokenizer, path),
         card={
             "source": report.summary(),
             "documents": len(kept),

@@ -23,7 +23,7 @@ from temper.judges.reward_model import remember_scale
 from temper.losses.reward import bradley_terry
 from temper.methods.base import Batching, Job, Split, Window, forests, given, learn
 from temper.models.heads import scalar
-from temper.models.load import load_scalar, save
+from temper.models.load import export, load_scalar
 from temper.records import Pair, Ranked
 from temper.runs import Run
 from temper.stats.intervals import mean_interval, paired_difference, share_interval
@@ -138,7 +138,8 @@ def held_out(model, trees: Sequence[Tree], records: Sequence[Pair | Ranked], mic
 
 
 def train(settings: Reward, model, trees, resume: State | None = None) -> Iterator[Step]:
-    return learn(settings, model, trees, make_loss(settings.centring), resume, count_records)
+    s = settings
+    return learn(model, trees, make_loss(s.centring), s.batching, s.optim, resume, s.compute, count_records)
 
 
 def prepare(settings: Reward, run: Run) -> Job:
@@ -149,7 +150,7 @@ def prepare(settings: Reward, run: Run) -> Job:
     def finish(path: Path) -> None:
         seen = scores(model, trees[:SCALED], b.tokens_per_microbatch)
         remember_scale(model, torch.tensor([score for each in seen for score in each]))
-        save(model, tokenizer, path)
+        export(model, tokenizer, path)
 
     return Job(
         total=b.steps(len(trees)),

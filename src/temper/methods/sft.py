@@ -4,6 +4,7 @@ L = -sum_i sum_t m_it log p(x_it | x_i,<t) / sum m_it, both sums over the whole 
 m is 1 on the assistant's tokens, 0 on everything else.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -15,7 +16,7 @@ from temper.data.trees import chat_trees
 from temper.forest import Forest, Tree
 from temper.methods.base import Batching, Job, Split, Window, forests, given, learn
 from temper.models.heads import weighted_nll
-from temper.models.load import load_policy, resize, save
+from temper.models.load import export, load_policy, resize
 from temper.runs import Run
 from temper.train import Compute, Loss, Optim, State, Step, Term
 
@@ -23,6 +24,7 @@ METRICS = {
     "loss": "negative log-likelihood per learned token, in nats",
     "held_out_loss": "the same on records kept out of training",
 }
+ALIEN = 1.0  # nats above chance at the first step that are announced: random logits, which a new model begins with, cost less
 EXAMPLES = """
   temper sft --model runs/base --data alpaca.json --out runs/sft
   temper sft --model Qwen/Qwen2.5-0.5B --data chats.jsonl --out runs/sft --max-length 1024 --too-long drop
@@ -62,8 +64,25 @@ def held_out_loss(model, trees: Sequence[Tree], microbatch: int) -> float:
     return total / weight
 
 
+def train_on(model, trees: Sequence[Tree], b: Batching, optim: Optim, resume: State | None, compute: Compute) -> Iterator[Step]:
+    """Learn the trees by `lm_loss`. A first step that is worse than chance is announced."""
+    chance = math.log(model.config.get_text_config().vocab_size)
+    for step in learn(model, trees, lm_loss, b, optim, resume, compute):
+        if step.n == 1 and step.metrics.get("nll", 0.0) > chance + ALIEN:
+            step.events.append(_alien(step.metrics["nll"], chance))
+        yield step
+
+
+def _alien(loss: float, chance: float) -> dict:
+    note = (
+        f"before any update the model gives the tokens to be learned {loss:.1f} nats each, and guessing evenly among all tokens would give "
+        f"{chance:.1f}; is this the wrong model, tokenizer or chat template for this data?"
+    )
+    return {"event": "worse than chance", "loss": loss, "chance": chance, "note": note}
+
+
 def train(settings: SFT, model, trees, resume: State | None = None) -> Iterator[Step]:
-    return learn(settings, model, trees, lm_loss, resume)
+    return train_on(model, trees, settings.batching, settings.optim, resume, settings.compute)
 
 
 def prepare(settings: SFT, run: Run) -> Job:
@@ -76,7 +95,7 @@ def prepare(settings: SFT, run: Run) -> Job:
     return Job(
         total=settings.batching.steps(len(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
-        save=lambda path: save(model, tokenizer, path, stop=stop_ids(tokenizer)),
+        save=lambda path: export(model, tokenizer, path, stop=stop_ids(tokenizer)),
         card={
             **card,
             "records": len(trees),
