@@ -296,7 +296,7 @@ def test_a_run_that_can_go_on_is_not_given_up(toy, tmp_path, capsys, monkeypatch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("temper.methods.sft.save", full)
+        patch.setattr("temper.methods.sft.export", full)
         line = refused(sft(toy, data, out), capsys)
     assert "no space left on the disk; the last checkpoint is whole; free some space, then give the same command again" in line
     assert list((out / "checkpoints").iterdir())
