@@ -7,6 +7,7 @@ import functools
 import gzip
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -334,7 +335,8 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
                 _WRITERS[kind](path, packed, rows)
         elif how == ".zst":
-            with need("pyarrow", f"{path}: .zst").CompressedOutputStream(file, "zstd") as packed:
+            own = os.fdopen(os.dup(file.fileno()), "wb")  # it closes what it is given
+            with need("pyarrow", f"{path}: .zst").CompressedOutputStream(own, "zstd") as packed:
                 _WRITERS[kind](path, packed, rows)
         else:
             _WRITERS[kind](path, file, rows)

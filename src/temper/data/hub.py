@@ -19,9 +19,8 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def is_name(spec: str) -> bool:
     """Does this name a data set of the hub, not a file? A path that is there, or that ends like a file, does not."""
     name = spec.partition("?")[0]
-    return (
-        spec.startswith("hub:") or (bool(_NAME.fullmatch(name)) and not Path(spec).exists() and Path(name).suffix not in (*SUFFIXES, *PACKED))
-    )
+    a_file = Path(spec).exists() or Path(name).suffix in (*SUFFIXES, *PACKED)
+    return spec.startswith("hub:") or (bool(_NAME.fullmatch(name)) and not a_file)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from temper.records import Chat, Message, Prompt
 NAME = "ShareGPT"
 HELP = '{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}'
 FIELDS = {"conversations", "conversation", "items", "system", "tools"}
-KIND = "any"
+KIND = "messages"
 ROLES: dict[str, str] = {
     **dict.fromkeys(("system",), "system"),
     **dict.fromkeys(("human", "user", "prompter", "customer"), "user"),
