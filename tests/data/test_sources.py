@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from temper.config import UserError
-from temper.data.files import kind_of, parts_of, rows
+from temper.data.files import kind_of, parts_of
 from temper.data.sources import formats, read
 from temper.data.template import attach_default_template
 from temper.data.trees import chat_trees, comparison_trees, text_trees
