@@ -78,7 +78,13 @@ def test_what_cannot_be_held_is_refused_and_nothing_written(tmp_path, capsys, ro
 
 
 def test_the_rest_goes_on_with_skip_bad(tmp_path, capsys):
-    rows = [{"messages": [USER, GOOD]}, {"messages": [USER, USER]}, {"messages": [USER, GOOD, USER, GOOD]}, "{", {"messages": [USER, GOOD]}]
+    rows = [
+        {"messages": [USER, GOOD]},
+        {"messages": [USER, USER, GOOD]},
+        {"messages": [USER, GOOD, USER, GOOD]},
+        "{",
+        {"messages": [USER, GOOD]},
+    ]
     source = put(tmp_path / "x.jsonl", *rows)
     code, _, err = run(capsys, source, "--to", "alpaca", "--out", tmp_path / "a.jsonl")
     assert code == 2

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,13 +35,14 @@ def test_what_is_written_is_read(tmp_path, kind, packed):
 def test_a_packed_file_that_breaks_off_gives_what_is_before(tmp_path, kind, packed):
     pytest.importorskip("pyarrow")
     path = tmp_path / f"x{kind}{packed}"
-    write_rows(path, ({"prompt": f"{i * 7919 % 10007} {i}", "completion": f"{i * 104729 % 1009}"} for i in range(30000)))
+    words = random.Random(0)
+    write_rows(path, ({"prompt": str(i), "completion": words.randbytes(60).hex()} for i in range(2000)))
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(UserError, match=rf"x{kind}{packed}:\d+: broken (gzip|zstd) \(.*nothing after it can be read"):
         read(str(path), "chat")
-    if packed == ".gz" or kind == ".jsonl":
+    if packed == ".gz":  # .zst comes in larger blocks
         records, report = read(str(path), "chat", skip_bad=True)
-        assert 1000 < len(records) < 30000
+        assert 500 < len(records) < 2000
         assert len(report.skipped) == 1
 
 

@@ -185,7 +185,7 @@ def said(*messages, **more):
         (said(GOOD, USER, GOOD), "message 1 (assistant) opens the conversation"),
         (said(USER, USER, GOOD), "message 2 (user) follows a user turn"),
         (said(USER, GOOD, BAD), "message 3 (assistant) follows an assistant turn"),
-        (said(USER, GOOD, {"role": "system", "content": "S"}), "message 3 (system) follows an assistant turn"),
+        (said(USER, GOOD, {"role": "system", "content": "S"}, GOOD), "message 3 (system) follows an assistant turn"),
         (said(USER, {"role": "tool", "content": "4"}, GOOD), "message 2 (tool) follows a user turn"),
         (said(USER, {**GOOD, "content": " "}), "message 2 (assistant) is empty"),
         (said(*TOOL_TALK, tools=[{"function": {"name": "subtract"}}]), "calls 'add', which is not among its tools subtract"),

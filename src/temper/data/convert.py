@@ -37,7 +37,8 @@ class Convert(Settings):
 
 def targets() -> dict[str, types.ModuleType]:
     """The formats that can be written, by the name that --to takes: their file's."""
-    return {m.__name__.rpartition(".")[2].replace("_", "-"): m for m in formats().values() if hasattr(m, "write")}
+    found = {m.__name__.rpartition(".")[2].replace("_", "-"): m for m in formats().values() if hasattr(m, "write")}
+    return dict(sorted(found.items()))
 
 
 def to_row(record: Record, target: types.ModuleType, meta: bool = True) -> tuple[dict[str, Any], list[str]]:
@@ -52,7 +53,10 @@ def to_row(record: Record, target: types.ModuleType, meta: bool = True) -> tuple
     known = first(row)
     if known is None or (known[0] is not target and known[0].NAME != "temper records"):
         raise ValueError(f"{target.NAME} cannot hold it: the row would be {f'one of {known[0].NAME}' if known else 'of no known format'}")
-    back = records_of(known[0], row, target.KIND)
+    try:
+        back = records_of(known[0], row, target.KIND)
+    except ValueError as error:
+        raise ValueError(f"{target.NAME} cannot hold it: {error}") from None
     if len(back) != 1:
         raise ValueError(f"{target.NAME} cannot hold it: the row would be read as {len(back)} records")
     want, got = record.model_dump(mode="json"), back[0].model_dump(mode="json")

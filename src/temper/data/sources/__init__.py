@@ -376,8 +376,9 @@ def records_of(module: types.ModuleType, row: dict[str, Any], kind: str = "any")
     """What a row of a format holds, the fields that the format does not read in `meta`. Raises ValueError for what is wrong with it."""
     made = module.flatten(row, kind) if hasattr(module, "flatten") else [module.convert(row)]
     rest = {name: value for name, value in row.items() if name not in module.FIELDS and name != "meta"}
-    given = row.get("meta") if isinstance(row.get("meta"), dict) else {}
-    return [r.model_copy(update={"meta": {**rest, **given, **r.meta}}) for r in made]
+    given = row.get("meta")
+    known = {**rest, **(given if isinstance(given, dict) else {})}
+    return [r.model_copy(update={"meta": {**known, **r.meta}}) for r in made]
 
 
 def _short(value: Any) -> str:

@@ -8,7 +8,7 @@ from temper.records import Chat, Message, Prompt
 
 NAME = "ShareGPT"
 HELP = '{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}'
-FIELDS = {"conversations", "conversation", "items", "system", "tools"}
+FIELDS = {"conversations", "conversation", "items", "messages", "system", "tools"}
 KIND = "messages"
 ROLES: dict[str, str] = {
     **dict.fromkeys(("system",), "system"),
