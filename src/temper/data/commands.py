@@ -1,0 +1,29 @@
+"""`temper data COMMAND`: command -> module, imported when it is asked for. No logic. Floor 2."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+
+from temper.config import UserError
+
+COMMANDS = {  # command -> (module with main(argv) -> int, what it does)
+    "convert": ("temper.data.convert", "write any readable data in another format"),
+    "catalogue": ("temper.data.catalogue", "what is known of the instruction sets that the literature compares"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return f"usage: temper data COMMAND [OPTIONS]\n\n{lines}\n\ntemper data COMMAND --help shows a command's options and examples."
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        raise UserError(f"no command 'data {argv[0]}'; {f'did you mean {near[0]!r}?' if near else 'temper data --help lists them'}")
+    return import_module(COMMANDS[argv[0]][0]).main(argv[1:])
