@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TextIO, TypeVar
 
 import pydantic
 
@@ -179,8 +180,9 @@ def read_jsonl(path: str | Path, cls: type[R]) -> list[R]:
     return out
 
 
-def write_jsonl(path: str | Path, records: Iterable[Record]) -> None:
-    """One record per line; UTF-8, LF, sorted keys. Atomic: written aside, fsynced, renamed.
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[TextIO]:
+    """A text file to write that appears as a whole or not at all: written aside, fsynced, renamed. UTF-8, LF.
 
     Raises UserError when the disk refuses; an older file of the name is then untouched.
     """
@@ -190,8 +192,7 @@ def write_jsonl(path: str | Path, records: Iterable[Record]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.name}.")
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            for record in records:
-                file.write(json.dumps(record.model_dump(mode="json"), sort_keys=True, ensure_ascii=False) + "\n")
+            yield file
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)
@@ -204,3 +205,10 @@ def write_jsonl(path: str | Path, records: Iterable[Record]) -> None:
     finally:
         if aside is not None:
             Path(aside).unlink(missing_ok=True)
+
+
+def write_jsonl(path: str | Path, records: Iterable[Record]) -> None:
+    """One record per line; sorted keys; atomic, and raises, as `whole_file`."""
+    with whole_file(path) as file:
+        for record in records:
+            file.write(json.dumps(record.model_dump(mode="json"), sort_keys=True, ensure_ascii=False) + "\n")
