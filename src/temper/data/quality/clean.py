@@ -184,10 +184,10 @@ def story(result: Result) -> list[str]:
     removed = Rows.__new__(Rows)
     removed.data, removed.alive = result.rows.data, bytearray(i in show for i in range(len(result.rows.alive)))
     for item in removed if show else ():
-        verdict = result.removed[item.index][1]
+        verdict = result.removed[item.id][1]
         said = [_excerpt(" | ".join([*prompt(item.record)[-1:], best(item.record)]))] + [_excerpt(verdict.like)] * bool(verdict.like)
-        lines[show[item.index]] = "\n".join([f"    {item.at}: {verdict.why}", *(f"      {line}" for line in said)])
-        if item.index == last:
+        lines[show[item.id]] = "\n".join([f"    {item.at}: {verdict.why}", *(f"      {line}" for line in said)])
+        if item.id == last:
             break
     return lines
 

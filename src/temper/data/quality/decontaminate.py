@@ -108,7 +108,7 @@ class Index:
             at = np.minimum(np.searchsorted(keys, grams), len(keys) - 1)
             if len(hits := np.flatnonzero(keys[at] == grams)):
                 text = self.texts[owners[at[hits[0]]]]
-                return Verdict("shared words", f"{n} words: {' '.join(said[hits[0] : hits[0] + n])}", text.at, text.said)
+                return Verdict("copy", f"{n} words in a row: {' '.join(said[hits[0] : hits[0] + n])}", text.at, text.said)
         if self.near is not None and len(self.rare[0]):
             mine = np.unique(ngrams(said, NEAR))
             keys, owners = self.rare
@@ -117,14 +117,14 @@ class Index:
                 share = np.isin(self.grams[k], mine, assume_unique=True).mean()
                 if share >= self.near:
                     text = self.texts[k]
-                    return Verdict("near repeat", f"holds {share:.0%} of its 3-grams", text.at, text.said, float(share))
+                    return Verdict("near copy", f"holds {share:.0%} of its 3-grams", text.at, text.said, float(share))
         return None
 
     def same(self, turn: str) -> Verdict | None:
         """The short text of the evaluation sets that a turn repeats word for word."""
         said = words(turn)
         if TURN <= len(said) < SHORTEST and (k := self.turns.get(int(ngrams(said, len(said))[0]))) is not None:
-            return Verdict("same question", "", self.texts[k].at, self.texts[k].said)
+            return Verdict("copy", "the whole turn", self.texts[k].at, self.texts[k].said)
         return None
 
 
@@ -163,7 +163,7 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
         every = (index.same(turn) for turn in asked)
         hit = next((v for v in every if v), None) or next((v for _, turn in texts(item.record) if (v := index.find(turn))), None)
         if hit:
-            verdicts[item.index] = hit
+            verdicts[item.id] = hit
             report.sources[of[hit.of]]["rows that hold them"] += 1
     report.notes += [f"{name}: {n['rows that hold them']} rows hold one of its {n['texts']} texts" for name, n in report.sources.items()]
     return verdicts

@@ -54,11 +54,11 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
         if not said:
             continue
         digest = blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        if (same := first.setdefault(digest, item.index)) != item.index:
-            equal[item.index] = same
+        if (same := first.setdefault(digest, item.id)) != item.id:
+            equal[item.id] = same
         elif options.near is not None and len(grams := grams_of(item, options)):
             keys.append(band_keys(grams, shape))
-            keyed.append(item.index)
+            keyed.append(item.id)
     del first
     groups = _groups(keyed, keys)
     del keys, keyed
@@ -68,26 +68,26 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
     found: Verdicts = {}
     capped = compared = 0
     for item in rows if groups or equal else ():
-        if item.index in wanted:
-            at[item.index] = item.at
-        if item.index not in groups:
+        if item.id in wanted:
+            at[item.id] = item.at
+        if item.id not in groups:
             continue
-        at[item.index] = item.at
+        at[item.id] = item.at
         assert options.near is not None
         grams = grams_of(item, options)
-        mine = groups[item.index]
+        mine = groups[item.id]
         candidates = dict.fromkeys(i for group in mine for i in kept[group])
         capped += len(candidates) > COMPARED
         for other in islice(candidates, COMPARED):
             compared += 1
             alike = jaccard(grams, grams_at[other][0])
             if alike >= options.near:
-                found[item.index] = Verdict("near duplicate", f"Jaccard {alike:.2f}", at[other], grams_at[other][1], alike)
+                found[item.id] = Verdict("near duplicate", f"Jaccard {alike:.2f}", at[other], grams_at[other][1], alike)
                 break
         else:
-            grams_at[item.index] = grams, whole(item.record, options.part)
+            grams_at[item.id] = grams, whole(item.record, options.part)
             for group in mine:
-                kept[group].append(item.index)
+                kept[group].append(item.id)
     for index, same in equal.items():
         found[index] = found[same] if same in found else Verdict("exact duplicate", of=at[same], score=1.0)
     report.numbers.update(bands=shape.bands, rows_per_band=shape.rows, recall=shape.recall, compared=compared, capped=capped)

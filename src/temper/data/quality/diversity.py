@@ -41,7 +41,7 @@ def vector(text: str) -> NDArray[np.float32]:
 
 
 def k_center(x: NDArray[np.float32], k: int) -> tuple[list[int], NDArray[np.int64], NDArray[np.float32]]:
-    """(rows taken in their order, the nearest taken row of each, its distance). The first is the nearest to the mean; ties: the first row."""
+    """(rows taken in their order, the nearest taken row of each, its distance). The first row taken is the nearest to the mean."""
     squared = (x * x).sum(1)
     mean = x.mean(0)
     at = int(np.argmin(squared - 2 * x @ mean))
@@ -67,7 +67,7 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
     index = np.empty(n, np.int64)
     names: list[str] = []
     for k, item in enumerate(rows):
-        x[k], index[k] = vector(whole(item.record, options.part) or whole(item.record)), item.index
+        x[k], index[k] = vector(whole(item.record, options.part) or whole(item.record)), item.id
         names.append(item.at)
     taken, nearest, distance = k_center(x, options.keep)
     report.numbers.update(radius=float(distance.max()), mean_distance=float(distance.mean()))
@@ -76,7 +76,7 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
     )
     stay = set(taken)
     return {
-        int(index[k]): Verdict("covered", f"at distance {distance[k]:.2f}", names[nearest[k]], score=float(distance[k]))
+        int(index[k]): Verdict("near another", f"at distance {distance[k]:.2f}", names[nearest[k]], score=float(distance[k]))
         for k in range(n)
         if k not in stay
     }

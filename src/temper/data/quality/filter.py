@@ -37,8 +37,9 @@ REFUSALS = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 BOILERPLATE = re.compile(
-    r"\bas an? (?:AI|artificial intelligence|large language|language)(?: language)? (?:model|assistant)\b|\bas of my (?:last|knowledge|latest)\b"
-    r"|\bmy (?:knowledge cut-?off|training data)\b|\btrained by OpenAI\b|\bOpenAI'?s? (?:use case )?polic|\bregenerate response\b"
+    r"\bas an? (?:AI|artificial intelligence|large language|language)(?: language)? (?:model|assistant)\b"
+    r"|\bas of my (?:last|knowledge|latest)\b|\bmy (?:knowledge cut-?off|training data)\b"
+    r"|\btrained by OpenAI\b|\bOpenAI'?s? (?:use case )?polic|\bregenerate response\b"
     r"|\b(?:accept|use) (?:all )?cookies\b|\ball rights reserved\b|\blorem ipsum\b|\benable javascript\b|\bsubscribe to our newsletter\b",
     re.IGNORECASE,
 )
@@ -161,7 +162,7 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
     for item in rows:
         asked, said = "\n\n".join(prompt(item.record)), best(item.record)
         broken = [wrong for rule in active if (wrong := rule(asked, said))]
-        flags = []
+        flags: list[tuple[str, str]] = []
         if options.languages:
             name, sure = language(whole(item.record))
             if name not in options.languages:
@@ -171,7 +172,7 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
         if broken or flags:
             first, *more = broken or flags
             detail = "; ".join([first[1], *(f"{reason}: {what}" for reason, what in more)])
-            found[item.index] = Verdict(first[0], detail, flag=not broken)
+            found[item.id] = Verdict(first[0], detail, flag=not broken)
     return found
 
 

@@ -120,13 +120,13 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
                 raise
             for item, (ratings, said) in zip(window, replies, strict=True):
                 if ratings is None:
-                    found[item.index] = Verdict("no rating", f"the judge said {' '.join(said.split())[:120]!r}")
+                    found[item.id] = Verdict("no rating", f"the judge said {' '.join(said.split())[:120]!r}")
                     continue
                 for name in least:
                     given[name][ratings[name]] += 1
                 low = [f"{name} {ratings[name]} < {lowest}" for name, lowest in least.items() if ratings[name] < lowest]
                 if low:
-                    found[item.index] = Verdict("rated low", ", ".join(low), score=float(min(ratings[name] for name in least)))
+                    found[item.id] = Verdict("rated low", ", ".join(low), score=float(min(ratings[name] for name in least)))
     for name, count in given.items():
         report.numbers[name] = {str(rating): count[rating] for rating in range(1, 6)}
         report.notes.append(f"{name}: " + ", ".join(f"{count[rating]} rated {rating}" for rating in range(1, 6)))

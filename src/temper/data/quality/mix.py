@@ -97,7 +97,7 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
     verdicts: Verdicts = {}
     for item in rows:
         if not chosen[item.source][seen[item.source]]:
-            verdicts[item.index] = Verdict("not in the mix", f"{take[item.source]} of {have[item.source]} rows of {item.source} are")
+            verdicts[item.id] = Verdict("not in the mix", f"{take[item.source]} of {have[item.source]} rows of {item.source} are")
         seen[item.source] += 1
     return verdicts
 

@@ -51,10 +51,10 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
             raise UserError(f"{item.at}: holds no pair of answers; pairs looks at chosen and rejected")
         a, b = _same(pair.chosen), _same(pair.rejected)
         if a == b:
-            found[item.index] = Verdict("equal answers")
+            found[item.id] = Verdict("equal answers")
             continue
         key = number("\x1f".join([*map(_same, prompt(pair)), *sorted((a, b))]))
-        sides[key].append((item.index, item.at, a < b))
+        sides[key].append((item.id, item.at, a < b))
         chosen_length.append(len(pair.chosen))
         rejected_length.append(len(pair.rejected))
         group.append(number(opening(pair)))

@@ -21,7 +21,7 @@ Part = Literal["row", "prompt", "answer"]
 class Item(NamedTuple):
     """A row: its number among all that were read (removed ones included), file:line, the name of its data, as it stood, what it holds."""
 
-    index: int
+    id: int
     at: str
     source: str
     row: Any

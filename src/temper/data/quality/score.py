@@ -133,7 +133,7 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
     for item in rows:
         p = scorer(whole(item.record, options.part))
         if p < options.below:
-            found[item.index] = Verdict("scored poor", f"P(keep) {p:.2f} < {options.below:g}", score=p)
+            found[item.id] = Verdict("scored poor", f"P(keep) {p:.2f} < {options.below:g}", score=p)
     return found
 
 
