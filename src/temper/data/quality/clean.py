@@ -19,7 +19,7 @@ import pydantic
 from temper.config import Settings, UserError, build, dump, load_yaml, opt, parse
 from temper.data.quality import steps
 from temper.data.quality.rows import Report, Rows, Verdict, best, named, prompt
-from temper.records import whole_file
+from temper.records import atomic
 
 SHOWN = 3  # removed rows of each step that the terminal shows
 EXAMPLES = """
@@ -116,13 +116,12 @@ def clean(rows: Rows, planned: Sequence[Planned]) -> Result:
     return Result(rows, reports, removed, flagged)
 
 
-def _line(value: Any) -> str:
+def _line(value: Any) -> bytes:
+    """A row with its fields in the order in which they stood."""
     try:
-        text = json.dumps(value, ensure_ascii=False)
-        text.encode("utf-8")
+        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:  # half a surrogate pair
-        text = json.dumps(value)
-    return text + "\n"
+        return json.dumps(value).encode() + b"\n"
 
 
 def beside(out: Path, what: str) -> Path:
@@ -135,8 +134,8 @@ def write(result: Result, out: Path) -> list[Path]:
     counts: Counter[str] = Counter()
     paths = [out, beside(out, "removed.jsonl"), beside(out, "report.json")] + [beside(out, "flagged.jsonl")] * bool(result.flagged)
     with ExitStack() as stack:
-        kept, gone, report, *flags = (stack.enter_context(whole_file(path)) for path in paths)
-        for index, (source, at, row, _) in enumerate(result.rows.raw()):
+        kept, gone, report, *flags = (stack.enter_context(atomic(path)) for path in paths)
+        for index, (source, at, row) in enumerate(result.rows.raw()):
             if index in result.removed:
                 step, verdict = result.removed[index]
                 more = {"of": verdict.of, "like": verdict.like, "score": verdict.score}
@@ -150,7 +149,7 @@ def write(result: Result, out: Path) -> list[Path]:
                 flags[0].write(_line({"at": at, "line": counts["kept"], "step": step, "why": verdict.why}))
         if counts["kept"] != len(result.rows) or counts["removed"] != len(result.removed):
             raise RuntimeError(f"{counts} rows written of {len(result.rows)} and {len(result.removed)} removed: did a file change?")
-        report.write(json.dumps(result.to_dict(), ensure_ascii=False, indent=1) + "\n")
+        report.write(json.dumps(result.to_dict(), indent=1).encode() + b"\n")
     if not result.flagged:
         beside(out, "flagged.jsonl").unlink(missing_ok=True)  # of an older cleaning
     return paths

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from temper.config import UserError, opt
+from temper.data import files, sources
 from temper.data.quality.clean import command
 from temper.data.quality.rows import Report, Rows, Step, Verdict, Verdicts, named, prompt, read_rows, texts
 from temper.data.quality.words import Grams, ngrams, words
@@ -49,7 +50,6 @@ class Text(NamedTuple):
 
 def evaluation_texts(spec: str) -> Iterator[tuple[str, str]]:
     """(file:line, text) of all texts in the rows of an evaluation set, whatever its format; `meta` left out."""
-    from temper.data import files, sources
 
     def strings(value: Any) -> Iterator[str]:
         if isinstance(value, str):
@@ -59,9 +59,9 @@ def evaluation_texts(spec: str) -> Iterator[tuple[str, str]]:
                 yield from strings(item)
 
     if spec.startswith("world:"):
-        rows: Iterator[tuple[str, files.Row]] = ((at, row) for at, row, _ in read_rows(spec))
-    else:  # read as it is: an evaluation set need not be of a format that trains
-        rows = ((f"{path}:{row.line}", row) for path in sources._files(spec) for row in files.rows(path))
+        rows: Iterator[tuple[str, files.Row]] = read_rows(spec)
+    else:  # as it stands: an evaluation set need not be of a format that trains
+        rows = ((f"{name}:{row.line}", row) for name, stream in sources._places(spec) for row in stream)
     for at, row in rows:
         if row.broken:
             raise UserError(f"{at}: {row.broken}; correct the evaluation set")
@@ -161,7 +161,7 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
     for item in rows:
         asked = prompt(item.record)
         every = (index.same(turn) for turn in asked)
-        hit = next((v for v in every if v), None) or next((v for _, turn in texts(item.record) if (v := index.find(turn))), None)
+        hit = next((v for v in every if v), None) or next((v for _, turn in texts(item) if (v := index.find(turn))), None)
         if hit:
             verdicts[item.id] = hit
             report.sources[of[hit.of]]["rows that hold them"] += 1

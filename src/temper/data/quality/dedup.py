@@ -37,7 +37,9 @@ class Options(Step):
 
 def grams_of(item: Item, options: Options) -> Grams:
     """The set of a row's n-grams, sorted; those of chosen and rejected answers are told apart."""
-    each = [ngrams(words(text), options.ngram) ^ np.uint64(number(name) if name else 0) for name, text in texts(item.record, options.part)]
+    each = [
+        ngrams(words(text, signs=True), options.ngram) ^ np.uint64(number(name) if name else 0) for name, text in texts(item, options.part)
+    ]
     return np.unique(np.concatenate(each)) if each else np.empty(0, np.uint64)
 
 
@@ -50,7 +52,7 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
     keys: list[Grams] = []
     keyed: list[int] = []
     for item in rows:
-        said = "\x1f".join(f"{name}\x1e{' '.join(text.split())}" for name, text in texts(item.record, options.part))
+        said = "\x1f".join(f"{name}\x1e{' '.join(text.split())}" for name, text in texts(item, options.part))
         if not said:
             continue
         digest = blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()
@@ -85,7 +87,7 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
                 found[item.id] = Verdict("near duplicate", f"Jaccard {alike:.2f}", at[other], grams_at[other][1], alike)
                 break
         else:
-            grams_at[item.id] = grams, whole(item.record, options.part)
+            grams_at[item.id] = grams, whole(item, options.part)
             for group in mine:
                 kept[group].append(item.id)
     for index, same in equal.items():

@@ -67,7 +67,7 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
     index = np.empty(n, np.int64)
     names: list[str] = []
     for k, item in enumerate(rows):
-        x[k], index[k] = vector(whole(item.record, options.part) or whole(item.record)), item.id
+        x[k], index[k] = vector(whole(item, options.part) or whole(item)), item.id
         names.append(item.at)
     taken, nearest, distance = k_center(x, options.keep)
     report.numbers.update(radius=float(distance.max()), mean_distance=float(distance.mean()))

@@ -164,10 +164,10 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
         broken = [wrong for rule in active if (wrong := rule(asked, said))]
         flags: list[tuple[str, str]] = []
         if options.languages:
-            name, sure = language(whole(item.record))
+            name, sure = language(whole(item))
             if name not in options.languages:
                 (broken if sure >= SURE else flags).append(("language", f"{name} ({sure:.2f})"))
-        if listed and (used := sorted(listed.intersection(words(whole(item.record))))):
+        if listed and (used := sorted(listed.intersection(words(whole(item))))):
             flags.append(("toxic word", ", ".join(used)))
         if broken or flags:
             first, *more = broken or flags

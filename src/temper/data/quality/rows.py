@@ -11,9 +11,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pydantic
+
 from temper.config import Settings, UserError
 from temper.data import files, sources
-from temper.records import Chat, Pair, Prompt, Ranked, Rated, Record, Steps, Text
+from temper.records import Chat, Pair, Prompt, Ranked, Rated, Record, Steps, Text, one_line
 
 Part = Literal["row", "prompt", "answer"]
 
@@ -25,7 +27,12 @@ class Item(NamedTuple):
     at: str
     source: str
     row: Any
-    record: Record
+    records: list[Record]
+
+    @property
+    def record(self) -> Record:
+        """The first record: but for trees and scored lists the only one."""
+        return self.records[0]
 
 
 class Verdict(NamedTuple):
@@ -76,33 +83,37 @@ def named(specs: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def _record(module: Any, row: files.Row) -> Record:
-    """Raises ValueError (pydantic's too) saying what is wrong with the row."""
+def records(row: files.Row) -> list[Record]:
+    """What a row holds, by its own format. Raises ValueError (pydantic's too) saying what is wrong with the row."""
     if row.broken:
         raise ValueError(row.broken)
-    if not isinstance(row.value, dict) or not module.recognise(row.value):
-        raise ValueError(f"not a row of {module.NAME} ({module.HELP})")
+    known = sources.first(row.value)
+    if known is None:
+        raise ValueError("a row of no known format")
     sources._check_text(row.value)
-    return module.convert(row.value)
+    made = sources.records_of(known[0], row.value)
+    if not made:
+        raise ValueError(f"a row of {known[0].NAME} that holds nothing")
+    return made
 
 
-def read_rows(spec: str) -> Iterator[tuple[str, files.Row, Any]]:
-    """(file:line, row as it stands, its format or the record itself) of a file, a folder or the embedded world, streamed.
+def read_rows(spec: str) -> Iterator[tuple[str, files.Row]]:
+    """(file:line, row as it stands) of what a spec names, streamed; rows that make one (messages of a tree) put together.
 
-    Raises UserError where a file cannot be read or its format is not known.
+    Raises UserError where it cannot be read or is of no known format.
     """
     if spec.startswith("world:"):
         for k, record in enumerate(sources._world(spec)[0], 1):
-            yield f"{spec}:{k}", files.Row(k, record.model_dump(mode="json")), record
+            yield f"{spec}:{k}", files.Row(k, record.model_dump(mode="json"))
         return
-    for path in sources._files(spec):
-        stream = files.rows(path)
+    for name, stream in sources._places(spec):
         sample = list(islice(stream, sources.SAMPLE))
         known = sources.recognise(row.value for row in sample)
         if known is None and sample:
-            raise UserError(sources._unrecognised(path, sample))
-        for row in chain(sample, stream):
-            yield f"{path}:{row.line}", row, known and known[0]
+            raise UserError(sources._unrecognised(name, sample))
+        every: Iterator[files.Row] = chain(sample, stream)
+        for row in known[0].gather(every) if known and hasattr(known[0], "gather") else every:
+            yield f"{name}:{row.line}", row
 
 
 class Rows:
@@ -112,36 +123,36 @@ class Rows:
         self.data = dict(data)
         self.bad: Verdicts = {}
         self.alive = bytearray()
-        for _, at, row, made in self.raw():
-            if not isinstance(made, Record):
-                try:
-                    _record(made, row)
-                except ValueError as error:
-                    why = sources.one_line(error) if isinstance(error, sources.pydantic.ValidationError) else str(error)
-                    if not skip_bad:
-                        raise UserError(f"{at}: {why}; correct the row (--skip-bad removes such rows and lists them)") from None
-                    self.bad[len(self.alive)] = Verdict("unusable row", why)
+        if "-" in self.data.values():
+            raise UserError("-: standard input can be read only once, and rows are read several times; give a file")
+        for _, at, row in self.raw():
+            try:
+                records(row)
+            except ValueError as error:
+                why = one_line(error) if isinstance(error, pydantic.ValidationError) else str(error)
+                if not skip_bad:
+                    raise UserError(f"{at}: {why}; correct the row (--skip-bad removes such rows and lists them)") from None
+                self.bad[len(self.alive)] = Verdict("unusable row", why)
             self.alive.append(len(self.alive) not in self.bad)
         if not any(self.alive):
             raise UserError(f"{', '.join(self.data.values())}: holds no row that can be used")
 
-    def raw(self) -> Iterator[tuple[str, str, files.Row, Any]]:
-        """(name of the data, file:line, row, format) of all rows, removed ones too."""
+    def raw(self) -> Iterator[tuple[str, str, files.Row]]:
+        """(name of the data, file:line, row) of all rows, removed ones too."""
         for name, spec in self.data.items():
-            for at, row, made in read_rows(spec):
-                yield name, at, row, made
+            for at, row in read_rows(spec):
+                yield name, at, row
 
     def __len__(self) -> int:
         return sum(self.alive)
 
     def __iter__(self) -> Iterator[Item]:
-        index = -1
-        for index, (name, at, row, made) in enumerate(self.raw()):
-            if index >= len(self.alive):
-                break
-            if self.alive[index]:
-                yield Item(index, at, name, row.value, made if isinstance(made, Record) else _record(made, row))
-        if index + 1 != len(self.alive):
+        read = 0
+        for id, (name, at, row) in enumerate(self.raw()):
+            read = id + 1
+            if id < len(self.alive) and self.alive[id]:
+                yield Item(id, at, name, row.value, records(row))
+        if read != len(self.alive):
             raise UserError(f"{', '.join(self.data.values())}: changed while it was read; leave it alone and try again")
 
 
@@ -180,18 +191,24 @@ def best(record: Record) -> str:
     return next(iter(answers(record).values()), "")
 
 
-def texts(record: Record, part: Part = "row") -> list[tuple[str, str]]:
-    """(part, text) of the record. The part is "" but for answers that are compared: chosen and rejected must not be exchanged."""
-    asked = [("", text) for text in prompt(record)] if part != "answer" else []
-    if part == "prompt":
-        return asked
-    said = answers(record)
-    return asked + [(name if len(said) > 1 else "", text) for name, text in said.items()]
+def texts(item: Item, part: Part = "row") -> list[tuple[str, str]]:
+    """(part, text) of all that a row holds, each text once.
+
+    The part is "" but for answers that are compared: chosen and rejected must not be exchanged.
+    """
+    out: dict[tuple[str, str], None] = {}
+    for record in item.records:
+        if part != "answer":
+            out.update(dict.fromkeys(("", text) for text in prompt(record)))
+        if part != "prompt":
+            said = answers(record)
+            out.update(dict.fromkeys((name if len(said) > 1 else "", text) for name, text in said.items()))
+    return list(out)
 
 
-def whole(record: Record, part: Part = "row") -> str:
+def whole(item: Item, part: Part = "row") -> str:
     """The texts as one."""
-    return "\n\n".join(text for _, text in texts(record, part))
+    return "\n\n".join(text for _, text in texts(item, part))
 
 
 class Step(Settings):

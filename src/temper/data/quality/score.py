@@ -16,7 +16,7 @@ from temper.config import UserError, opt
 from temper.data import sources
 from temper.data.packing import epoch_order
 from temper.data.quality.clean import command
-from temper.data.quality.rows import Part, Report, Rows, Step, Verdict, Verdicts, _record, whole
+from temper.data.quality.rows import Item, Part, Report, Rows, Step, Verdict, Verdicts, records, whole
 from temper.data.quality.words import Grams, ngrams, words
 from temper.stats.intervals import share_interval
 
@@ -40,7 +40,7 @@ class Options(Step):
 
 def features(text: str) -> Grams:
     """The distinct places of a text's words and pairs of words among FEATURES."""
-    said = words(text)
+    said = words(text, signs=True)
     grams = [ngrams(said, n) for n in (1, 2) if len(said) >= n]
     return np.unique(np.concatenate(grams) % np.uint64(FEATURES)) if grams else np.empty(0, np.uint64)
 
@@ -89,19 +89,16 @@ def read_labelled(spec: str, part: Part) -> tuple[list[str], NDArray[np.float64]
     """(texts, labels). Raises UserError naming the row without a label, or the label that is missing altogether."""
     texts: list[str] = []
     labels: list[float] = []
-    for path in sources._files(spec):
-        for row in sources.rows(path):
-            at = f"{path}:{row.line}"
-            value = row.value
+    for name, stream in sources._places(spec):
+        for row in stream:
+            at, value = f"{name}:{row.line}", row.value
             if row.broken or not isinstance(value, dict):
                 raise UserError(f"{at}: {row.broken or 'not an object with named fields'}; correct the row")
             if value.get("label") not in (0, 1, True, False):
                 raise UserError(f"{at}: field 'label' is {value.get('label')!r}; it should be true or false (or 1 or 0)")
-            plain = {k: v for k, v in value.items() if k != "label"}
-            if (known := sources.recognise([plain])) is None:
-                raise UserError(sources._unrecognised(path, [row._replace(value=plain)]))
+            plain = row._replace(value={k: v for k, v in value.items() if k != "label"})
             try:
-                texts.append(whole(_record(known[0], row._replace(value=plain)), part))
+                texts.append(whole(Item(0, at, spec, plain.value, records(plain)), part))
             except ValueError as error:
                 raise UserError(f"{at}: {' '.join(str(error).split())}; correct the row") from None
             labels.append(float(value["label"]))
@@ -131,7 +128,7 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
     scorer = fit(held, labels)
     found: Verdicts = {}
     for item in rows:
-        p = scorer(whole(item.record, options.part))
+        p = scorer(whole(item, options.part))
         if p < options.below:
             found[item.id] = Verdict("scored poor", f"P(keep) {p:.2f} < {options.below:g}", score=p)
     return found

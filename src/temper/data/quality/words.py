@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 Grams = NDArray[np.uint64]
 
 _ALONE = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff"  # scripts written without blanks: each character is a word
-_WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+|[+=<>^%]|[-*/](?=\s*\d)")
+_WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+")
+_WORD_OR_SIGN = re.compile(rf"{_WORD.pattern}|[+=<>^%]|[-*/](?=\s*\d)")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _VOCABULARY = 1 << 20  # words whose numbers are remembered
 
 
-def words(text: str) -> list[str]:
-    """The words of a text in lower case, without punctuation; signs of arithmetic count as words (3 + 4 is not 3 - 4)."""
-    return _WORD.findall((text if text.isascii() else unicodedata.normalize("NFKC", text)).lower())
+def words(text: str, signs: bool = False) -> list[str]:
+    """The words of a text in lower case, without punctuation. signs: those of arithmetic count as words (3 + 4 is not 3 - 4)."""
+    text = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return (_WORD_OR_SIGN if signs else _WORD).findall(text.lower())
 
 
 def number(text: str) -> int:
