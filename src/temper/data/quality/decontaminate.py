@@ -49,12 +49,12 @@ class Text(NamedTuple):
 
 
 def evaluation_texts(spec: str) -> Iterator[tuple[str, str]]:
-    """(file:line, text) of all texts in the rows of an evaluation set, whatever its format; `meta` left out."""
+    """(file:line, text) of all texts in the rows of an evaluation set, whatever its format; system turns and `meta` left out."""
 
     def strings(value: Any) -> Iterator[str]:
         if isinstance(value, str):
             yield value
-        elif isinstance(value, dict | list):
+        elif isinstance(value, dict | list) and not (isinstance(value, dict) and value.get("role") == "system"):
             for item in [v for k, v in value.items() if k != "meta"] if isinstance(value, dict) else value:
                 yield from strings(item)
 

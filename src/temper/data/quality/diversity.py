@@ -76,7 +76,7 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
     )
     stay = set(taken)
     return {
-        int(index[k]): Verdict("near another", f"at distance {distance[k]:.2f}", names[nearest[k]], score=float(distance[k]))
+        int(index[k]): Verdict("covered", f"at distance {distance[k]:.2f} from {names[nearest[k]]}", score=float(distance[k]))
         for k in range(n)
         if k not in stay
     }

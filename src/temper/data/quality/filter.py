@@ -31,7 +31,7 @@ SURE = 0.5  # confidence below which a language is flagged as unsure instead of 
 LOOKED_AT = 2000  # characters by which a language is told
 REFUSALS = re.compile(
     r"\bI(?:'m| am) (?:very |so |really )?sorry,? (?:but|I)\b|\bI (?:apologi[sz]e|regret),? but\b"
-    r"|\bI (?:can ?not|can't|am unable to|'m unable to|am not able to|'m not able to|won't|will not|must decline to)"
+    r"|\bI(?: can ?not| can't|(?: a|')m (?:unable|not able) to| won't| will not| must decline to)"
     r" (?:assist|help|provide|fulfil|complete|comply|answer|support|engage|create|generate|do that)"
     r"|\bas an? (?:AI|artificial intelligence|language model)\b.{0,60}\b(?:cannot|can't|unable|not able|do not have|don't have)\b",
     re.IGNORECASE | re.DOTALL,
