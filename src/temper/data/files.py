@@ -7,6 +7,7 @@ import functools
 import gzip
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -60,7 +61,7 @@ def need(module: str, what: str) -> Any:
 
 def _unpack(path: Path, file: Any, how: str) -> Any:
     if how == ".gz":
-        return gzip.GzipFile(fileobj=file)
+        return gzip.GzipFile(fileobj=file, mode="rb")
     if how == ".zst":
         return io.BufferedReader(need("pyarrow", f"{path}: .zst").CompressedInputStream(file, "zstd"))
     return file
@@ -116,7 +117,7 @@ def _read(path: Path, file: Any) -> tuple[str, str]:
     """(the text, why it breaks off or ""); bytes that are not UTF-8 become lone surrogates, which JSON text itself never holds."""
     data, why = bytearray(), ""
     try:
-        while block := file.read(1 << 20):
+        while block := file.read1(1 << 16):
             data += block
     except BREAKS as error:
         why = _broken_off(path, error)
@@ -278,7 +279,7 @@ def _looks_like(head: bytes) -> str:
     if first.startswith(b"{"):
         return ".jsonl" if first.endswith(b"}") or len(first) > 1000 else ".json"
     for mark, kind in ((b",", ".csv"), (b"\t", ".tsv")):
-        if mark in first and all(re.fullmatch(rb'"?[A-Za-z_]\w*"?', name.strip()) for name in first.split(mark)):
+        if mark in first and all(re.fullmatch(rb'"?[A-Za-z_]\w*"?', name) for name in first.split(mark)):
             return kind
     return ".txt"
 
@@ -290,7 +291,7 @@ def _stdin() -> Iterator[Row]:
         how = {b"\x1f\x8b": ".gz", b"\x28\xb5": ".zst"}.get(spool.read(2), "")
         spool.seek(0)
         try:
-            head = _unpack(STDIN, spool, how).read(1 << 16)
+            head = _unpack(STDIN, io.BytesIO(spool.read(1 << 16)), how).read1(1 << 12)
         except BREAKS:
             head = b"{}"  # the reader of lines says what is broken
         spool.seek(0)
@@ -334,7 +335,8 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
                 _WRITERS[kind](path, packed, rows)
         elif how == ".zst":
-            with need("pyarrow", f"{path}: .zst").CompressedOutputStream(file, "zstd") as packed:
+            own = os.fdopen(os.dup(file.fileno()), "wb")  # it closes what it is given
+            with need("pyarrow", f"{path}: .zst").CompressedOutputStream(own, "zstd") as packed:
                 _WRITERS[kind](path, packed, rows)
         else:
             _WRITERS[kind](path, file, rows)

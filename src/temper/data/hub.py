@@ -19,9 +19,8 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def is_name(spec: str) -> bool:
     """Does this name a data set of the hub, not a file? A path that is there, or that ends like a file, does not."""
     name = spec.partition("?")[0]
-    return (
-        spec.startswith("hub:") or (bool(_NAME.fullmatch(name)) and not Path(spec).exists() and Path(name).suffix not in (*SUFFIXES, *PACKED))
-    )
+    a_file = Path(spec).exists() or Path(name).suffix in (*SUFFIXES, *PACKED)
+    return spec.startswith("hub:") or (bool(_NAME.fullmatch(name)) and not a_file)
 
 
 @functools.cache
@@ -46,7 +45,8 @@ def rows(spec: str) -> Iterator[Row]:
     datasets = need("datasets", f"{spec}: the hub")
     datasets.disable_progress_bars()
     if not _reachable(datasets.config.HF_ENDPOINT):  # else it asks six times, with pauses, before it looks at what it has
-        datasets.config.HF_HUB_OFFLINE = import_module("huggingface_hub.constants").HF_HUB_OFFLINE = True
+        for module in (datasets.config, import_module("huggingface_hub.constants")):
+            vars(module).update(HF_HUB_OFFLINE=True)
     try:
         found = datasets.load_dataset(name, options.get("config"), split=options.get("split", "train"), revision=options.get("revision"))
     except (OSError, ValueError, RuntimeError) as error:  # ConnectionError and DatasetNotFoundError are OSErrors

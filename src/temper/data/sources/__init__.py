@@ -33,10 +33,10 @@ from temper.data import hub
 from temper.data.files import PACKED, STDIN, SUFFIXES, Row, rows
 from temper.records import Chat, Message, Pair, Prompt, Ranked, Rated, Record, Steps, Text, one_line
 
-Kind = Literal["text", "chat", "pairs", "prompts", "comparisons", "rated", "steps", "any"]
+Kind = Literal["text", "chat", "pairs", "prompts", "comparisons", "rated", "steps", "messages", "any"]
 KINDS: dict[str, tuple[type[Record], ...]] = {
     "text": (Text,), "chat": (Chat,), "pairs": (Pair,), "prompts": (Prompt,), "comparisons": (Pair, Ranked), "rated": (Rated,),
-    "steps": (Steps,), "any": (Record,),
+    "steps": (Steps,), "messages": (Chat, Prompt), "any": (Record,),
 }  # fmt: skip
 SAMPLE = 100  # rows that are looked at to recognise a format
 _WHAT = {
@@ -110,8 +110,27 @@ def recognise(sample: Iterable[Any]) -> tuple[types.ModuleType, str] | None:
     return formats()[name], why[name]
 
 
-def _said(record: Record, answer: str) -> Chat:
-    return Chat(messages=[*record.prompt, Message(role="assistant", content=answer)], meta={**record.meta})  # type: ignore[attr-defined]
+def _said(record: Pair | Ranked | Rated | Steps, answer: str) -> Chat:
+    """The conversation with that answer; what else the record knows stays in meta, so that `_unsaid` can make it again."""
+    more = record.model_dump(exclude={"prompt", "meta", "chosen", "answer"}, exclude_defaults=True)
+    if isinstance(record, Ranked):
+        more["answers"] = record.answers[1:]
+    return Chat(messages=[*record.prompt, Message(role="assistant", content=answer)], meta={**record.meta, **more})
+
+
+def _unsaid(chat: Chat) -> Record:
+    """The pair, ranking or rated answer that a conversation was made from, where its meta tells; else the conversation."""
+    said = {"prompt": chat.messages[:-1]}
+    last = chat.messages[-1].content
+    for model, key, own in (
+        (Pair, "rejected", {"chosen": last}),
+        (Ranked, "answers", {"answers": [last, *(chat.meta.get("answers") or [])]}),
+        (Rated, "rating", {"answer": last}),
+    ):
+        if key in chat.meta:
+            more = {name: chat.meta[name] for name in model.model_fields if name in chat.meta and name not in own}
+            return model(**{**said, **more, **own}, meta={k: v for k, v in chat.meta.items() if k not in model.model_fields})
+    return chat
 
 
 def _as_chat(record: Record) -> tuple[list[Record], str]:
@@ -123,9 +142,9 @@ def _as_chat(record: Record) -> tuple[list[Record], str]:
                 return [kept], "turns after the last answer, which train nothing, left out"
             return [record], ""
         case Pair():
-            return [_said(record, record.chosen)], "the chosen answers as conversations"
+            return [_said(record, record.chosen)], "the chosen answers as conversations, the rejected ones in their meta"
         case Ranked():
-            return [_said(record, record.answers[0])], "the best answers as conversations"
+            return [_said(record, record.answers[0])], "the best answers as conversations, the others in their meta"
         case Rated():
             good, what = record.rating > 0.5, "thumbs up"
             return ([_said(record, record.answer)], f"answers with {what}") if good else ([], f"answers without {what} left out")
@@ -139,7 +158,10 @@ def _as_chat(record: Record) -> tuple[list[Record], str]:
 def _as_prompts(record: Record) -> tuple[list[Record], str]:
     if not isinstance(record, Chat):
         prompt = getattr(record, "prompt", None)
-        return ([Prompt(messages=prompt, meta={**record.meta})], f"the prompts of the {_WHAT[type(record)]}") if prompt else ([], "")
+        if not prompt:
+            return [], ""
+        what = _WHAT.get(type(record), "judgements").split(" of ")[0]
+        return [Prompt(messages=prompt, meta={**record.meta})], f"the prompts of the {what}"
     messages = list(record.messages)
     if messages[-1].role != "user":
         messages = messages[: max(i for i, m in enumerate(messages) if m.role == "assistant")]
@@ -174,7 +196,9 @@ def as_kind(record: Record, kind: str) -> tuple[list[Record], str]:
     """
     made: list[Record] = []
     done = ""
-    if kind == "chat":
+    if isinstance(record, Chat) and kind in ("pairs", "comparisons", "rated"):
+        record = _unsaid(record)
+    if kind == "chat" or (kind == "messages" and not isinstance(record, Chat | Prompt)):
         made, done = _as_chat(record)
     elif kind == "comparisons" and isinstance(record, Ranked) and record.scores and len(set(record.scores)) < len(record.scores):
         first = dict(zip(reversed(record.scores), reversed(record.answers), strict=True))
@@ -352,8 +376,9 @@ def records_of(module: types.ModuleType, row: dict[str, Any], kind: str = "any")
     """What a row of a format holds, the fields that the format does not read in `meta`. Raises ValueError for what is wrong with it."""
     made = module.flatten(row, kind) if hasattr(module, "flatten") else [module.convert(row)]
     rest = {name: value for name, value in row.items() if name not in module.FIELDS and name != "meta"}
-    given = row.get("meta") if isinstance(row.get("meta"), dict) else {}
-    return [r.model_copy(update={"meta": {**rest, **given, **r.meta}}) for r in made]
+    given = row.get("meta")
+    known = {**rest, **(given if isinstance(given, dict) else {})}
+    return [r.model_copy(update={"meta": {**known, **r.meta}}) for r in made]
 
 
 def _short(value: Any) -> str:

@@ -8,7 +8,7 @@ from temper.records import Chat, Message, Prompt, Role
 NAME = "LIMA"
 HELP = '{"conversations": ["question", "answer", ...], "source": ...}'
 FIELDS = {"conversations"}
-KIND = "any"
+KIND = "messages"
 TURNS: tuple[Role, Role] = ("user", "assistant")
 
 

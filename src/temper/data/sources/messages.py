@@ -1,5 +1,6 @@
 """Conversations as a list of messages, each with role and content, as OpenAI's interface has them: with system, tools, many turns."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -8,7 +9,7 @@ from temper.records import Chat, Function, Message, Prompt, ToolCall
 NAME = "messages"
 HELP = '{"messages": [{"role": ..., "content": ...}, ...]}, with "tools" where it has some'
 FIELDS = {"messages", "tools"}
-KIND = "any"
+KIND = "messages"
 LAST = True
 
 
@@ -70,10 +71,8 @@ def turns(value: Any, name: str) -> list[Message]:
 def tools_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     """The row's tools: a list of schemas, or its JSON."""
     value = row.get("tools")
-    try:
+    with contextlib.suppress(ValueError):
         value = json.loads(value) if isinstance(value, str) and value.strip() else value
-    except ValueError:
-        pass
     if value and not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
         raise ValueError(f"field 'tools' should be a list of schemas, got {str(value)[:60]!r}")
     return value or None

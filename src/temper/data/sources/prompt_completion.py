@@ -9,7 +9,7 @@ NAME = "prompt/completion"
 HELP = '{"prompt": ..., "completion": ...}, or {"prompt": ...} alone'
 ANSWERS = ("completion", "response")
 FIELDS = {"prompt", "system", "tools", *ANSWERS}
-KIND = "any"
+KIND = "messages"
 LAST = True
 
 

@@ -8,8 +8,8 @@ from temper.records import Chat, Message, Prompt
 
 NAME = "ShareGPT"
 HELP = '{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}'
-FIELDS = {"conversations", "conversation", "items", "system", "tools"}
-KIND = "any"
+FIELDS = {"conversations", "conversation", "items", "messages", "system", "tools"}
+KIND = "messages"
 ROLES: dict[str, str] = {
     **dict.fromkeys(("system",), "system"),
     **dict.fromkeys(("human", "user", "prompter", "customer"), "user"),
