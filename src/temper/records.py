@@ -16,13 +16,38 @@ from temper.config import UserError
 Role = Literal["system", "user", "assistant", "tool"]
 
 
+def _absent(value: Any) -> bool:
+    return value is None
+
+
 class Message(pydantic.BaseModel):
-    """One turn."""
+    """One turn. tool_calls, of an assistant: {"type": "function", "function": {"name", "arguments": {...}}, ...} each, as chat templates
+    read them; name and tool_call_id, of a tool: whose result this is. What is absent is not written."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     role: Role
     content: str
+    tool_calls: list[dict[str, Any]] | None = pydantic.Field(default=None, exclude_if=_absent)
+    name: str | None = pydantic.Field(default=None, exclude_if=_absent)
+    tool_call_id: str | None = pydantic.Field(default=None, exclude_if=_absent)
+
+    @pydantic.field_validator("tool_calls")
+    @classmethod
+    def _callable(cls, calls: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        for i, call in enumerate(calls or [], 1):
+            function = call.get("function")
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise ValueError(f"call {i} names no function: it should be {{'type': 'function', 'function': {{'name', 'arguments'}}}}")
+            if not isinstance(function.get("arguments"), dict):
+                raise ValueError(f"call {i} ({function['name']!r}): the arguments are no object")
+        return calls or None
+
+    @pydantic.model_validator(mode="after")
+    def _by_role(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"a {self.role} turn calls tools; only the assistant's do")
+        return self
 
 
 class Record(pydantic.BaseModel):
@@ -48,9 +73,10 @@ class Text(Record):
 
 
 class Chat(Record):
-    """A conversation; its assistant turns are what can be learned."""
+    """A conversation; its assistant turns are what can be learned. tools: JSON schemas of the functions that it may call."""
 
     messages: list[Message]
+    tools: list[dict[str, Any]] | None = pydantic.Field(default=None, exclude_if=_absent)
 
     @pydantic.field_validator("messages")
     @classmethod
@@ -61,9 +87,10 @@ class Chat(Record):
 
 
 class Prompt(Record):
-    """Messages that wait for an answer: the last is the user's (or a tool's)."""
+    """Messages that wait for an answer: the last is the user's (or a tool's). tools: as of a Chat."""
 
     messages: list[Message]
+    tools: list[dict[str, Any]] | None = pydantic.Field(default=None, exclude_if=_absent)
 
     _check = pydantic.field_validator("messages")(_ends_with_question)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from temper.config import UserError
-from temper.data.template import bos_id, encode_plain, end_id, render_chat, render_prompt
+from temper.data.template import bos_id, common, encode_plain, end_id, render_chat, render_prompt
 from temper.forest import Segment, Tree
 from temper.records import Chat, Message, Pair, Prompt, Ranked, Record, Text
 
@@ -172,7 +172,7 @@ def _begins(tokenizer, ids: Sequence[int]) -> int:
 
 def chat_tree(tokenizer, record: Chat, learn: Literal["all", "last"] = "all") -> Tree:
     """A conversation as one segment. Raises what `render_chat` raises."""
-    return [Segment(*render_chat(tokenizer, record.messages, learn))]
+    return [Segment(*render_chat(tokenizer, record.messages, learn, record.tools))]
 
 
 def chat_trees(
@@ -184,7 +184,7 @@ def chat_trees(
     """
     fit, trees = _Fit(records, model, window), []
     for i, record in fit:
-        rendered = fit.attempt(i, render_chat, tokenizer, record.messages, learn)
+        rendered = fit.attempt(i, render_chat, tokenizer, record.messages, learn, record.tools)
         if rendered is None:
             continue
         ids, target = rendered
@@ -200,15 +200,6 @@ def chat_trees(
     return trees, fit.done(trees)
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    n = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        n += 1
-    return n
-
-
 def _render_answers(tokenizer, record: Pair | Ranked) -> tuple[int, list[tuple[list[int], list[float]]]]:
     """(shared tokens, ids and target of the conversation with each answer, the best first).
 
@@ -219,7 +210,7 @@ def _render_answers(tokenizer, record: Pair | Ranked) -> tuple[int, list[tuple[l
     prompt = render_prompt(tokenizer, record.prompt)
     n = len(prompt)
     if any(ids[:n] != prompt for ids, _ in chats):
-        n = min(_common(chats[0][0], ids) for ids, _ in chats)
+        n = min(common(chats[0][0], ids) for ids, _ in chats)
     return min(n, *(target.index(1.0) for _, target in chats)), chats
 
 
@@ -268,7 +259,7 @@ def prompt_ids(tokenizer, records: Sequence[Prompt], model: Any, window: Window,
     """ids of each prompt that fits with `room` tokens left for the answer, in order; those left out are in Report.dropped."""
     fit, prompts = _Fit(records, model, window, room), []
     for i, record in fit:
-        ids = fit.attempt(i, render_prompt, tokenizer, record.messages)
+        ids = fit.attempt(i, render_prompt, tokenizer, record.messages, record.tools)
         if ids is None:
             continue
         begin = _begins(tokenizer, ids)
