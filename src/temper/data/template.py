@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
-from os.path import commonprefix
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -128,15 +127,15 @@ def _line(error: Exception) -> str:
 
 
 @lru_cache
-def _bounded(template: str) -> str:
-    """The template with the turns of its loops and macros counted, at most TURNS; it renders the same text.
+def _bounded(template: str, most: int) -> str:
+    """The template with the turns of its loops and macros counted, at most so many; it renders the same text.
 
     Raises jinja2.TemplateError for one that cannot be read, or that raises numbers to powers (which can take for ever, uncounted).
     """
     out, before, tag = ["{% set temper_turns = namespace(n=0) %}\n"], "", ""  # trim_blocks takes the line break
     turn = (
         "{% set temper_turns.n = temper_turns.n + 1 %}"
-        f"{{% if temper_turns.n > {TURNS} %}}{{{{ raise_exception('its loops take more than {TURNS:,} turns') }}}}{{% endif "
+        f"{{% if temper_turns.n > {most} %}}{{{{ raise_exception('its loops take more than {most:,} turns') }}}}{{% endif "
     )
     for _, kind, text in jinja2.Environment(keep_trailing_newline=True).lex(template):
         out.append(text)
@@ -164,7 +163,7 @@ def _jinja(
         texts, spans = render_jinja_template(  # type: ignore[str-unpack]
             conversations=[messages],
             tools=tools,
-            chat_template=_bounded(template),
+            chat_template=_bounded(template, TURNS),
             add_generation_prompt=ask,
             return_assistant_tokens_mask=blocks,
             **tokenizer.special_tokens_map,
@@ -203,7 +202,7 @@ def _render(tokenizer, messages: Sequence[Message], *, ask: bool, blocks: bool =
     """ask: end with the generation prompt. blocks: find the generation blocks."""
     _template(tokenizer, tools)
     control = _control(tokenizer)
-    said = [m.model_dump(exclude={"role"}) if m.tool_calls or m.name or m.tool_call_id else {"content": m.content} for m in messages]
+    said = [m.model_dump(mode="json", exclude={"role"}) if m.tool_calls or m.name or m.tool_call_id else {"content": m.content} for m in messages]
     patterns = [control.said if m.role == "assistant" else control.asked for m in messages]
     known = [*zip(said, patterns, strict=True), *([(tools, control.asked)] if tools else [])]
     spelled = dict.fromkeys(token for value, pattern in known for text in _strings(value) for token in pattern.findall(text))
@@ -213,7 +212,7 @@ def _render(tokenizer, messages: Sequence[Message], *, ask: bool, blocks: bool =
         used = {character for value, _ in known for text in _strings(value) for character in text}
         private = (chr(c) for c in _PRIVATE if chr(c) not in used)
         disguise = {token: next(private) * len(token) for token in spelled}
-        said = [_mapped(value, lambda text: pattern.sub(lambda found: disguise[found[0]], text)) for value, pattern in known]
+        said = [_mapped(value, partial(pattern.sub, lambda found: disguise[found[0]])) for value, pattern in known]
         tools = said.pop() if tools else tools
     texts = [{"role": m.role, **value} for m, value in zip(messages, said, strict=True)]
     text, spans = _jinja(tokenizer, texts, ask=ask, blocks=blocks, tools=tools)
@@ -235,7 +234,8 @@ def _refuse_lost(tokenizer, text: str, messages: list[dict[str, Any]], tools: An
             if call["function"]["name"] not in text:
                 raise UserError(f"{name} does not write tool calls (message {i} calls {call['function']['name']!r})")
     for tool in tools or []:
-        called = tool.get("function", tool).get("name", "")
+        function = tool.get("function", tool)
+        called = function.get("name", "") if isinstance(function, dict) else ""
         if str(called) not in text:
             raise UserError(f"{name} does not tell the model its tools ({called!r})")
 
@@ -396,7 +396,7 @@ def _assistant_turns(tokenizer, messages: Sequence[Message], turns: list[int], t
             raise UserError(f"the conversation begins with an assistant turn, for which {name} has no prompt; begin with a user turn")
         head = _render(tokenizer, messages[:i], ask=True, tools=tools).text
         alone = whole.text if i + 1 == len(messages) else _render(tokenizer, messages[: i + 1], ask=False, tools=tools).text
-        same = len(alone) if whole.text.startswith(alone) else len(commonprefix([whole.text, alone]))
+        same = len(alone) if whole.text.startswith(alone) else common(whole.text, alone)
         if not whole.text.startswith(head) or same <= len(head):
             raise _differs(name, i + 1)
         found.append(_Turn(len(head), same, False, i + 1))
@@ -410,8 +410,8 @@ def _differs(name: str, messages: int) -> UserError:
     )
 
 
-def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+def common(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many tokens (or characters) two sequences begin with alike."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
