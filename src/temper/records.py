@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import pydantic
 
@@ -16,38 +17,40 @@ from temper.config import UserError
 Role = Literal["system", "user", "assistant", "tool"]
 
 
-def _absent(value: Any) -> bool:
-    return value is None
+def _unset(default: Any = None) -> Any:
+    """A field that is not written where it is None."""
+    return pydantic.Field(default, exclude_if=lambda value: value is None)
+
+
+class Function(pydantic.BaseModel):
+    """Which function a tool call names, and with what arguments."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: str = pydantic.Field(min_length=1)
+    arguments: dict[str, Any] = {}
+
+
+class ToolCall(pydantic.BaseModel):
+    """A call of a tool, as chat templates take it: arguments as an object."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["function"] = "function"
+    id: str | None = _unset()
+    function: Function
 
 
 class Message(pydantic.BaseModel):
-    """One turn. tool_calls, of an assistant: {"type": "function", "function": {"name", "arguments": {...}}, ...} each, as chat templates
-    read them; name and tool_call_id, of a tool: whose result this is. What is absent is not written."""
+    """One turn, as chat templates take it. name, tool_call_id: of a tool's turn, its function and the call that it answers."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     role: Role
     content: str
-    tool_calls: list[dict[str, Any]] | None = pydantic.Field(default=None, exclude_if=_absent)
-    name: str | None = pydantic.Field(default=None, exclude_if=_absent)
-    tool_call_id: str | None = pydantic.Field(default=None, exclude_if=_absent)
-
-    @pydantic.field_validator("tool_calls")
-    @classmethod
-    def _callable(cls, calls: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-        for i, call in enumerate(calls or [], 1):
-            function = call.get("function")
-            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-                raise ValueError(f"call {i} names no function: it should be {{'type': 'function', 'function': {{'name', 'arguments'}}}}")
-            if not isinstance(function.get("arguments"), dict):
-                raise ValueError(f"call {i} ({function['name']!r}): the arguments are no object")
-        return calls or None
-
-    @pydantic.model_validator(mode="after")
-    def _by_role(self) -> Message:
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError(f"a {self.role} turn calls tools; only the assistant's do")
-        return self
+    tool_calls: tuple[ToolCall, ...] | None = _unset()
+    name: str | None = _unset()
+    tool_call_id: str | None = _unset()
 
 
 class Record(pydantic.BaseModel):
@@ -73,10 +76,10 @@ class Text(Record):
 
 
 class Chat(Record):
-    """A conversation; its assistant turns are what can be learned. tools: JSON schemas of the functions that it may call."""
+    """A conversation; its assistant turns are what can be learned. tools: the JSON schemas of the functions that it may call."""
 
     messages: list[Message]
-    tools: list[dict[str, Any]] | None = pydantic.Field(default=None, exclude_if=_absent)
+    tools: list[dict[str, Any]] | None = _unset()
 
     @pydantic.field_validator("messages")
     @classmethod
@@ -90,7 +93,7 @@ class Prompt(Record):
     """Messages that wait for an answer: the last is the user's (or a tool's). tools: as of a Chat."""
 
     messages: list[Message]
-    tools: list[dict[str, Any]] | None = pydantic.Field(default=None, exclude_if=_absent)
+    tools: list[dict[str, Any]] | None = _unset()
 
     _check = pydantic.field_validator("messages")(_ends_with_question)
 
@@ -108,12 +111,19 @@ class Pair(Record):
 
 
 class Ranked(Record):
-    """Two or more answers to one prompt, the best first."""
+    """Two or more answers to one prompt, the best first. scores: of each answer, where a rater gave some; equal scores are a tie."""
 
     prompt: list[Message]
     answers: list[str] = pydantic.Field(min_length=2)
+    scores: list[float] | None = _unset()
 
     _check = pydantic.field_validator("prompt")(_ends_with_question)
+
+    @pydantic.model_validator(mode="after")
+    def _descending(self) -> Ranked:
+        if self.scores is not None and (len(self.scores) != len(self.answers) or self.scores != sorted(self.scores, reverse=True)):
+            raise ValueError(f"{len(self.answers)} answers, the best first, need as many falling scores, got {self.scores}")
+        return self
 
 
 class Rated(Record):
@@ -206,19 +216,19 @@ def read_jsonl(path: str | Path, cls: type[R]) -> list[R]:
     return out
 
 
-def write_jsonl(path: str | Path, records: Iterable[Record]) -> None:
-    """One record per line; UTF-8, LF, sorted keys. Atomic: written aside, fsynced, renamed.
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the name only when all is written: aside, fsynced, renamed.
 
-    Raises UserError when the disk refuses; an older file of the name is then untouched.
+    Raises UserError when the disk refuses; an older file of the name is then untouched, as it is after any other error.
     """
     path = Path(path)
     aside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            for record in records:
-                file.write(json.dumps(record.model_dump(mode="json"), sort_keys=True, ensure_ascii=False) + "\n")
+        with os.fdopen(handle, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)
@@ -231,3 +241,14 @@ def write_jsonl(path: str | Path, records: Iterable[Record]) -> None:
     finally:
         if aside is not None:
             Path(aside).unlink(missing_ok=True)
+
+
+def line(row: Any) -> bytes:
+    """A row as it stands in a JSONL file: UTF-8, LF, sorted keys."""
+    return (json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def write_jsonl(path: str | Path, records: Iterable[Record]) -> None:
+    """One record per line, atomically (see `atomic`)."""
+    with atomic(path) as file:
+        file.writelines(line(record.model_dump(mode="json")) for record in records)
