@@ -90,7 +90,7 @@ class Chat(Record):
 
 
 class Prompt(Record):
-    """Messages that wait for an answer: the last is the user's (or a tool's). tools: as of a Chat."""
+    """Messages that wait for an answer: the last is the user's (or a tool's)."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = _unset()
