@@ -157,7 +157,7 @@ def _cut(ids: list[int], target: list[float], over: int, begin: int) -> tuple[li
     return ids[:begin] + ids[first:], target[:begin] + rest
 
 
-def _last_answer(target: Sequence[float]) -> int:
+def last_answer(target: Sequence[float]) -> int:
     """Index of the first token of the last learned span."""
     end = max(t for t, value in enumerate(target) if value)
     while end and target[end - 1]:
@@ -165,7 +165,8 @@ def _last_answer(target: Sequence[float]) -> int:
     return end
 
 
-def _begins(tokenizer, ids: Sequence[int]) -> int:
+def begins(tokenizer, ids: Sequence[int]) -> int:
+    """1 where the first token is the beginning token, which is never cut; else 0."""
     bos = bos_id(tokenizer)
     return int(bos is not None and list(ids[:1]) == [bos])
 
@@ -188,9 +189,9 @@ def chat_trees(
         if rendered is None:
             continue
         ids, target = rendered
-        begin = _begins(tokenizer, ids)
+        begin = begins(tokenizer, ids)
         # at least one token of context stays: the beginning token, or one of the prompt
-        over = fit.excess(i, len(ids), cuttable=_last_answer(target) - max(1, begin))
+        over = fit.excess(i, len(ids), cuttable=last_answer(target) - max(1, begin))
         if over is None:
             continue
         ids, target = _cut(ids, target, over, begin)
@@ -242,7 +243,7 @@ def comparison_trees(tokenizer, records: Sequence[Pair | Ranked], model: Any, wi
         if rendered is None:
             continue
         shared, chats = rendered
-        begin = min(_begins(tokenizer, chats[0][0]), shared)
+        begin = min(begins(tokenizer, chats[0][0]), shared)
         over = fit.excess(i, max(len(ids) for ids, _ in chats), cuttable=shared - max(1, begin))
         if over is None:
             continue
@@ -262,7 +263,7 @@ def prompt_ids(tokenizer, records: Sequence[Prompt], model: Any, window: Window,
         ids = fit.attempt(i, render_prompt, tokenizer, record.messages, record.tools)
         if ids is None:
             continue
-        begin = _begins(tokenizer, ids)
+        begin = begins(tokenizer, ids)
         over = fit.excess(i, len(ids), cuttable=len(ids) - begin - 1)
         if over is None:
             continue
