@@ -125,9 +125,8 @@ def trees_of(tokenizer, record: Record, limit: int | None = None, learn: Literal
 
 def path_tokens(tree: Tree) -> list[int]:
     """Tokens of each sequence that a tree holds: a whole conversation, or the prompt with each answer."""
-    return (
-        [len(tree[0].tokens)] if len(tree) == 1 else [len(s.tokens) + (len(tree[0].tokens) if s.parent == 0 else 0) for s in _answers(tree)]
-    )
+    root = len(tree[0].tokens)
+    return [root] if len(tree) == 1 else [len(s.tokens) + (root if s.parent == 0 else 0) for s in _answers(tree)]
 
 
 def _answers(tree: Tree) -> Tree:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,13 +111,11 @@ def facts(found: Found) -> Iterator[tuple[str, str]]:
     if s.roles:
         yield "turns", f"{_spread(s.turns)} a row; {', '.join(f'{amount(n)} {role}' for role, n in s.roles.most_common())}"
     if s.tokens:
-        yield "length", f"{_spread(s.longest)} {unit}; the longest is {_short(found, s.longest_at)}"
+        yield "length", f"{_spread(s.longest)} {unit}; the longest is {_line_of(found, s.longest_at)}"
     if any(s.learned):
         shares = [a / b for a, b in zip(s.learned, s.tokens, strict=True)]
-        yield (
-            "learned",
-            f"{percent(sum(s.learned) / sum(s.tokens))} of {amount(sum(s.tokens))} {unit}; by row {percent(min(shares))} to {percent(max(shares))}",
-        )
+        by_row = f"by row {percent(min(shares))} to {percent(max(shares))}"
+        yield "learned", f"{percent(sum(s.learned) / sum(s.tokens))} of {amount(sum(s.tokens))} {unit}; {by_row}"
     for label, n in s.answers.items():
         if len(s.answers) > 1:
             yield label, f"{amount(len(n))} answers, {_spread(n)} {unit}"
@@ -130,14 +128,14 @@ def facts(found: Found) -> Iterator[tuple[str, str]]:
         yield "with sharing", f"{amount(sum(s.tokens))} {unit}, without {amount(sum(s.unshared))}: {percent(saved)} saved"
     if s.limit and not s.kinds["text"]:
         fates = f": {_list(found, s.over)}" if s.over else ""
-        yield "too long", f"{amount(len(s.over))} rows for {amount(s.limit)} {unit}{fates}"
+        yield "too long", f"{amount(len(s.over))} of {amount(s.tokenised)} rows for {amount(s.limit)} {unit}{fates}"
     elif s.limit:
         yield "windows", f"documents are cut into windows of {amount(s.limit)} {unit}"
     if s.refused:
         yield "refused", f"{amount(len(s.refused))} rows by the template: {_list(found, s.refused)}"
     if r.skipped:
         yield "unusable", f"{amount(len(r.skipped))} rows: {_list(found, r.skipped)}"
-    same = [(at, f"as {_short(found, first)}") for at, first in s.duplicates]
+    same = [(at, f"repeats {_line_of(found, first)}") for at, first in s.duplicates]
     yield "duplicates", f"{amount(len(same))} rows{f': {_list(found, same)}' if same else ''}"
     if s.same_prompt:
         yield "prompts again", f"{amount(s.same_prompt)} rows ask what an earlier row asks"
@@ -256,11 +254,8 @@ def show_histogram(console: Console, title: str, unit: str, groups: dict[str, li
         for k, (name, n) in enumerate(zip(groups, b.counts, strict=True)):
             bar = "\u2588" * round(room * n / most) or ("\u258f" if n else "")
             front = f"{label if k == 0 else '':>{left}} " + (f"{name:<{wide}} " if wide else "")
-            console.print(
-                Text(front, style="dim")
-                + Text(bar, style=("green", "yellow", "blue", "magenta")[k % 4])
-                + Text(f" {plain(n, 0)}" if n else "")
-            )
+            colour = ("green", "yellow", "blue", "magenta")[k % 4]
+            console.print(Text(front, style="dim") + Text(bar, style=colour) + Text(f" {plain(n, 0)}" if n else ""))
     console.print()
 
 
@@ -281,7 +276,7 @@ def show(found: Found, console: Console) -> None:
 
 def as_json(found: Found) -> dict[str, Any]:
     s = found.stats
-    numbers = {k: v for k, v in asdict(s).items() if isinstance(v, int | str | dict)}
+    numbers = {k: v for k, v in vars(s).items() if isinstance(v, int | str | dict)}
     return {
         "file": found.settings.file,
         "format": found.report.source,
@@ -294,8 +289,12 @@ def as_json(found: Found) -> dict[str, Any]:
         **{name: [list(x) for x in getattr(s, name)] for name in ("refused", "over", "duplicates")},
         "skipped": [list(x) for x in found.report.skipped],
         "chosen_longer": s.chosen_longer / len(s.answers["chosen"]) if s.answers.get("chosen") else None,
-        "shown": [asdict(row) for row in found.shown],
+        "shown": [{**vars(row), "parts": [_listed(part) for part in row.parts]} for row in found.shown],
     }
+
+
+def _listed(part: look.Part) -> dict[str, Any]:
+    return {"title": part.title, "pieces": [piece._asdict() for piece in part.pieces]}
 
 
 def _numbers(values: Sequence[int]) -> dict[str, float | int]:

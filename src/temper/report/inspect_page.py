@@ -47,7 +47,7 @@ def _pictures(found: Found) -> Markup | None:
         html(
             "<figure><figcaption><b>{t}</b> <span>{u}</span></figcaption>{f}</figure>\n",
             t=title,
-            u=unit + ("" if not any(groups) else f": {', '.join(groups)}"),
+            u=unit,
             f=bars(title, groups),
         )
         for title, unit, groups in view.pictures(found)
@@ -85,12 +85,14 @@ def bars(title: str, groups: dict[str, list[int]]) -> Markup:
                 )
         if k % every == 0:
             last = "\u2265 " if k == len(bins) - 1 and b.high - b.low > bins[0].high - bins[0].low else ""
-            pen.text(left + k * slot, y.start + 15, last + plain(b.low, 0), "tiny quiet", "middle" if k else "start")
+            at = left + (k + (0.5 if b.low == b.high else 0)) * slot
+            pen.text(at, y.start + 15, last + plain(b.low, 0), "tiny quiet", "middle" if k else "start")
     pen.line(left, y.start, pen.width, y.start, "axis")
+    at = left
     for g, label in enumerate(groups if any(groups) else ()):
-        at = left + g * (pen.width - left) / len(groups)
         pen.add('<rect x="{x}" y="186" width="9" height="9" class="fill {c}"/>', x=at, c=TONES[g % len(TONES)])
         pen.text(at + 14, 195, label, "tiny")
+        at += 34 + 6 * len(label)
     return pen.svg()
 
 
