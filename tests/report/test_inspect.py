@@ -108,7 +108,7 @@ def test_statistics_of_pairs(tokenizer):
         (Text(text="The boats."), [""], "The boats.<|end|>"),
         (Prompt(messages=asks("Hi")), [""], ""),
         (Ranked(prompt=asks("Hi"), answers=["a", "b", "c"]), ["prompt", "rank 1", "rank 2", "rank 3"], "a<|end|>b<|end|>c<|end|>"),
-        (Rated(prompt=asks("Hi"), answer="Yo", rating=1), [""], "Yo<|end|>"),
+        (Rated(prompt=asks("Hi"), answer="Yo", rating=1), ["up"], "Yo<|end|>"),
         (Steps(prompt=asks("1+1?"), steps=["a", "b"], labels=[1, None]), [""], "a\nb<|end|>"),
     ],
 )
@@ -198,7 +198,7 @@ def test_facts_name_what_they_counted(tmp_path):
     file = write(tmp_path / "x.jsonl", row("a", "b"), row("a", "b"))
     found = dict(facts(inspect(Inspect(file=file))))
     assert found["counted in"] == BYTES
-    assert found["duplicates"] == "1 rows: line 2 repeats line 1"
+    assert found["duplicates"] == "1 rows: line 2: repeats line 1"
     assert "messages" in found["format"]
 
 

@@ -193,7 +193,7 @@ def show(tokenizer, record: Record, at: str, limit: int | None, too_long: TooLon
                 rank = s.labels.get("rank", -1)
                 title = "prompt" if rank < 0 else labels[int(rank)]
             else:
-                title = f"window {k + 1}" if len(trees) > 1 else ""
+                title = f"window {k + 1}" if len(trees) > 1 else labels[0] if isinstance(record, Rated) else ""
             row.parts.append(Part(title, pieces(tokenizer, s.tokens, s.target, cut, begins(tokenizer, s.tokens) if first else 0)))
     return row
 

@@ -168,7 +168,7 @@ def _short(found: Found, at: str) -> str:
 
 
 def _list(found: Found, items: Sequence[tuple[str, str]]) -> str:
-    first = "; ".join(f"{_line_of(found, at)} {why}" for at, why in items[:LISTED])
+    first = "; ".join(f"{_line_of(found, at)}: {why}" for at, why in items[:LISTED])
     return f"{first}; ..." if len(items) > LISTED else first
 
 
