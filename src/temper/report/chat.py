@@ -53,7 +53,7 @@ class Answer(NamedTuple):
     dropped: int
 
 
-def model_folder(place: str) -> str:
+def model_folder(place: str, needs: str = "config.json") -> str:
     """The model of a stage, or of a folder that is one, or a hub name. Raises UserError for the folder of a whole run."""
     folder = Path(place)
     if (folder / "model").is_dir():
@@ -61,7 +61,7 @@ def model_folder(place: str) -> str:
     inside = sorted(p.name for p in folder.iterdir() if (p / "model").is_dir()) if folder.is_dir() else []
     if inside:
         raise UserError(f"{place}: a run with the stages {', '.join(inside)}; say which: temper chat {folder / inside[-1]}")
-    if folder.is_dir() and not (folder / "config.json").exists():
+    if folder.is_dir() and not (folder / needs).exists():
         raise UserError(f"{place}: holds no model; give the folder of a stage that is done")
     return place
 

@@ -121,6 +121,28 @@ def page(run: Ladder, machine: dict[str, Any]) -> str:
         ("answers", "The fixed prompts, side by side", _prompts(run)),
         ("made", "How every number was made", _made(run, machine)),
     ]
+    head = html(
+        '<p class="facts">{facts}</p>\n<p class="lede">{lede}</p>\n{lists}',
+        facts=_facts(run),
+        lede=_lede(" ".join(paragraph(run))),
+        lists=join(
+            (
+                _list("missed", "Not as expected", missed(run)),
+                _list("remarks", "Worth knowing", remarks(run)),
+                _list("missing", "Not in this run, so not in this report", run.missing),
+            )
+        ),
+    )
+    foot = html(
+        "Written by <code>temper report</code> from the files of {folder}. The figures are in <code>report.json</code>;\n"
+        "this page needs no network and runs no script.",
+        folder=run.folder.resolve().name,
+    )
+    return document("report of a run", f"{run.name}: {_what(run)}", head, sections, foot)
+
+
+def document(kicker: str, title: str, head: Markup, sections: Sequence[tuple[str, str, Markup | None]], foot: Markup) -> str:
+    """A self-contained page: (key, name, body) of its sections, those without a body left out."""
     shown = [(key, name, body) for key, name, body in sections if body]
     return html(
         """<!doctype html>
@@ -131,42 +153,31 @@ def page(run: Ladder, machine: dict[str, Any]) -> str:
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="color-scheme" content="light dark">
 <meta name="generator" content="temper">
-<title>{name}: {what}</title>
+<title>{title}</title>
 <style>{css}</style>
 </head>
 <body>
 <header>
-<p class="kicker">Temper \u00b7 report of a run</p>
-<h1>{name}: {what}</h1>
-<p class="facts">{facts}</p>
-<p class="lede">{lede}</p>
-{lists}
+<p class="kicker">Temper \u00b7 {kicker}</p>
+<h1>{title}</h1>
+{head}
 <nav aria-label="Sections">{links}</nav>
 </header>
 <main>
 {sections}
 </main>
-<footer>Written by <code>temper report</code> from the files of {folder}. The figures are in <code>report.json</code>;
-this page needs no network and runs no script.</footer>
+<footer>{foot}</footer>
 </body>
 </html>
 """,
         policy=POLICY,
-        name=run.name,
-        what=_what(run),
+        kicker=kicker,
+        title=title,
         css=Markup(files("temper.report").joinpath("style.css").read_text(encoding="utf-8")),
-        facts=_facts(run),
-        lede=_lede(" ".join(paragraph(run))),
-        lists=join(
-            (
-                _list("missed", "Not as expected", missed(run)),
-                _list("remarks", "Worth knowing", remarks(run)),
-                _list("missing", "Not in this run, so not in this report", run.missing),
-            )
-        ),
+        head=head,
         links=join(html('<a href="#{k}">{n}</a>', k=k, n=n) for k, n, _ in shown),
         sections=join(html('<section id="{k}"><h2>{n}</h2>\n{b}</section>\n', k=k, n=n, b=b) for k, n, b in shown),
-        folder=run.folder.resolve().name,
+        foot=foot,
     )
 
 
@@ -213,7 +224,7 @@ def _facts(run: Ladder) -> Markup:
     return join(html("<span>{t}</span>", t=t) for t in facts)
 
 
-def _scroll(kind: str, head: Markup, rows: Markup) -> Markup:
+def scroll(kind: str, head: Markup, rows: Markup) -> Markup:
     """A table that scrolls in a box of its own where the page is narrow."""
     template = '<div class="scroll" tabindex="0"><table class="{k}"><thead>{h}</thead><tbody>{r}</tbody></table></div>'
     return html(template, k=kind, h=head, r=rows)
@@ -251,7 +262,7 @@ def _expected(run: Ladder) -> Markup | None:
         for e in found
     )
     head = "<tr><th></th><th>stage</th><th>what</th><th>wanted</th><th>found</th></tr>"
-    return _scroll("checks", Markup(head), rows)
+    return scroll("checks", Markup(head), rows)
 
 
 def _term(name: str) -> Markup:
@@ -299,7 +310,7 @@ def _table(run: Ladder) -> Markup | None:
             cells = join(_cell(name, m, decimals) for m in found)
             rows.append(html('<tr><th scope="row">{t}</th>{c}</tr>\n', t=_term(name), c=cells))
     head = join(html('<th scope="col">{s}{n}</th>', s=_swatch(s, run), n=s.name) for s in stages)
-    return _scroll("metrics", html("<tr><th></th>{h}</tr>", h=head), join(rows)) + html('<p class="note">{n}</p>', n=NOTES["table"])
+    return scroll("metrics", html("<tr><th></th>{h}</tr>", h=head), join(rows)) + html('<p class="note">{n}</p>', n=NOTES["table"])
 
 
 def _caption(run: Ladder, name: str) -> Markup:
@@ -396,7 +407,7 @@ def _frontier(run: Ladder) -> Markup | None:
     head = Markup(
         "<tr><th>prompt</th><th>stage</th><th>mass on listed answers</th><th>KL</th><th>gold</th><th>frontier</th><th>above it</th></tr>"
     )
-    table = html('<details class="more"><summary class="note">The same as a table</summary>{t}</details>', t=_scroll("", head, join(rows)))
+    table = html('<details class="more"><summary class="note">The same as a table</summary>{t}</details>', t=scroll("", head, join(rows)))
     return html('<p class="note">{n}</p><div class="panels">{p}</div>{t}', n=NOTES["frontier"], p=join(panels), t=table)
 
 
@@ -589,7 +600,7 @@ def _made(run: Ladder, machine: dict[str, Any]) -> Markup:
             rows.append(html("<tr><td><code>{k}</code></td><td>{t}</td><td>{n}</td></tr>\n", k=name, t=MEANING.get(name, ""), n=n))
     if rows:
         head = Markup("<tr><th>name in report.json</th><th>what it is</th><th>n</th></tr>")
-        parts.append(_scroll("made", head, join(rows)))
+        parts.append(scroll("made", head, join(rows)))
     commands = [s.command for s in run.stages if s.command]
     if run.command:
         commands.insert(0, run.command)
