@@ -276,8 +276,8 @@ def test_what_collect_writes_feeds_both(toy, tmp_path, name):
     assert 0.5 <= summary["ceiling"] <= 1
     assert min(summary["expected_accuracy"], 1 - summary["expected_accuracy"]) >= 1 - summary["ceiling"] - 1e-9
     if name == "rankings":
-        with pytest.raises(UserError, match="holds rankings of answers, needed are pairs of answers"):
-            train("dpo", tmp_path / "dpo", model=toy.sft, data=str(tmp_path / "pairs" / "rankings.jsonl"))
+        train("dpo", tmp_path / "dpo", model=toy.sft, data=str(tmp_path / "pairs" / "rankings.jsonl"))
+        assert "rankings as all their pairs" in Run(tmp_path / "dpo").stage["card"]["source"]
         return
     data = str(tmp_path / "pairs" / "pairs.jsonl")
     train("dpo", tmp_path / "dpo", model=toy.sft, data=data)
