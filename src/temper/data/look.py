@@ -95,8 +95,8 @@ def answers_of(record: Record) -> list[tuple[str, str]]:
             name = {1.0: "up", 0.0: "down"}.get(record.rating, f"rated {record.rating:g}")
             return [(name, record.answer)]
         case Steps():
-            name = {None: "no label", 1.0: "right", 0.0: "wrong", -1.0: "wrong"}
-            return [(name.get(label, f"label {label:g}" if label else ""), s) for s, label in zip(record.steps, record.labels, strict=True)]
+            said = {None: "no label", 1.0: "right", 0.0: "wrong", -1.0: "wrong"}
+            return [(said.get(label, f"label {label:g}" if label else ""), s) for s, label in zip(record.steps, record.labels, strict=True)]
         case Judgement():
             won = {"a": ("a, preferred", "b"), "b": ("a", "b, preferred"), "tie": ("a, tie", "b, tie")}[record.verdict]
             return list(zip(won, (record.a, record.b), strict=True))
@@ -141,7 +141,8 @@ def excess(tokenizer, tree: Tree, limit: int | None) -> tuple[int, bool]:
     if len(tree) > 1:
         spare = len(root.tokens) - max(1, begin) if root.labels.get("rank") == -1 else 0
     else:
-        spare = last_answer(root.target) - max(1, begin) if any(root.target or ()) else len(root.tokens) - begin - 1
+        target = root.target or ()
+        spare = last_answer(target) - max(1, begin) if any(target) else len(root.tokens) - begin - 1
     return over, over <= spare
 
 

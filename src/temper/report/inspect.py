@@ -61,6 +61,7 @@ def tokenizer_for(model: str | None) -> tuple[Any, int | None, str]:
     from temper.models.load import load_tokenizer
     from temper.models.tokenizer import SPECIAL, train_tokenizer
 
+    tokenizer: Any
     if model is None:
         tokenizer = train_tokenizer([], 256 + len(SPECIAL))
         attach_default_template(tokenizer)
@@ -116,9 +117,9 @@ def facts(found: Found) -> Iterator[tuple[str, str]]:
         shares = [a / b for a, b in zip(s.learned, s.tokens, strict=True)]
         by_row = f"by row {percent(min(shares))} to {percent(max(shares))}"
         yield "learned", f"{percent(sum(s.learned) / sum(s.tokens))} of {amount(sum(s.tokens))} {unit}; {by_row}"
-    for label, n in s.answers.items():
+    for label, lengths in s.answers.items():
         if len(s.answers) > 1:
-            yield label, f"{amount(len(n))} answers, {_spread(n)} {unit}"
+            yield label, f"{amount(len(lengths))} answers, {_spread(lengths)} {unit}"
     if s.kinds["pair"] and s.shared:
         n = len(s.answers.get("chosen", []))
         yield "chosen longer", f"{percent(s.chosen_longer / n)} of {amount(n)} pairs, equal lengths counted half"
@@ -198,7 +199,8 @@ def pictures(found: Found) -> Iterator[tuple[str, str, dict[str, list[int]]]]:
 
 def runs(part: look.Part) -> Iterator[tuple[str, list[look.Piece]]]:
     """Stretches of a part that are treated alike: context, learned or cut."""
-    state, run = "", []
+    state = ""
+    run: list[look.Piece] = []
     for piece in part.pieces:
         now = "cut" if piece.cut else "learned" if piece.learned else "context"
         if run and now != state:
