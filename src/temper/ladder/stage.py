@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from temper.config import Settings, UserError, build, dump, opt
+from temper.data import hub
 from temper.data.sources import _files
 from temper.data.template import render_prompt, stop_ids
 from temper.driver import drive, follow, make, peak_mb
@@ -51,6 +52,8 @@ def input_fingerprint(name: str, value: str) -> str:
     """
     if value.startswith("world:"):
         return fingerprint([VERSION, code_version(WORLD), value])
+    if value == "-":
+        raise UserError(f"{name}: standard input cannot be read again when the stage goes on; save it and name the file")
     path = Path(value)
     if name in MODELS:
         path = path.expanduser()
@@ -133,12 +136,12 @@ def _must_be_there(values: Mapping[str, Any]) -> None:
 
 
 def absent(values: Mapping[str, Any]) -> str | None:
-    """The first input that is not there, in words. Not looked for: the embedded world, other stages (@), what may be a model's hub name."""
+    """The first input that is not there, in words. Not looked for: the embedded world, other stages (@), what may be a name of the hub."""
     for name in INPUTS:
         value = values.get(name)
         if not value or value.startswith(("world:", "@")):
             continue
-        if name not in MODELS and not Path(value).exists():
+        if name not in MODELS and not Path(value).exists() and not hub.is_name(value):
             return f"{value}: no such file"
         local = name in MODELS and (value.startswith((".", "/", "~")) or value.count("/") > 1)
         if local and not Path(value).expanduser().exists():
