@@ -23,7 +23,7 @@ from temper.methods import load
 from temper.models.load import load_policy
 from temper.records import Ranked, read_jsonl
 from temper.runs import Run, load_checkpoint, save_checkpoint, spread_tensors
-from temper.train import Compute, TrainingError, fit, ranks, shard
+from temper.train import Compute, TrainingError, fit, machine, ranks, shard
 from temper.train.fit import TIMINGS, Loss, Term
 
 LIMIT = 300.0  # seconds after which ranks are taken to wait for each other for ever
@@ -553,6 +553,32 @@ def test_shares_give_every_item_to_exactly_one_rank(two):
         assert abs(loads[0] - loads[1]) <= max(sizes, default=0)
         assert (not own, not other) == (len(sizes) < 1, len(sizes) < 2)
         assert ranks.shares(sizes) == [list(range(len(sizes)))]  # one rank does it all
+
+
+def _cores_used(cores):
+    """The cores of this rank's threads, where the machine had only these."""
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), cores)
+    machine.use(1)
+    return {frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores to be told apart")
+def test_ranks_that_fill_the_machine_keep_to_their_cores(two):
+    a, b, *more = sorted(os.sched_getaffinity(0))
+    assert two(_cores_used, {a, b}) == [{frozenset({a})}, {frozenset({b})}]
+    if more:  # there is room beside them for others
+        assert two(_cores_used, {a, b, more[0]}) == [{frozenset({a, b, more[0]})}] * 2
+
+
+def _gathered():
+    mine = ranks.rank()
+    return [ranks.gather(value) for value in (mine, "x" * (9 * ranks.ROOM) if mine else None, [mine] * 3 * ranks.ROOM)]
+
+
+def test_gather_of_small_and_large_and_one_of_each(two):
+    first, second = two(_gathered)
+    assert first == second == [[0, 1], [None, "x" * (9 * ranks.ROOM)], [[0] * 3 * ranks.ROOM, [1] * 3 * ranks.ROOM]]
 
 
 def _parts(folder):
