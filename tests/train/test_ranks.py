@@ -206,6 +206,7 @@ def test_two_ranks_train_what_one_does(two, toy, tmp_path, method):
     assert max(float((weights[at] - value).abs().max()) for at, value in first.items()) > 1e-3  # they went somewhere
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "ppo"])
 def test_a_snapshot_of_two_ranks_goes_on_with_one_and_one_of_one_with_two(two, toy, tmp_path, method):
     """PPO: in the middle of a rollout, whose rest is in the snapshot."""
@@ -227,6 +228,7 @@ def test_a_snapshot_of_two_ranks_goes_on_with_one_and_one_of_one_with_two(two, t
 FULL = {"shard": "full"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "muon", "dpo", "reward", "ppo"])
 def test_spread_over_two_ranks_what_one_does(two, toy, tmp_path, method):
     """Unequal numbers of micro-batches too: a rank that has fewer makes passes without effect."""
@@ -309,6 +311,7 @@ def _spread_bigram():
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "how"), [("sft", {}), ("reward", {}), ("dpo", {}), ("ppo", {}), ("sft", FULL), ("ppo", FULL)])
 def test_a_batch_with_fewer_trees_than_ranks(two, toy, tmp_path, method, how):
     """One record in a step, or one prompt in a rollout: a rank has nothing to do, and the update is the same."""
@@ -353,6 +356,7 @@ def late_leader(method, out, values, rank):
         module.prepare = prepare
 
 
+@pytest.mark.slow
 def test_two_ranks_collect_the_same_comparisons(two, toy, tmp_path):
     values = values_of("collect", toy) | {"samples_per_prompt": 5}
     summary, follower = two(stage, "collect", tmp_path / "two", values)
