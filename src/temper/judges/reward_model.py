@@ -1,6 +1,7 @@
 """A reward model as a rater: one number per answer, on the scale of the answers it was trained on. Floor 4."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from temper.config import UserError
 from temper.data.packing import pack
 from temper.data.template import render_chat
 from temper.forest import Forest, Segment, plant
+from temper.judges.rating import Answer
 from temper.models.heads import scalar
 from temper.models.load import load_scalar
 from temper.records import Message
@@ -21,6 +23,7 @@ class RewardModel:
 
     def __init__(self, folder: str | Path, **how: Any) -> None:
         """how: device and precision, see `load_scalar`."""
+        self.name = str(folder)
         self.model, self.tokenizer = load_scalar(str(folder), **how)
         if not any(kind.endswith("ForSequenceClassification") for kind in self.model.config.architectures or []):
             raise UserError(f"{folder}: a language model, not a reward model; train one from it with `temper reward`")
@@ -31,6 +34,20 @@ class RewardModel:
         """Scores read at the token indices `at` [n], the last token of each answer -> [n]."""
         with torch.no_grad():
             return (scalar(self.model, forest, at).float() - self.mean) / self.std
+
+    def rate(self, answers: Sequence[Answer], budget: int = 8192) -> list[float | None]:
+        """One score per answer, read at its last token; answers to one prompt that stand together share it."""
+        trees = [
+            [Segment(list(prompt)), *(Segment(list(answer.tokens), parent=0) for answer in group)]
+            for prompt, group in groupby(answers, lambda answer: answer.prompt_ids)
+        ]
+        found: list[list[float]] = [[] for _ in trees]
+        for index in pack([sum(len(s.tokens) for s in tree) for tree in trees], budget):
+            forest = plant([trees[i] for i in index]).to(self.model.device)
+            scores = iter(self.score(forest, forest.end[forest.parent >= 0] - 1).tolist())
+            for i in index:
+                found[i] = [next(scores) for _ in trees[i][1:]]
+        return [score for scores in found for score in scores]
 
     def score_answers(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str], budget: int = 8192) -> list[float]:
         """One score per (prompt, answer), rendered as in training: read at the end of the answer's turn."""
