@@ -3,7 +3,7 @@ value and reward, then padded updates. The peer is here, whole and plain; `compa
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ class Part(NamedTuple):
 
 class PPO:
     name = "ppo"
+    named: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup

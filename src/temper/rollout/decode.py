@@ -73,11 +73,11 @@ def decoder(model: Any, compiled: bool = False) -> Decoder:
 
 @contextmanager
 def transposed(model: Any) -> Iterator[None]:
-    """Within it the trunk's weights lie [in, out] on the CPU: with 4 to 64 rows a product takes 1.1 to 1.9 times as long on [out, in].
+    """Within it the weights lie [in, out] on the CPU: with 4 to 64 rows a product takes 1.1 to 1.9 times as long on [out, in].
 
     The model is the same to whoever asks it; it holds a second copy of these weights meanwhile, and its own again afterwards.
     """
-    layers = [m for m in model.base_model.modules() if type(m) is nn.Linear] if model.device.type == "cpu" else []
+    layers = [m for m in model.modules() if type(m) is nn.Linear] if model.device.type == "cpu" else []
     own = [layer.weight.data for layer in layers]
     try:
         with torch.inference_mode(False):
