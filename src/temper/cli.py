@@ -14,6 +14,7 @@ COMMANDS = {  # command -> (module with main(argv) -> int, what it does)
     "ppo": ("temper.ladder.by_hand", "train a policy against a reward model"),
     "dpo": ("temper.ladder.by_hand", "train on preference pairs directly"),
     "constitution": ("temper.ladder.by_hand", "make a model harmless by written principles"),
+    "doctor": ("temper.doctor", "check data, model and settings before training"),
     "data": ("temper.data.commands", "read, convert and describe data"),
     "compare": ("temper.report.compare", "put the same prompts through the stages of a run, side by side"),
     "chat": ("temper.report.chat", "talk to a stage"),

@@ -36,6 +36,7 @@ class Endpoint:
         self.url, self.model, self.key_env, self.patience = url.rstrip("/").removesuffix("/v1"), model, key_env, patience
         key = os.environ.get(key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._key = key
         self._client = httpx.Client(timeout=httpx.Timeout(timeout, connect=10.0), headers=headers)
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> tuple[str, str]:
@@ -59,7 +60,8 @@ class Endpoint:
                 response = self._client.post(self.url + path, json=body)
                 if response.is_success:
                     return response.json()
-                why = f"status {response.status_code}: {' '.join(response.text.split())[:200]}"
+                said = " ".join(response.text.split())[:200]
+                why = f"status {response.status_code}: {said.replace(self._key, '***') if self._key else said}"
                 if response.status_code not in BUSY and response.status_code < 500:
                     hint = f"; is the key in {self.key_env} right?" if response.status_code in (401, 403) else ""
                     raise UserError(f"{self.url}{path}: {why}{hint}")

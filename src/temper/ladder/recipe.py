@@ -6,7 +6,7 @@ A setting that begins with @ names another stage (`@sft`, `@comparisons/pairs.js
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 import yaml
@@ -34,6 +34,7 @@ class Entry(Settings):
     threads: int = opt(1, "CPU threads", ge=1)
     ranks: int = opt(1, "processes that train it together, each with its threads", ge=1)
     budget: float | None = opt(None, "seconds it may take; shown, not enforced", gt=0)
+    doctor: Literal["refuse", "warn", "off"] = opt("refuse", "checks before the first step")
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Stage:
     threads: int
     ranks: int
     budget: float | None
+    doctor: Literal["refuse", "warn", "off"] = "refuse"
 
     @property
     def needs(self) -> list[str]:
@@ -107,7 +109,15 @@ def _stage(path: str, name: str, values: dict[str, Any], seed: int) -> Stage:
         values.setdefault("seed", seed)
     whole: Any = pydantic.create_model(kind.__name__, __base__=Settings, own=(kind, ...), entry=(Entry, ...))
     entry = build(whole, values, where=f"{path}: {name}").entry
-    return Stage(name, method, {k: v for k, v in values.items() if k not in Entry.model_fields}, entry.threads, entry.ranks, entry.budget)
+    return Stage(
+        name,
+        method,
+        {k: v for k, v in values.items() if k not in Entry.model_fields},
+        entry.threads,
+        entry.ranks,
+        entry.budget,
+        entry.doctor,
+    )
 
 
 def _ordered(path: str, stages: list[Stage]) -> list[Stage]:
@@ -125,7 +135,10 @@ def _ordered(path: str, stages: list[Stage]) -> list[Stage]:
 
 def resolved(recipe: Recipe, stages: list[Stage]) -> str:
     """The run's recipe.yaml: every default written out."""
-    full = {s.name: {"method": s.method, "threads": s.threads, "ranks": s.ranks, "budget": s.budget, **_flat(s)} for s in stages}
+    full = {
+        s.name: {"method": s.method, "threads": s.threads, "ranks": s.ranks, "budget": s.budget, "doctor": s.doctor, **_flat(s)}
+        for s in stages
+    }
     whole = {"name": recipe.name, "seed": recipe.seed, "evaluation": recipe.evaluation, "stages": full}
     return yaml.safe_dump(whole, sort_keys=False, width=120)
 

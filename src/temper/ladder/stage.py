@@ -5,13 +5,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from temper.checks import examine, headline
 from temper.config import Settings, UserError, build, dump, opt
 from temper.data.sources import _files
 from temper.data.template import render_prompt, stop_ids
 from temper.driver import drive, follow, make, peak_mb
 from temper.methods import load
+from temper.methods.base import Job
 from temper.models.load import load_tokenizer
 from temper.rollout import Sampling, sample
 from temper.runs import Run, code_version, disk, fingerprint
@@ -33,6 +35,14 @@ class Place(Settings):
     save_seconds: float = opt(60.0, "seconds between checkpoints", gt=0)
     fresh: bool = opt(False, "remove what temper wrote in --out and start over")
     quiet: bool = opt(False, "no progress")
+    doctor: Literal["refuse", "warn", "off"] = opt("refuse", "checks before the first step: refuse on errors, only tell them, or none")
+    evaluation_sets: list[str] = opt([], "files of test questions that no row may hold")
+
+
+class Refused(UserError):
+    """The checks before the first step found errors."""
+
+    code = 1
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,9 @@ def _follow(method: str, settings: Settings, place: Place) -> dict[str, Any]:
     """A rank that does not lead: it does what the leader does and writes nothing."""
     if ranks.led(True):
         return {}
-    job = load(method).prepare(settings, Run(place.out))
+    run = Run(place.out)
+    job = load(method).prepare(settings, run)
+    _doctor(method, settings, place, job, run)
     if job.make:
         job.make(Path(place.out) / job.artefact, lambda done, of: None)
         peak_mb()
@@ -150,6 +162,7 @@ def _train(method: str, settings: Settings, place: Place, context: Context, run:
     """Prepare, then train or make; the run is done after it."""
     run.set_status(phase="prepare", now=True)
     job = load(method).prepare(settings, run)
+    _doctor(method, settings, place, job, run)
     if job.notes:
         job.card["notes"] = list(job.notes)  # a stage of a recipe has no other way to say them
     run.update(card=job.card, artefact=job.artefact)
@@ -185,6 +198,26 @@ def _train(method: str, settings: Settings, place: Place, context: Context, run:
         title=Path(place.out).name,
         command=context.command,
     )
+
+
+def _doctor(method: str, settings: Settings, place: Place, job: Job, run: Run) -> None:
+    """Look at what is about to be trained, unless a checkpoint says that it went well before. All ranks refuse together."""
+    prepared, job.prepared = job.prepared, None
+    if place.doctor == "off" or prepared is None:
+        return
+    wrong = None
+    if ranks.rank() == 0 and not any(run.checkpoints.glob("*")):
+        found = examine(method, dump(settings), prepared, job.total, place.evaluation_sets)
+        lines = headline(found)
+        job.card["doctor"] = lines
+        if not place.quiet:
+            print("\n".join(lines), file=sys.stderr)
+        errors = [f.lines()[0].removeprefix("error: ") for f in found if f.severity == "error"]
+        if errors and place.doctor == "refuse":
+            more = f" (and {len(errors) - 1} more errors)" if len(errors) > 1 else ""
+            wrong = f"{errors[0]}{more}; `temper doctor {method} ...` says more, --doctor warn trains all the same"
+    if wrong := ranks.agree(wrong):
+        raise Refused(wrong)
 
 
 def _samples(job) -> Callable[[], list[dict[str, Any]]]:

@@ -9,10 +9,12 @@ from typing import Any, Literal
 import torch
 
 from temper.config import Settings, opt
+from temper.data import sources
+from temper.data import trees as made
 from temper.data.packing import batch_indices, pack
 from temper.forest import Forest, Tree, plant
-from temper.records import Message
-from temper.train import State, Step, ranks
+from temper.records import Message, Record
+from temper.train import Loss, State, Step, ranks
 
 
 class Window(Settings):
@@ -47,6 +49,25 @@ class Split(Settings):
 
 
 @dataclass
+class Prepared:
+    """What a method read and what it made of it: what the checks before the first step look at.
+
+    One tree for each record that is not in `kept.dropped`, in order; of documents, their windows; of a prompt, its tokens alone.
+    """
+
+    records: Sequence[Record]
+    trees: Sequence[Tree]
+    read: sources.Report
+    kept: made.Report
+    tokenizer: Any
+    module: torch.nn.Module  # what is trained
+    loss: Callable[[Any, Forest], Loss] | None = None
+    weigh: Callable[[Sequence[Tree]], dict[str, float]] | None = None
+    check: Callable[[Any, Sequence[Forest]], None] | None = None  # policy equals reference; raises AssertionError
+    answered: Callable[[Tree], Tree] | None = None  # a prompt with as long an answer as may be sampled, as it will be learned from
+
+
+@dataclass
 class Job:
     """One run of a method, ready to go. A driver pulls `steps`, evaluates, saves and stops as it likes."""
 
@@ -60,6 +81,7 @@ class Job:
     asks: Sequence[list[Message]] = ()  # a few prompts whose answers are written down along the way
     artefact: str = "model"  # the file or folder that `save` writes
     notes: Sequence[str] = ()  # said to the user before the first step
+    prepared: Prepared | None = None  # what is looked at before the first step; forgotten then
 
 
 def offline(

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from temper.config import Settings, UserError, opt
-from temper.data.sources import read
+from temper.data.sources import Report, read
 from temper.data.template import render_prompt, stop_ids
 from temper.data.trees import chat_trees, comparison_trees, limit_of, prompt_ids
 from temper.forest import Segment, Tree
 from temper.methods import preference, sft
-from temper.methods.base import Batching, Job, Window, forests, offline
+from temper.methods.base import Batching, Job, Prepared, Window, forests, offline
 from temper.models.heads import token_logp
 from temper.models.load import load_policy, save
 from temper.records import Chat, Message, Pair, read_jsonl, write_jsonl
@@ -234,7 +234,7 @@ def prepare(settings: CAI, run: Run) -> Job:
         raise UserError(
             f"{s.model}: no answer to the prompts ended within --max-new {s.sampling.max_new}; raise it, or fine-tune the model more"
         )
-    trees, _ = chat_trees(tokenizer, chats, model, s.window, learn="last")
+    trees, cut = chat_trees(tokenizer, chats, model, s.window, learn="last")
     first = b.model_copy(update={"epochs": s.phase1.sl_epochs}).steps(len(trees))
     second = b.steps(len(red_team) + len(helpful) + len(human))
 
@@ -287,6 +287,7 @@ def prepare(settings: CAI, run: Run) -> Job:
         ],
         policy=(model, tokenizer),
         asks=[*red_team[:2], *helpful[:2]],
+        prepared=Prepared(chats, trees, Report(s.red_team), cut, tokenizer, model, sft.lm_loss),
     )
 
 

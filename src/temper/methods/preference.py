@@ -21,7 +21,7 @@ from temper.data.trees import comparison_trees
 from temper.forest import Forest, Tree, per_segment
 from temper.losses.preference import RULES, Pairs
 from temper.losses.registry import settings as keywords
-from temper.methods.base import Batching, Job, Split, Window, forests, offline
+from temper.methods.base import Batching, Job, Prepared, Split, Window, forests, offline
 from temper.methods.reward import count_records, ends
 from temper.models.adapters import without_adapter
 from temper.models.heads import precision, slack, token_logp
@@ -182,4 +182,15 @@ def prepare(settings: Preference, run: Run) -> Job:
         evaluate=held_out if tests else None,
         policy=(model, tokenizer),
         asks=[pair.prompt for pair in out[:4]],
+        prepared=Prepared(
+            kept,
+            trees,
+            report,
+            cut,
+            tokenizer,
+            model,
+            make_loss(partial(RULES[settings.rule], **settings.own())),
+            count_records,
+            check_reference,
+        ),
     )

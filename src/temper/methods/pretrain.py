@@ -10,7 +10,7 @@ from temper.config import Settings, opt
 from temper.data.sources import read
 from temper.data.split import split
 from temper.data.trees import limit_of, text_trees
-from temper.methods.base import Batching, Job, Split, offline
+from temper.methods.base import Batching, Job, Prepared, Split, offline
 from temper.methods.sft import held_out_loss, lm_loss
 from temper.models.load import Size, new_model, save
 from temper.models.tokenizer import train_tokenizer
@@ -76,4 +76,5 @@ def prepare(settings: Pretrain, run: Run) -> Job:
         },
         evaluate=(lambda: {"held_out_loss": held_out_loss(model, tests, settings.batching.tokens_per_microbatch)}) if tests else None,
         policy=(model, tokenizer),
+        prepared=Prepared(kept, trees, report, cut, tokenizer, model, lm_loss),
     )

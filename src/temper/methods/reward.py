@@ -23,7 +23,7 @@ from temper.data.trees import comparison_trees
 from temper.forest import Forest, Tree
 from temper.judges.reward_model import remember_scale
 from temper.losses.reward import bradley_terry
-from temper.methods.base import Batching, Job, Split, Window, forests, offline
+from temper.methods.base import Batching, Job, Prepared, Split, Window, forests, offline
 from temper.models.heads import scalar
 from temper.models.load import load_scalar, save
 from temper.records import Pair, Ranked
@@ -181,4 +181,5 @@ def prepare(settings: Reward, run: Run) -> Job:
             "kept_held_out": test_cut.summary() if out else "",
         },
         evaluate=(lambda: held_out(model, tests, tested, b.tokens_per_microbatch)) if tests else None,
+        prepared=Prepared(kept, trees, report, cut, tokenizer, model, make_loss(settings.centring), count_records),
     )

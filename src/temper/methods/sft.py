@@ -15,7 +15,7 @@ from temper.data.split import split
 from temper.data.template import attach_default_template, stop_ids
 from temper.data.trees import chat_trees
 from temper.forest import Forest, Tree
-from temper.methods.base import Batching, Job, Split, Window, forests, offline
+from temper.methods.base import Batching, Job, Prepared, Split, Window, forests, offline
 from temper.models.heads import weighted_nll
 from temper.models.load import load_policy, resize, save
 from temper.runs import Run
@@ -94,4 +94,5 @@ def prepare(settings: SFT, run: Run) -> Job:
         evaluate=(lambda: {"held_out_loss": held_out_loss(model, tests, settings.batching.tokens_per_microbatch)}) if tests else None,
         policy=(model, tokenizer),
         asks=[chat.messages[:-1] for chat in out[:4] if chat.messages[-1].role == "assistant"],
+        prepared=Prepared(kept, trees, report, cut, tokenizer, model, lm_loss),
     )

@@ -1,0 +1,156 @@
+"""What a check is, what it looks at, and the one list of all of them. Floor 6."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from temper.config import UserError
+from temper.data.trees import where
+from temper.methods.base import Prepared
+from temper.records import Chat, Pair, Prompt, Ranked, Rated, Record, Steps, Text
+
+Severity = Literal["error", "warning", "note"]
+SHOWN = 5  # rows of a finding that are named in the terminal
+LOOK = 2000  # rows that the slower checks look at before training; `temper doctor` looks at all
+
+
+class Found(NamedTuple):
+    """What a check yields. rows: file:line each. do: instead of the check's own advice."""
+
+    severity: Severity
+    what: str
+    rows: Sequence[str] = ()
+    do: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found: how bad, in which rows, why it matters, what to do."""
+
+    check: str
+    severity: Severity
+    what: str
+    rows: tuple[str, ...] = ()
+    why: str = ""
+    do: str = ""
+
+    def lines(self) -> list[str]:
+        """For the terminal: what and where; for more than a note, also why and what to do."""
+        more = f", ... ({len(self.rows)} in all)" if len(self.rows) > SHOWN else ""
+        at = f" [{', '.join(self.rows[:SHOWN])}{more}]" if self.rows else ""
+        out = [f"{self.severity}: {self.check}: {self.what}{at}"]
+        if self.severity != "note":
+            out += [f"    why: {self.why}", f"    do:  {self.do}"]
+        return out
+
+
+@dataclass
+class Case:
+    """One input of one stage, as far as it can be had: rows always, tokens and model where they are there."""
+
+    method: str
+    settings: Mapping[str, Any]  # flat, every default written out
+    spec: str  # what was read
+    records: Sequence[Record]
+    unread: Sequence[tuple[str, str]] = ()  # (file:line, why) of rows that cannot be used
+    prepared: Prepared | None = None
+    steps: int = 0  # optimiser steps in all
+    thorough: bool = True  # False: right before training, where a check may look at LOOK rows and measures no memory
+    evaluation: Mapping[str, Sequence[str]] = field(default_factory=dict)  # name of an evaluation set -> its questions
+
+    @property
+    def some(self) -> Sequence[Record]:
+        """The rows for checks whose time is felt."""
+        return self.records if self.thorough else self.records[:LOOK]
+
+    def at(self, index: int) -> str:
+        """file:line of a record."""
+        return where(self.records[index], index)
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """Of each tree, the index of its record. Empty where a record has several (documents cut into windows)."""
+        p = self.prepared
+        kept = [i for i in range(len(self.records)) if i not in p.kept.dropped] if p else []
+        return kept if p and len(kept) == len(p.trees) else []
+
+    def tree_at(self, k: int) -> str:
+        """file:line of the record that a tree was made of."""
+        return self.at(self.rows[k]) if self.rows else f"window {k + 1}"
+
+    @property
+    def learns(self) -> bool:
+        """Whether the trees have targets: prompts and documents are no answers."""
+        return self.prepared is not None and not isinstance(next(iter(self.records), None), Prompt)
+
+
+class Check(NamedTuple):
+    """A function of a case, and what its findings mean."""
+
+    name: str
+    run: Callable[[Case], Iterator[Found]]
+    why: str
+    do: str
+
+
+CHECKS: dict[str, Check] = {}  # in the order in which they run
+
+
+def check(name: str, *, why: str, do: str) -> Callable:
+    """Register a check under its name. why: it matters; do: about it."""
+
+    def register(run: Callable[[Case], Iterator[Found]]) -> Callable[[Case], Iterator[Found]]:
+        assert name not in CHECKS, name
+        CHECKS[name] = Check(name, run, why, do)
+        return run
+
+    return register
+
+
+def run_checks(case: Case, names: Sequence[str] = ()) -> list[Finding]:
+    """What the checks (all, or those named) find, the worst first. A check whose subject raises UserError finds that."""
+    out = []
+    for one in [CHECKS[name] for name in names] if names else CHECKS.values():
+        try:
+            found = list(one.run(case))
+        except UserError as error:
+            found = [Found("error", str(error))]
+        out += [Finding(one.name, f.severity, f.what, tuple(f.rows), one.why, f.do or one.do) for f in found]
+    return sorted(out, key=lambda f: ("error", "warning", "note").index(f.severity))
+
+
+# ---------------------------------------------------------------- what a record says
+
+
+def asked(record: Record) -> list[tuple[str, str]]:
+    """(role, text) of the turns that are not learned at the end: a prompt, or a conversation's turns before its last answer."""
+    if isinstance(record, Chat):
+        messages = record.messages[: max(i for i, m in enumerate(record.messages) if m.role == "assistant")]
+    elif isinstance(record, Text):
+        return []
+    else:
+        messages = getattr(record, "messages", None) or getattr(record, "prompt", [])
+    return [(m.role, m.content) for m in messages]
+
+
+def answers(record: Record) -> list[str]:
+    """The answers that end a record, the best first; a document's text; none of a prompt."""
+    if isinstance(record, Pair):
+        return [record.chosen, record.rejected]
+    if isinstance(record, Ranked):
+        return list(record.answers)
+    if isinstance(record, Rated):
+        return [record.answer]
+    if isinstance(record, Steps):
+        return ["\n".join(record.steps)]
+    if isinstance(record, Text):
+        return [record.text]
+    return [next(m.content for m in reversed(record.messages) if m.role == "assistant")] if isinstance(record, Chat) else []
+
+
+def said(record: Record) -> str:
+    """All that a record says, as one string."""
+    return "\n".join([*(text for _, text in asked(record)), *answers(record)])

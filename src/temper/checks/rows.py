@@ -1,0 +1,426 @@
+"""Checks of what rows say, before any token: they need no model. Floor 6."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from temper.checks.registry import Case, Found, answers, asked, check, said
+from temper.checks.similar import grams, near_duplicates, words
+from temper.data.files import rows
+from temper.records import Chat, Pair, Ranked, Rated, Text
+
+HUGE = 100_000  # characters: some 25,000 tokens
+RUN = 13  # words of a shared run that count as overlap (GPT-3, arXiv:2005.14165, appendix C)
+WHOLE = 6  # words from which a shorter question counts when it stands in a row as a whole
+SHIFT = 8  # rows by which another row's answers must fit better
+ROLES = 12.0  # nats by which two turns must look like each other's role, both of them like the wrong one
+MARKS = re.compile(  # of the common templates: ChatML, Llama 2 and 3, Zephyr, Gemma, Alpaca, Vicuna
+    r"<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|<\|eot_id\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
+    r"|<\|(?:user|assistant|system|endoftext|end)\|>|</?s>|^### ?(?:Instruction|Response|Human|Assistant):|^(?:USER|ASSISTANT):",
+    re.MULTILINE,
+)
+_MOJIBAKE = re.compile(r"[ÂÃÄÅÐÑâã-éïð][\u0080-\u00ff\u0152-\u0192\u02c6\u02dc\u2013-\u2122]+")  # lead bytes of UTF-8, then the rest
+_ENDED = re.compile(r"[.!?…:;。！？।\"'”’»)\]}>*_`~|=\d%$€£]\s*$|[^\w,\-(\[{]\s*$")
+_ASK = frozenset(
+    re.findall(
+        r"\w+",
+        "what how why when where who whom whose which is are am was were do does did can could would will should may have has "
+        "name list give write explain describe tell make create generate find compare classify summarize summarise rewrite "
+        "identify edit provide suggest design construct compose translate convert calculate determine propose predict rank sort "
+        "arrange choose select fix develop produce draft outline discuss analyze analyse evaluate imagine help please compute "
+        "estimate brainstorm categorize recommend solve",
+    )
+)
+
+
+def _some(case: Case) -> str:
+    """Said where not all rows were looked at."""
+    return "" if len(case.some) == len(case.records) else f" (of the first {len(case.some):,} rows)"
+
+
+@check(
+    "unreadable-row",
+    why="a row that cannot be read trains nothing, and often means that its neighbours are broken too",
+    do="correct the rows, or leave them out with --skip-bad",
+)
+def unreadable(case: Case) -> Iterator[Found]:
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for at, why in case.unread:
+        if not re.search(r"\bis empty|is the same as|the prompts of chosen and rejected differ", why):
+            kinds[why].append(at)
+    for reason, lines in kinds.items():
+        yield Found(_by_policy(case), reason, lines)
+
+
+def _by_policy(case: Case) -> Any:
+    return "note" if case.settings.get("skip_bad") else "error"
+
+
+@check(
+    "empty-answer",
+    why="an empty answer teaches the model to end its turn at once; an empty question, to answer nothing",
+    do="remove the rows, or leave them out with --skip-bad",
+)
+def empty(case: Case) -> Iterator[Found]:
+    if at := [at for at, why in case.unread if re.search(r"\bis empty", why)]:
+        yield Found(_by_policy(case), f"{len(at)} rows with an empty turn", at)
+    bare = [case.at(i) for i, r in enumerate(case.records) if not all(text.strip() for text in answers(r))]
+    if bare:
+        yield Found("error", f"{len(bare)} rows whose answer is empty", bare)
+    mute = [case.at(i) for i, r in enumerate(case.records) if not isinstance(r, Text) and not any(text.strip() for _, text in asked(r))]
+    if mute:
+        yield Found("warning", f"{len(mute)} rows that ask nothing", mute)
+
+
+@check(
+    "equal-answers",
+    why="where both answers are the same there is nothing to prefer: the gradient is noise",
+    do="remove the pairs",
+)
+def equal(case: Case) -> Iterator[Found]:
+    if at := [at for at, why in case.unread if "is the same as" in why]:
+        yield Found(_by_policy(case), f"{len(at)} pairs of equal answers", at)
+    alike = []
+    for i, record in enumerate(case.records):
+        if isinstance(record, Pair | Ranked):
+            plain = [re.sub(r"\W+", " ", a).strip().lower() or a for a in answers(record)]
+            if len(set(plain)) < len(plain):
+                alike.append(case.at(i))
+    if alike:
+        yield Found("warning", f"{len(alike)} pairs of answers that differ in case, blanks or marks only", alike)
+
+
+@check(
+    "contradiction",
+    why="the same answers to the same prompt are labelled both ways, so one of the labels is wrong; such noise caps the accuracy",
+    do="decide each, or keep them knowingly where raters differ (a soft label says so better)",
+)
+def contradiction(case: Case) -> Iterator[Found]:
+    seen: dict[Any, tuple[bool, int]] = {}
+    rows_ = []
+    for i, record in enumerate(case.records):
+        prompt = tuple(asked(record))
+        if isinstance(record, Rated):
+            claims: list[tuple[Any, bool]] = [((prompt, record.answer), record.rating > 0.5)]
+        elif isinstance(record, Pair | Ranked):
+            claims = [((prompt, *sorted(two)), two[0] < two[1]) for two in combinations(answers(record), 2)]
+        else:
+            return
+        for key, way in claims:
+            before = seen.setdefault(key, (way, i))
+            if before[0] != way:
+                rows_.append(f"{case.at(i)} against {case.at(before[1])}")
+    if rows_:
+        yield Found("warning", f"{len(rows_)} labels that contradict an earlier one", rows_)
+
+
+@check(
+    "duplicate",
+    why="a repeated row counts as often as it stands there, is memorised, and may stand in training and held-out rows alike",
+    do="temper data dedup, or keep them where the weight is meant",
+)
+def duplicates(case: Case) -> Iterator[Found]:
+    texts = [said(r) for r in case.records]
+    first: dict[Any, int] = {}
+    again = []
+    for i, (record, text) in enumerate(zip(case.records, texts, strict=True)):
+        same = first.setdefault((text, getattr(record, "rating", None)), i)
+        if same != i:
+            again.append(f"{case.at(i)} = {case.at(same)}")
+    if again:
+        yield Found("warning", f"{len(again)} of {len(texts):,} rows are exact copies of an earlier one", again)
+
+
+@check(
+    "near-duplicate",
+    why="rows that differ in a few words are the same lesson counted twice",
+    do="temper data dedup shows the pairs and removes the later ones",
+)
+def near(case: Case) -> Iterator[Found]:
+    if not case.thorough:
+        return
+    texts = [said(r) for r in case.records]
+    found = [f"{case.at(j)} ~ {case.at(i)} ({share:.0%} alike)" for i, j, share in near_duplicates(texts)]
+    if found:
+        yield Found("warning", f"{len(found)} of {len(texts):,} rows are nearly an earlier one", found)
+
+
+@check(
+    "overlap",
+    why="a model that was trained on the questions of a test is not measured by it",
+    do="temper data decontaminate removes the rows; report no score on that set otherwise",
+)
+def overlap(case: Case) -> Iterator[Found]:
+    if "split=test" in case.spec:
+        yield Found("error", f"{case.spec} is the split that evaluations read", do="train on split=train")
+    for name, questions in case.evaluation.items():
+        runs: dict[str, int] = {}
+        short: dict[int, dict[str, int]] = defaultdict(dict)  # words of the question -> questions
+        for k, question in enumerate(questions):
+            w = words(question)
+            if len(w) >= RUN:
+                runs.update(dict.fromkeys(grams(question, RUN), k))
+            elif len(w) >= WHOLE:
+                short[len(w)][" ".join(w)] = k
+        at = []
+        for i, record in enumerate(case.records):
+            text = said(record)
+            hit = next((runs[g] for g in grams(text, RUN) if g in runs), None)
+            for n, whole in short.items():
+                hit = hit if hit is not None else next((whole[g] for g in grams(text, n) if g in whole), None)
+            if hit is not None:
+                at.append(f"{case.at(i)} = {name} question {hit + 1}")
+        if at:
+            yield Found("error", f"{len(at)} rows hold questions of {name}", at)
+
+
+def questions_of(path: str) -> list[str]:
+    """What an evaluation set asks: the texts of its rows' question-like fields, else every text of five words or more."""
+    keys = ("question", "turns", "prompt", "instruction", "input", "inputs", "messages", "instances", "problem", "goal")
+    out = []
+    for row in rows(Path(path)):
+        if row.broken:
+            continue
+        named = [row.value[k] for k in keys if k in row.value] if isinstance(row.value, dict) else []
+        out += [t for t in _texts(named or row.value) if len(words(t)) >= 5]
+    return out
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (t for key, v in value.items() if key not in ("output", "role") for t in _texts(v))
+    elif isinstance(value, list | tuple):
+        yield from (t for v in value for t in _texts(v))
+
+
+@check(
+    "shifted-column",
+    why="the answers (or labels) belong to other rows: the model learns to answer something else than it was asked",
+    do="look at the first of these rows: a column was moved up or down when the file was made; join it again by an id",
+)
+def shifted(case: Case) -> Iterator[Found]:
+    if at := [at for at, why in case.unread if "the prompts of chosen and rejected differ" in why]:
+        yield Found(_by_policy(case), f"{len(at)} pairs whose chosen and rejected answer different prompts", at)
+    some = case.some
+    if len(some) < 3 * SHIFT or not isinstance(some[0], Chat | Pair | Rated | Ranked):
+        return
+    asks = [set(words(asked(r)[-1][1] if asked(r) else "")) for r in some]
+    columns = [answers(r) for r in some]
+    for which in range(min(map(len, columns)) if isinstance(some[0], Pair) else 1):
+        said_ = [set(words(column[which])) for column in columns]
+        for lag in (1, -1):
+            first, last = _better(asks, said_, lag)
+            if last - first >= SHIFT:
+                name = ("chosen", "rejected")[which] if isinstance(some[0], Pair) else "answer"
+                what = (
+                    f"from {case.at(first)} to {case.at(last)} the {name}s fit the questions of the row {'before' if lag > 0 else 'after'}"
+                )
+                yield Found("error", what, [case.at(i) for i in range(first, last + 1)])
+    if isinstance(some[0], Rated):
+        yield from _shifted_labels(case)
+
+
+def _better(asks: Sequence[set[str]], answers_: Sequence[set[str]], lag: int) -> tuple[int, int]:
+    """The run of rows in which another row's answer, `lag` on, shares more rare words with the question than the row's own."""
+    n = len(asks)
+    count = Counter(w for side in (asks, answers_) for one in side for w in one)
+    rare = {w: math.log(2 * n / c) for w, c in count.items() if c < 0.2 * n}
+
+    def fit(i: int, j: int) -> float:
+        return sum(rare.get(w, 0.0) for w in asks[i] & answers_[j])
+
+    best, start, total, top = (0, 0), 0, 0, 0
+    for i in range(n):  # the run of the largest sum of wins less losses
+        if total <= 0:
+            total, start = 0, i
+        own, other = fit(i, i), fit(i, i + lag) if 0 <= i + lag < n else 0.0
+        total += (other > own) - (own > other)
+        if total > top:
+            top, best = total, (start, i)
+    return (best[0], best[0] + top) if top < (best[1] - best[0]) / 2 else best
+
+
+def _shifted_labels(case: Case) -> Iterator[Found]:
+    """Whether the texts predict the labels of the next or last row better than their own (McNemar's z above 3)."""
+    texts = [set(words(answers(r)[0])) for r in case.some]
+    labels = [r.rating > 0.5 for r in case.some]  # type: ignore[attr-defined]
+    right = {}
+    for lag in (-1, 0, 1):
+        moved = [labels[(i + lag) % len(labels)] for i in range(len(labels))]
+        right[lag] = [(s > 0) == y for s, y in zip(_odds(texts, moved), moved, strict=True)]
+    for lag in (-1, 1):
+        more = sum(a and not b for a, b in zip(right[lag], right[0], strict=True))
+        less = sum(b and not a for a, b in zip(right[lag], right[0], strict=True))
+        if more - less > 3 * math.sqrt(more + less):
+            hits = sum(right[lag]) / len(labels), sum(right[0]) / len(labels)
+            side = "after" if lag > 0 else "before"
+            what = f"the answers predict the label of the row {side} ({hits[0]:.0%} right) better than their own ({hits[1]:.0%})"
+            yield Found("error", what, [case.at(0), case.at(len(labels) - 1)])
+
+
+def _odds(features: Sequence[set[str]], label: Sequence[bool]) -> list[float]:
+    """Naive Bayes, each text left out of what it is judged by: log-odds of True."""
+    n = Counter(label)
+    count: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for words_, y in zip(features, label, strict=True):
+        count[y].update(words_)
+    out = []
+    for words_, y in zip(features, label, strict=True):
+        total = 0.0
+        for side, sign in ((True, 1), (False, -1)):
+            own = y == side
+            total += sign * sum(math.log(count[side][w] - own + 0.5) for w in words_)
+            total -= sign * len(words_) * math.log(n[side] - own + 1.0)
+        out.append(total)
+    return out
+
+
+@check(
+    "swapped-roles",
+    why="the model learns to ask instead of to answer, and its own words are masked as if they were the user's",
+    do="exchange the roles (or the columns) of these rows",
+)
+def roles(case: Case) -> Iterator[Found]:
+    chats = [(i, r) for i, r in enumerate(case.some) if isinstance(r, Chat)]
+    early = [case.at(i) for i, r in chats if next(m.role for m in r.messages if m.role != "system") == "assistant"]
+    if early:
+        yield Found("error" if len(early) > len(chats) / 2 else "warning", f"{len(early)} conversations begin with the assistant", early)
+    twice = [case.at(i) for i, r in chats if any(a.role == b.role != "tool" for a, b in zip(r.messages, r.messages[1:], strict=False))]
+    if twice:
+        yield Found("warning", f"{len(twice)} conversations in which one role speaks twice in a row", twice)
+    firsts = [(i, *two) for i, r in chats if (two := _exchange(r))]
+    if len(firsts) < 20:
+        return
+    questions, replies = [u for _, u, _ in firsts], [a for _, _, a in firsts]
+    asking = [sum(map(_asks, side)) / len(firsts) for side in (questions, replies)]
+    if asking[1] > asking[0] + 0.2:
+        what = f"{asking[1]:.0%} of the answers look like requests, {asking[0]:.0%} of the questions: the roles are swapped throughout"
+        yield Found("error", what, [case.at(firsts[0][0]), case.at(firsts[-1][0])])
+        return
+    odds = _odds([_style(t) for t in [*questions, *replies]], [True] * len(firsts) + [False] * len(firsts))
+    user, answer = odds[: len(firsts)], odds[len(firsts) :]
+    if sum(u > 0 for u in user) + sum(a < 0 for a in answer) < 0.9 * len(odds):
+        return  # in this file questions and answers cannot be told apart
+    at = [case.at(f[0]) for f, u, a in zip(firsts, user, answer, strict=True) if a - u > ROLES and min(a, -u) > 2]
+    if at:
+        yield Found("warning", f"{len(at)} rows whose question looks like an answer and whose answer like a question{_some(case)}", at)
+
+
+def _exchange(record: Chat) -> tuple[str, str] | None:
+    """The first question and its answer."""
+    spoken = [m for m in record.messages if m.role != "system"]
+    return (spoken[0].content, spoken[1].content) if len(spoken) > 1 and [m.role for m in spoken[:2]] == ["user", "assistant"] else None
+
+
+def _asks(text: str) -> bool:
+    first = words(text[:80])
+    return text.strip().endswith("?") or bool(first and first[0] in _ASK)
+
+
+def _style(text: str) -> set[str]:
+    """What tells questions from answers: first and last words, length, marks."""
+    w, text = words(text), text.strip()
+    own = {f"first {w[0]}" if w else "no word", f"end {text[-1:]}", f"length {len(text).bit_length()}"}
+    own |= {"lines"} if "\n" in text else set()
+    own |= {"asks"} if "?" in text else set()
+    return own | {f"in {x}" for x in w[:8]} | {f"out {x}" for x in w[-4:]}
+
+
+@check(
+    "mixed-encoding",
+    why="text that was decoded wrongly once (Ã© for é, â€™ for ’) teaches tokens that no user writes",
+    do="read the source again as UTF-8, or decode these rows the other way round (encode as cp1252, decode as UTF-8)",
+)
+def encoding(case: Case) -> Iterator[Found]:
+    at = [case.at(i) for i, r in enumerate(case.records) if not (text := said(r)).isascii() and mojibake(text)]
+    if at:
+        i = next(i for i in range(len(case.records)) if case.at(i) == at[0])
+        yield Found("warning", f"{len(at)} rows with text in a broken encoding, such as {mojibake(said(case.records[i]))!r}", at)
+
+
+def mojibake(text: str) -> str:
+    """The first run of characters that is UTF-8 read as Windows-1252 or Latin-1, or a replacement character; or ""."""
+    if "\ufffd" in text:
+        at = text.index("\ufffd")
+        return text[max(0, at - 5) : at + 5]
+    for found in _MOJIBAKE.finditer(text):
+        for codec in ("cp1252", "latin-1"):
+            try:
+                found[0].encode(codec).decode("utf-8")
+                return found[0]
+            except UnicodeError:
+                continue
+    return ""
+
+
+@check(
+    "huge-row",
+    why="one row of this size is a step of its own, takes the memory of a whole batch, and is rarely what it seems (a book, a log, base64)",
+    do="look at it; split or remove it, or limit the length with --max-length and --too-long drop",
+)
+def huge(case: Case) -> Iterator[Found]:
+    sizes = [(len(said(r)), i) for i, r in enumerate(case.records) if not isinstance(r, Text)]
+    large = sorted(((n, i) for n, i in sizes if n >= HUGE), reverse=True)
+    if large:
+        yield Found(
+            "warning", f"{len(large)} rows of {HUGE:,} characters or more, the largest {large[0][0]:,}", [case.at(i) for _, i in large]
+        )
+
+
+@check(
+    "cut-answer",
+    why="an answer that was cut at some window before it came here teaches the model to stop in the middle of a sentence",
+    do="get the whole answers, or remove these rows",
+)
+def cut(case: Case) -> Iterator[Found]:
+    if any(isinstance(r, Text) for r in case.some[:1]):
+        return
+    limit = (case.prepared.kept.limit if case.prepared else None) or 0
+    open_: dict[int, list[int]] = defaultdict(list)  # characters of the answer -> rows
+    for i, record in enumerate(case.records):
+        for answer in answers(record):
+            if len(answer) > 100 and not _ENDED.search(answer[-20:]):
+                open_[len(answer)].append(i)
+    piled = {i for at in open_.values() if len(at) > 2 for i in at}  # several that break off after exactly as many characters
+    full = {
+        case.rows[k]
+        for k, tree in enumerate(case.prepared.trees if case.prepared and case.rows and limit else [])
+        if any(_path(tree, s) >= limit - 2 for s in range(len(tree)))
+    }
+    full &= {i for at in open_.values() for i in at}
+    if piled | full:
+        where_ = [case.at(i) for i in sorted(piled | full)]
+        yield Found("warning", f"{len(where_)} answers that break off in the middle of a sentence at the limit of some window", where_)
+
+
+def _path(tree: Any, s: int) -> int:
+    """Tokens from the root to the end of a segment."""
+    n = 0
+    while s >= 0:
+        n += len(tree[s].tokens)
+        s = tree[s].parent
+    return n
+
+
+@check(
+    "template-in-text",
+    why="rows that were rendered already get a second template around them: the model learns marks that it will never see in use",
+    do="take the marks out of the text and give roles and contents; Temper writes the model's own template",
+)
+def marks(case: Case) -> Iterator[Found]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for i, record in enumerate(case.records):
+        if not isinstance(record, Text) and (hit := MARKS.search(said(record))):
+            found[hit[0].strip()].append(case.at(i))
+    for mark, at in found.items():
+        many = len(at) > 0.5 * len(case.records)
+        yield Found("error" if many else "warning", f"{json.dumps(mark, ensure_ascii=False)} stands in the text of {len(at)} rows", at)
