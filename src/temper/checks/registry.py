@@ -18,12 +18,13 @@ LOOK = 2000  # rows that the slower checks look at before training; `temper doct
 
 
 class Found(NamedTuple):
-    """What a check yields. rows: file:line each. do: instead of the check's own advice."""
+    """What a check yields. rows: file:line each. do: instead of the check's own advice. detail: more lines."""
 
     severity: Severity
     what: str
     rows: Sequence[str] = ()
     do: str = ""
+    detail: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,13 @@ class Finding:
     rows: tuple[str, ...] = ()
     why: str = ""
     do: str = ""
+    detail: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """For the terminal: what and where; for more than a note, also why and what to do."""
         more = f", ... ({len(self.rows)} in all)" if len(self.rows) > SHOWN else ""
         at = f" [{', '.join(self.rows[:SHOWN])}{more}]" if self.rows else ""
-        out = [f"{self.severity}: {self.check}: {self.what}{at}"]
+        out = [f"{self.severity}: {self.check}: {self.what}{at}", *(f"    {line}" for line in self.detail)]
         if self.severity != "note":
             out += [f"    why: {self.why}", f"    do:  {self.do}"]
         return out
@@ -118,7 +120,7 @@ def run_checks(case: Case, names: Sequence[str] = ()) -> list[Finding]:
             found = list(one.run(case))
         except UserError as error:
             found = [Found("error", str(error))]
-        out += [Finding(one.name, f.severity, f.what, tuple(f.rows), one.why, f.do or one.do) for f in found]
+        out += [Finding(one.name, f.severity, f.what, tuple(f.rows), one.why, f.do or one.do, tuple(f.detail)) for f in found]
     return sorted(out, key=lambda f: ("error", "warning", "note").index(f.severity))
 
 

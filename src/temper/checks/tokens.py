@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -139,7 +140,7 @@ def template(case: Case) -> Iterator[Found]:
         return
     tokenizer = case.prepared.tokenizer
     if tokenizer.chat_template == DEFAULT_TEMPLATE:
-        yield Found("note", "Temper's default template, which will be saved with the model")
+        yield Found("note", "Temper's default template; it is saved with the model")
     differing = []
     for i, record in enumerate(case.records[:RENDERED]):
         messages = [Message(role=role, content=text) for role, text in asked(record)]  # type: ignore[arg-type]
@@ -212,7 +213,7 @@ def length(case: Case) -> Iterator[Found]:
     sizes = [max(_lengths(tree)) for tree in case.prepared.trees]
     if sizes and not _text(case):
         longest = max(range(len(sizes)), key=sizes.__getitem__)
-        yield Found("note", f"{histogram(sizes, kept.limit)}; the longest row", [case.tree_at(longest)])
+        yield Found("note", f"{quantiles(sizes, kept.limit)}; the longest is", [case.tree_at(longest)], detail=histogram(sizes))
 
 
 def _lost(case: Case) -> Any:
@@ -227,20 +228,22 @@ def _lengths(tree: Tree) -> list[int]:
     return out
 
 
-def histogram(sizes: Sequence[int], limit: int | None) -> str:
-    """Rows by tokens, in powers of two up to the limit, as text in one paragraph."""
+def quantiles(sizes: Sequence[int], limit: int | None) -> str:
+    """How long rows are, in one line."""
     ordered = sorted(sizes)
-    of = {share: ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.5, 0.9, 0.99)}
-    bins: dict[int, int] = {}
-    for n in sizes:
-        bins[n.bit_length()] = bins.get(n.bit_length(), 0) + 1
-    most = max(bins.values())
-    bars = ""
-    for b in range(min(bins), max(bins) + 1):
-        n = bins.get(b, 0)
-        bars += f"\n    {1 << (b - 1):>6}-{(1 << b) - 1:<6} {'#' * (n and max(1, round(BAR * n / most))):<{BAR}} {n:,}"
+    half, most, nearly = (ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.5, 0.9, 0.99))
     room = f" of {limit} allowed" if limit else ""
-    return f"tokens per row: half have up to {of[0.5]}, 90% {of[0.9]}, 99% {of[0.99]}, the longest {ordered[-1]}{room}{bars}\n   "
+    return f"tokens per row: half have up to {half}, 90% {most}, 99% {nearly}, the longest {ordered[-1]}{room}"
+
+
+def histogram(sizes: Sequence[int]) -> list[str]:
+    """Rows by tokens, in powers of two: a line with a bar each."""
+    bins = Counter(n.bit_length() for n in sizes)
+    longest = max(bins.values())
+    return [
+        f"{1 << (b - 1):>6}-{(1 << b) - 1:<6} {'#' * (bins[b] and max(1, round(BAR * bins[b] / longest))):<{BAR}} {bins[b]:,}"
+        for b in range(min(bins), max(bins) + 1)
+    ]
 
 
 @check(

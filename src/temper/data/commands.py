@@ -9,6 +9,7 @@ from temper.config import UserError
 
 COMMANDS = {  # command -> (module with main(argv) -> int, what it does)
     "convert": ("temper.data.convert", "write any readable data in another format"),
+    "synthesize": ("temper.data.synthesize", "have a teacher model write instructions and answers, from seed tasks"),
     "catalogue": ("temper.data.catalogue", "what is known of the instruction sets that the literature compares"),
 }
 
