@@ -86,7 +86,7 @@ def teacher():
 
 @pytest.fixture
 def server(teacher):
-    """The model as an OpenAI-compatible endpoint; `server.left`: requests it answers before it goes away; `server.busy`: 503s before that."""
+    """The model as an OpenAI-compatible endpoint. left: requests it answers before it goes away; busy: how often it says so first."""
     model, tokenizer = teacher
     lock = threading.Lock()
 

@@ -103,7 +103,9 @@ def _own(tokenizer: Any, messages: Sequence[Message], ask: bool = True) -> list[
     """The ids by the tokenizer's own `apply_chat_template`, then tokenised as a server would: what others will give the model."""
     turns = [{"role": m.role, "content": m.content} for m in messages]
     try:
-        found = tokenizer.apply_chat_template(turns, add_generation_prompt=ask, tokenize=True, return_dict=False)
+        found = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=ask, tokenize=True, return_dict=False, tokenizer_kwargs={"verbose": False}
+        )
     except Exception as error:  # whatever a template raises
         raise UserError(f"the chat template fails: {' '.join(str(error).split())[:200]}") from None
     return list(found)
@@ -247,7 +249,7 @@ def histogram(sizes: Sequence[int]) -> list[str]:
 
 
 @check(
-    "answers-first",
+    "unanswered",
     why="conversations that end with the user's turn teach nothing by it, and those without a question have nothing to answer",
     do="end each conversation with the assistant's turn",
 )

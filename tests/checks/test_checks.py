@@ -1,0 +1,308 @@
+"""Each check finds the fault that is planted for it, and names the row; and nothing where there is none."""
+
+import json
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from temper.checks import CHECKS, Case, examine_stage, run_checks
+from temper.checks.machine import arithmetic
+from temper.checks.rows import mojibake
+from temper.checks.tokens import histogram
+from temper.cli import main
+from temper.config import build
+from temper.data import sources, trees
+from temper.data.trees import chat_trees, comparison_trees
+from temper.forest import Segment
+from temper.methods import load
+from temper.methods.base import Batching, Prepared, Window
+from temper.models.tokenizer import train_tokenizer
+from temper.records import Chat, Message, Pair, Rated
+from temper.runs import Run
+
+FISH = ("herring", "cod", "eel", "pike", "perch", "carp", "bream", "trout", "salmon", "tench", "ruffe", "smelt")
+VALUES = {"max_length": None, "too_long": "error", "skip_bad": False, "batch": 8, "tokens_per_microbatch": 512}
+
+
+def chat(k, question="What is the price of {}?", answer="The {} costs {} crowns.", **meta):
+    fish = f"{FISH[k % 12]}{k}"
+    messages = [Message(role="user", content=question.format(fish)), Message(role="assistant", content=answer.format(fish, k))]
+    return Chat(messages=messages, meta={"at": f"f:{k + 1}", **meta})
+
+
+def pair(k, chosen="yes.", rejected="no."):
+    ask = [Message(role="user", content=f"Is {FISH[k % 12]}{k} fresh?")]
+    return Pair(prompt=ask, chosen=chosen, rejected=rejected, meta={"at": f"f:{k + 1}"})
+
+
+def case_of(records, tokenizer=None, unread=(), planted=None, **more):
+    """A case of records; of trees too, where a tokenizer is given. planted(trees) may spoil them."""
+    prepared = None
+    if tokenizer is not None:
+        make = comparison_trees if isinstance(records[0], Pair) else chat_trees
+        made, kept = make(tokenizer, records, None, Window(skip_bad=True))
+        if planted:
+            planted(made)
+        prepared = Prepared(records, made, sources.Report("f"), kept, tokenizer, nn.Linear(2, 2))
+    return Case("sft", VALUES | more.pop("settings", {}), "f", records, unread, prepared, **more)
+
+
+def found(name, *args, **more):
+    return [(f.severity, f.rows, f.what) for f in run_checks(case_of(*args, **more), [name])]
+
+
+def spoil_target(k, how):
+    def spoil(made):
+        made[k][-1].target = how(list(made[k][-1].target))
+
+    return spoil
+
+
+def spoil_tokens(k, how):
+    def spoil(made):
+        made[k] = [Segment(how(list(made[k][0].tokens)), how(list(made[k][0].target)))]
+
+    return spoil
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_tokenizer(special, template, eos, bos=None, pad=None):
+    tokenizer = train_tokenizer(["What is the price of herring?"], 300)
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = bos, eos, pad
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def chatml():
+    return make_tokenizer(["<|im_start|>", "<|im_end|>"], CHATML, eos="<|im_end|>", pad="<|im_end|>")
+
+
+@pytest.fixture(scope="module")
+def with_bos():
+    return make_tokenizer(["<|im_start|>", "<|im_end|>"], "{{ bos_token }}" + CHATML, bos="<|begin|>", eos="<|im_end|>")
+
+
+CHATS = [chat(k) for k in range(40)]
+
+
+def test_every_check_says_why_and_what_to_do():
+    assert len(CHECKS) >= 20
+    assert all(one.why and one.do for one in CHECKS.values())
+
+
+def test_a_clean_file_is_clean(chatml):
+    case = case_of(CHATS, chatml)
+    case.prepared.loss = None
+    assert {f.severity for f in run_checks(case)} == {"note"}
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "severity"),
+    [
+        ("mask", lambda t: [0.0] * len(t), "error"),
+        ("mask", lambda t: [1.0] * len(t), "error"),
+        ("end-of-turn", lambda t: [*t[:-1], 0.0], "error"),
+        ("pad", lambda t: [*t[:-1], 0.0], "error"),
+        ("mask-place", lambda t: [*t[2:], 0.0, 0.0], "error"),
+    ],
+)
+def test_a_spoiled_target(chatml, name, how, severity):
+    bad = [f for f in found(name, CHATS, chatml, planted=spoil_target(6, how)) if f[0] != "note"]
+    assert [(f[0], f[1]) for f in bad] == [(severity, ("f:7",))]
+
+
+def test_pad_that_is_the_end_token_is_harmless_where_it_is_learned(chatml):
+    ((severity, _, what),) = found("pad", CHATS, chatml)
+    assert severity == "note"
+    assert "'<|im_end|>'" in what
+
+
+@pytest.mark.parametrize(("how", "what"), [(lambda t: [t[0], *t], "two beginning tokens"), (lambda t: t[1:], "no beginning token")])
+def test_the_beginning_token(with_bos, how, what):
+    assert found("beginning", CHATS, with_bos) == []
+    assert found("beginning", CHATS, with_bos, planted=spoil_tokens(4, how)) == [("error", ("f:5",), f"1 rows with {what}")]
+
+
+def test_a_template_that_doubles_the_beginning(with_bos):
+    doubled = make_tokenizer(["<|im_start|>", "<|im_end|>"], "{{ bos_token }}{{ bos_token }}" + CHATML, bos="<|begin|>", eos="<|im_end|>")
+    case = case_of(CHATS, with_bos)
+    case.prepared.tokenizer = doubled
+    assert "doubled" in run_checks(case, ["beginning"])[0].what
+
+
+@pytest.mark.parametrize(
+    ("name", "why", "severity"),
+    [
+        ("unreadable-row", "not JSON (column 3)", "error"),
+        ("empty-answer", "message 2 (assistant) is empty", "error"),
+        ("equal-answers", "the rejected answer is the same as the chosen answer", "error"),
+        ("shifted-column", "the prompts of chosen and rejected differ from turn 1 on", "error"),
+    ],
+)
+def test_rows_that_could_not_be_read(name, why, severity):
+    assert [f[:2] for f in found(name, CHATS, unread=[("f:9", why)])] == [(severity, ("f:9",))]
+    assert [f[:2] for f in found(name, CHATS, unread=[("f:9", why)], settings={"skip_bad": True})] == [("note", ("f:9",))]
+
+
+def at(name, records, **more):
+    """Row names without what they are compared with."""
+    return [row.split(" ")[0] for _, rows, _ in found(name, records, **more) for row in rows]
+
+
+def test_copies():
+    near = chat(40, answer="The " + " ".join(FISH) + " cost {1} crowns and {0} is not the cheapest of them at all today.")
+    nearly = near.model_copy(update={"messages": [near.messages[0], Message(role="assistant", content=near.messages[1].content + " Yes.")]})
+    rows = [*CHATS, chat(3), near, nearly.model_copy(update={"meta": {"at": "f:43"}})]
+    rows[40] = rows[40].model_copy(update={"meta": {"at": "f:41"}})
+    assert at("duplicate", rows) == ["f:41"]
+    assert at("near-duplicate", rows) == ["f:43"]
+
+
+def test_a_leaked_question():
+    question = "How many herring can a boat of twenty metres carry home from the bank in a night of storm?"
+    rows = [*CHATS, chat(40, question="Please: " + question.upper())]
+    assert at("overlap", rows, evaluation={"boats": ["Why?", question]}) == ["f:41"]
+    assert at("overlap", CHATS, evaluation={"boats": [question]}) == []
+
+
+def test_pairs():
+    rows = [pair(0), pair(1, "Yes.", " yes"), pair(2, "yes.", "no."), pair(3)]
+    rows[3] = Pair(prompt=rows[2].prompt, chosen="no.", rejected="yes.", meta={"at": "f:4"})
+    assert at("equal-answers", rows) == ["f:2"]
+    assert at("contradiction", rows) == ["f:4"]
+    thumbs = [Rated(prompt=rows[0].prompt, answer="a", rating=r, meta={"at": f"f:{i}"}) for i, r in enumerate((1, 1, 0), 1)]
+    assert at("contradiction", thumbs) == ["f:3"]
+
+
+@pytest.mark.parametrize("lag", [1, -1])
+def test_answers_of_other_rows(lag):
+    said = [c.messages[1] for c in CHATS]
+    rows = [c.model_copy(update={"messages": [c.messages[0], said[(k - lag) % 40] if k >= 10 else said[k]]}) for k, c in enumerate(CHATS)]
+    ((severity, named, what),) = found("shifted-column", rows)
+    assert severity == "error"
+    assert named[0] in ("f:10", "f:11", "f:12")
+    assert ("before" if lag == 1 else "after") in what
+    assert found("shifted-column", CHATS) == []
+
+
+def test_labels_of_other_rows():
+    good = [k * k % 7 < 3 for k in range(120)]
+    texts = [f"{'fresh and shiny' if g else 'old and dull'} {FISH[k % 12]}" for k, g in enumerate(good)]
+    ask = [Message(role="user", content="How is it?")]
+    for shift, want in ((0, 0), (1, 1)):
+        rows = [Rated(prompt=ask, answer=t, rating=float(good[k - shift]), meta={"at": f"f:{k}"}) for k, t in enumerate(texts)]
+        assert len(found("shifted-column", rows)) == want
+
+
+def test_roles():
+    ask, answer = CHATS[7].messages
+    swapped = CHATS[7].model_copy(
+        update={"messages": [Message(role="user", content=answer.content), Message(role="assistant", content=ask.content)]}
+    )
+    assert at("swapped-roles", [*CHATS[:7], swapped, *CHATS[8:]]) == ["f:8"]
+    assert at("swapped-roles", CHATS) == []
+    first = CHATS[3].model_copy(update={"messages": [Message(role="assistant", content="Hello."), *CHATS[3].messages]})
+    assert at("swapped-roles", [*CHATS[:3], first, *CHATS[4:]]) == ["f:4"]
+    twice = CHATS[3].model_copy(update={"messages": [Message(role="user", content="Hello."), *CHATS[3].messages]})
+    assert at("swapped-roles", [*CHATS[:3], twice, *CHATS[4:]]) == ["f:4"]
+
+
+@pytest.mark.parametrize("good", ["café “so” – naïve’s", "Ärger über Öl", "価格 €5 ½ É—", "Привет, мир"])
+def test_mojibake(good):
+    assert mojibake(good) == ""
+    assert mojibake(good.encode().decode("latin-1")) != ""
+    rows = [*CHATS, chat(40, answer="Caf\u00c3\u00a9")]
+    assert at("mixed-encoding", rows) == ["f:41"]
+
+
+def test_sizes_and_cuts():
+    cut = "This one was cut in the middle of a very long sentence about the fish of the harbour and their prices in wint"
+    rows = [*CHATS, *(chat(40 + k, answer=cut) for k in range(3)), chat(43, answer="x" * 200_000)]
+    assert at("cut-answer", rows) == ["f:41", "f:42", "f:43"]
+    assert at("huge-row", rows) == ["f:44"]
+    marked = [*CHATS, chat(40, question="[INST] {} [/INST]")]
+    assert at("template-in-text", marked) == ["f:41"]
+
+
+def test_rows_that_do_not_fit(chatml):
+    case = case_of(CHATS, chatml)
+    case.prepared.kept = trees.Report(rows=40, limit=9, dropped={3: "f:4: 12 tokens"}, cut={5: "f:6: 12 tokens, 3 cut"})
+    case.prepared.trees = case.prepared.trees[:-1]
+    found = run_checks(case, ["length"])
+    assert [(f.severity, f.rows) for f in found[:2]] == [("error", ("f:4",)), ("note", ("f:6",))]
+    assert histogram([1, 2, 3, 9])[1].split() == ["2-3", "#" * 30, "2"]
+
+
+def test_batch_arithmetic_in_words(chatml):
+    case = case_of(CHATS, chatml)
+    case.steps = Batching(batch=8, epochs=2).steps(40)
+    text = arithmetic(case)
+    tokens = round(sum(len(t[0].tokens) for t in case.prepared.trees) / 5)
+    assert f"40 rows; each optimiser step reads 8 of them, about {tokens:,} tokens" in text
+    assert "5.0 steps are a pass over the rows, 10 optimiser steps in all (2 passes)" in text
+
+
+# ---------------------------------------------------------------- as a command, and before training
+
+
+def test_the_command_and_training_refuse(toy, tmp_path, capsys):
+    rows = [json.loads(line) for line in Path(toy.chats).read_text().splitlines()]
+    rows[4]["messages"][0]["content"] = "What do you know of Sea Star, Old Tom, Blue Gull, Red Hen, Grey Cat and Long Eel?"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": rows[4]["messages"][0]["content"]}) + "\n")
+    own = ["sft", "--model", toy.base, "--data", str(tmp_path / "rows.jsonl"), "--held-out", "0", "--epochs", "0.1", "--threads", "1"]
+    sets = ["--evaluation-sets", str(tmp_path / "test.jsonl")]
+    assert main(["doctor", *own]) == 0
+    capsys.readouterr()
+    assert main(["doctor", *own, *sets, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    (leak,) = [f for f in found if f["severity"] == "error"]
+    assert leak["check"] == "overlap"
+    assert leak["rows"][0].startswith(f"{tmp_path / 'rows.jsonl'}:5 ")
+    assert {"batch", "memory", "longest-batch", "length"} <= {f["check"] for f in found}
+    out = ["--out", str(tmp_path / "out")]
+    assert main([*own, *sets, *out]) == 1
+    err = capsys.readouterr().err
+    assert "rows hold questions of test.jsonl" in err
+    assert "optimiser steps in all" in err
+    assert not (tmp_path / "out").exists()
+    assert main([*own, *sets, *out, "--doctor", "warn"]) == 0
+    assert "doctor: 1 error" in json.loads((tmp_path / "out" / "stage.json").read_text())["card"]["doctor"][0]
+
+
+def test_what_the_command_cannot_use(capsys):
+    assert main(["doctor", "sff"]) == 2
+    assert "neither a recipe nor a method" in capsys.readouterr().err
+
+
+def test_a_policy_that_is_not_its_reference(toy, tmp_path):
+    settings = build(load("dpo").settings("dpo"), {"model": toy.sft, "data": toy.pairs, "batch": 4, "held_out": 0.0})
+    (found,) = examine_stage("dpo", settings, tmp_path / "run", {}, ["reference"])
+    assert found.severity == "note"
+    job = load("dpo").prepare(settings, Run(tmp_path / "other"))
+    for tree in job.prepared.trees:
+        for segment in tree:
+            segment.labels = {**segment.labels, "ref_logp": segment.labels["ref_logp"] + 1}
+    case = Case("dpo", VALUES, "f", job.prepared.records, (), job.prepared)
+    (found,) = run_checks(case, ["reference"])
+    assert found.severity == "error"
+    assert "must be the same model" in found.what
+
+
+def test_a_recipe_is_looked_at_as_far_as_it_is_made(toy, tmp_path, capsys):
+    stages = {"base": {"method": "pretrain", "data": toy.text, "width": 16, "layers": 1, "heads": 2, "context": 160, "vocab": 330}}
+    stages["sft"] = {"method": "sft", "model": "@base", "data": toy.chats}
+    (tmp_path / "r.yaml").write_text(json.dumps({"name": "r", "stages": stages}))
+    assert main(["doctor", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "r")]) == 0
+    out = capsys.readouterr().out
+    assert "longest-batch: " in out.split("sft:")[0]
+    assert "waits for base, not made yet" in out.split("sft:")[1]
+    assert not (tmp_path / "r").exists()
