@@ -101,14 +101,14 @@ def test_a_file_that_cannot_be_used(toy, tmp_path, capsys, case):
 def test_other_files(toy, tmp_path, capsys):
     whole = gzip.compress("".join(json.dumps(row) + "\n" for row in GOOD).encode())
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-20])
-    (tmp_path / "table.csv").write_text("a,b\n")
+    (tmp_path / "table.xml").write_text("a,b\n")
     (tmp_path / "list.json").write_text(json.dumps(GOOD)[:-40])
     (tmp_path / "nothing").mkdir()
     for name, what in (
         ("cut.jsonl.gz", "broken gzip"),
-        ("table.csv", "unknown kind of file '.csv'; give .txt, .json or .jsonl"),
+        ("table.xml", "unknown kind of file '.xml'; give .jsonl, .json, .csv"),
         ("list.json", "not JSON"),
-        ("nothing", "the folder holds no .jsonl, .json, .txt file"),
+        ("nothing", "the folder holds no .jsonl, .json, .csv, .tsv, .parquet, .txt file"),
     ):
         assert what in refused(sft(toy, tmp_path / name, tmp_path / "out"), capsys)
     for spec, what in (

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import pydantic
 
@@ -16,13 +17,40 @@ from temper.config import UserError
 Role = Literal["system", "user", "assistant", "tool"]
 
 
+def _unset(default: Any = None) -> Any:
+    """A field that is not written where it is None."""
+    return pydantic.Field(default, exclude_if=lambda value: value is None)
+
+
+class Function(pydantic.BaseModel):
+    """Which function a tool call names, and with what arguments."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: str = pydantic.Field(min_length=1)
+    arguments: dict[str, Any] = {}
+
+
+class ToolCall(pydantic.BaseModel):
+    """A call of a tool, as chat templates take it: arguments as an object."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["function"] = "function"
+    id: str | None = _unset()
+    function: Function
+
+
 class Message(pydantic.BaseModel):
-    """One turn."""
+    """One turn, as chat templates take it. name, tool_call_id: of a tool's turn, its function and the call that it answers."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     role: Role
     content: str
+    tool_calls: tuple[ToolCall, ...] | None = _unset()
+    name: str | None = _unset()
+    tool_call_id: str | None = _unset()
 
 
 class Record(pydantic.BaseModel):
@@ -48,9 +76,10 @@ class Text(Record):
 
 
 class Chat(Record):
-    """A conversation; its assistant turns are what can be learned."""
+    """A conversation; its assistant turns are what can be learned. tools: the JSON schemas of the functions that it may call."""
 
     messages: list[Message]
+    tools: list[dict[str, Any]] | None = _unset()
 
     @pydantic.field_validator("messages")
     @classmethod
@@ -64,6 +93,7 @@ class Prompt(Record):
     """Messages that wait for an answer: the last is the user's (or a tool's)."""
 
     messages: list[Message]
+    tools: list[dict[str, Any]] | None = _unset()
 
     _check = pydantic.field_validator("messages")(_ends_with_question)
 
@@ -81,12 +111,19 @@ class Pair(Record):
 
 
 class Ranked(Record):
-    """Two or more answers to one prompt, the best first."""
+    """Two or more answers to one prompt, the best first. scores: of each answer, where a rater gave some; equal scores are a tie."""
 
     prompt: list[Message]
     answers: list[str] = pydantic.Field(min_length=2)
+    scores: list[float] | None = _unset()
 
     _check = pydantic.field_validator("prompt")(_ends_with_question)
+
+    @pydantic.model_validator(mode="after")
+    def _descending(self) -> Ranked:
+        if self.scores is not None and (len(self.scores) != len(self.answers) or self.scores != sorted(self.scores, reverse=True)):
+            raise ValueError(f"{len(self.answers)} answers, the best first, need as many falling scores, got {self.scores}")
+        return self
 
 
 class Rated(Record):
@@ -179,19 +216,19 @@ def read_jsonl(path: str | Path, cls: type[R]) -> list[R]:
     return out
 
 
-def write_jsonl(path: str | Path, records: Iterable[Record]) -> None:
-    """One record per line; UTF-8, LF, sorted keys. Atomic: written aside, fsynced, renamed.
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the name only when all is written: aside, fsynced, renamed.
 
-    Raises UserError when the disk refuses; an older file of the name is then untouched.
+    Raises UserError when the disk refuses; an older file of the name is then untouched, as it is after any other error.
     """
     path = Path(path)
     aside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            for record in records:
-                file.write(json.dumps(record.model_dump(mode="json"), sort_keys=True, ensure_ascii=False) + "\n")
+        with os.fdopen(handle, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)
@@ -204,3 +241,14 @@ def write_jsonl(path: str | Path, records: Iterable[Record]) -> None:
     finally:
         if aside is not None:
             Path(aside).unlink(missing_ok=True)
+
+
+def line(row: Any) -> bytes:
+    """A row as it stands in a JSONL file: UTF-8, LF, sorted keys."""
+    return (json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def write_jsonl(path: str | Path, records: Iterable[Record]) -> None:
+    """One record per line, atomically (see `atomic`)."""
+    with atomic(path) as file:
+        file.writelines(line(record.model_dump(mode="json")) for record in records)

@@ -2,19 +2,25 @@
 
 A format is one file in this package, found by itself. It defines
     NAME, HELP           how messages call it, and what a row looks like
+    FIELDS               the fields that it reads; a row's other fields are kept in the record's `meta`
     recognise(row)       why this row (a dict) is of the format, or "" when it is not
     convert(row)         the record that the row holds; ValueError says what is wrong with the row
-    FIRST = True         (optional) asked before the others, whose rows it narrows down
+and, where it has reason to,
+    flatten(row, kind)   instead of `convert` for a row that holds several records: those of it that make that kind
+    gather(rows)         first puts together the rows that make one, as messages of a tree
+    KIND, write(record, meta)   the kind of record that a row can be written from, and that row; takes out of `meta` what it writes
+    FIRST, LAST = True   asked before the others, whose rows it narrows down; or after them, for its rows are the plainest
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import pkgutil
 import types
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,22 +29,36 @@ from urllib.parse import parse_qsl
 import pydantic
 
 from temper.config import UserError
-from temper.data.files import SUFFIXES, Row, rows
-from temper.records import Chat, Message, Pair, Prompt, Ranked, Record, Text, one_line
+from temper.data import hub
+from temper.data.files import PACKED, STDIN, SUFFIXES, Row, rows
+from temper.records import Chat, Message, Pair, Prompt, Ranked, Rated, Record, Steps, Text, one_line
 
-Kind = Literal["text", "chat", "pairs", "prompts", "comparisons"]
+Kind = Literal["text", "chat", "pairs", "prompts", "comparisons", "rated", "steps", "messages", "any"]
 KINDS: dict[str, tuple[type[Record], ...]] = {
-    "text": (Text,), "chat": (Chat,), "pairs": (Pair,), "prompts": (Prompt,), "comparisons": (Pair, Ranked),
+    "text": (Text,), "chat": (Chat,), "pairs": (Pair,), "prompts": (Prompt,), "comparisons": (Pair, Ranked), "rated": (Rated,),
+    "steps": (Steps,), "messages": (Chat, Prompt), "any": (Record,),
 }  # fmt: skip
 SAMPLE = 100  # rows that are looked at to recognise a format
-_WHAT = {Text: "plain text", Chat: "conversations", Pair: "pairs of answers", Prompt: "prompts", Ranked: "rankings of answers"}
+_WHAT = {
+    Text: "plain text", Chat: "conversations", Pair: "pairs of answers", Prompt: "prompts", Ranked: "rankings of answers",
+    Rated: "rated answers", Steps: "solutions with labelled steps",
+}  # fmt: skip
 
 
 @functools.cache
 def formats() -> dict[str, types.ModuleType]:
     """Every format of this package by its NAME, in the order in which they are asked."""
     modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
-    return {m.NAME: m for m in sorted(modules, key=lambda m: (not getattr(m, "FIRST", False), m.__name__))}
+    return {m.NAME: m for m in sorted(modules, key=lambda m: (not hasattr(m, "FIRST"), hasattr(m, "LAST"), m.__name__))}
+
+
+def first(row: Any) -> tuple[types.ModuleType, str] | None:
+    """(format, why) of one row; None where it is of no known format."""
+    if isinstance(row, dict):
+        for module in formats().values():
+            if reason := module.recognise(row):
+                return module, reason
+    return None
 
 
 @dataclass
@@ -55,7 +75,9 @@ class Report:
 
     def summary(self) -> str:
         """One line: source, format and why, rows used and skipped with the first reasons, conversions."""
-        parts = [f"{self.spec}: {self.source} ({self.why}); {self.used} of {self.rows} rows"]
+        many = self.used > self.rows - len(self.skipped)  # rows that hold several records
+        count = f"{self.used} records of {self.rows} rows" if many else f"{self.used} of {self.rows} rows"
+        parts = [f"{self.spec}: {self.source} ({self.why}); {count}"]
         if self.skipped:
             first = "; ".join(f"{at.removeprefix(self.spec + ':')}: {reason}" for at, reason in self.skipped[:10])
             parts.append(f"{len(self.skipped)} skipped (line: why): {first}{'; ...' if len(self.skipped) > 10 else ''}")
@@ -79,46 +101,126 @@ def recognise(sample: Iterable[Any]) -> tuple[types.ModuleType, str] | None:
     found: Counter[str] = Counter()
     why: dict[str, str] = {}
     for row in sample:
-        for name, module in formats().items():
-            if isinstance(row, dict) and (reason := module.recognise(row)):
-                found[name] += 1
-                why.setdefault(name, reason)
-                break
+        if known := first(row):
+            found[known[0].NAME] += 1
+            why.setdefault(known[0].NAME, known[1])
     if not found:
         return None
     name = found.most_common(1)[0][0]
     return formats()[name], why[name]
 
 
-def as_kind(record: Record, kind: str) -> tuple[Record, str]:
-    """(the record as that kind, what was done or ""). Raises ValueError where the record does not hold what the kind needs."""
-    if isinstance(record, Pair) and kind == "chat":
-        return Chat(
-            messages=[*record.prompt, Message(role="assistant", content=record.chosen)], meta=record.meta
-        ), "the chosen answers as conversations"
-    if isinstance(record, Pair) and kind == "prompts":
-        return Prompt(messages=record.prompt, meta=record.meta), "the prompts of the pairs"
-    if isinstance(record, Chat) and kind == "prompts":
-        messages = list(record.messages)
-        if messages[-1].role != "user":
-            messages = messages[: max(i for i, m in enumerate(messages) if m.role == "assistant")]
-        if not messages or messages[-1].role not in ("user", "tool"):
-            raise ValueError("no user turn before the last answer, so there is no prompt")
-        return Prompt(messages=messages, meta=record.meta), "conversations without their last answer"
-    if isinstance(record, Chat) and kind == "chat":
-        last = max(i for i, m in enumerate(record.messages) if m.role == "assistant")
-        if last + 1 < len(record.messages):
-            kept = record.model_copy(update={"messages": record.messages[: last + 1]})
-            return kept, "turns after the last answer, which train nothing, left out"
-        return record, ""
-    if isinstance(record, KINDS[kind]):
-        return record, ""
-    needed = " or ".join(_WHAT[k] for k in KINDS[kind])
-    raise ValueError(f"holds {_WHAT.get(type(record), 'other records')}, needed are {needed}")
+def _said(record: Pair | Ranked | Rated | Steps, answer: str) -> Chat:
+    """The conversation with that answer; what else the record knows stays in meta, so that `_unsaid` can make it again."""
+    more = record.model_dump(exclude={"prompt", "meta", "chosen", "answer"}, exclude_defaults=True)
+    if isinstance(record, Ranked):
+        more["answers"] = record.answers[1:]
+    return Chat(messages=[*record.prompt, Message(role="assistant", content=answer)], meta={**record.meta, **more})
 
 
-def _useless_answer(record: Record) -> str:
-    """Which answer says nothing, or only what another one says; or ""."""
+def _unsaid(chat: Chat) -> Record:
+    """The pair, ranking or rated answer that a conversation was made from, where its meta tells; else the conversation."""
+    said = {"prompt": chat.messages[:-1]}
+    last = chat.messages[-1].content
+    for model, key, own in (
+        (Pair, "rejected", {"chosen": last}),
+        (Ranked, "answers", {"answers": [last, *(chat.meta.get("answers") or [])]}),
+        (Rated, "rating", {"answer": last}),
+    ):
+        if key in chat.meta:
+            more = {name: chat.meta[name] for name in model.model_fields if name in chat.meta and name not in own}
+            return model(**{**said, **more, **own}, meta={k: v for k, v in chat.meta.items() if k not in model.model_fields})
+    return chat
+
+
+def _as_chat(record: Record) -> tuple[list[Record], str]:
+    match record:
+        case Chat():
+            last = max(i for i, m in enumerate(record.messages) if m.role == "assistant")
+            if last + 1 < len(record.messages):
+                kept = record.model_copy(update={"messages": record.messages[: last + 1]})
+                return [kept], "turns after the last answer, which train nothing, left out"
+            return [record], ""
+        case Pair():
+            return [_said(record, record.chosen)], "the chosen answers as conversations, the rejected ones in their meta"
+        case Ranked():
+            return [_said(record, record.answers[0])], "the best answers as conversations, the others in their meta"
+        case Rated():
+            good, what = record.rating > 0.5, "thumbs up"
+            return ([_said(record, record.answer)], f"answers with {what}") if good else ([], f"answers without {what} left out")
+        case Steps():
+            if any(label is not None and label <= 0 for label in record.labels):
+                return [], "solutions with a wrong step left out"
+            return [_said(record, "\n".join(record.steps))], "solutions without a wrong step, a line for each step"
+    return [], ""
+
+
+def _as_prompts(record: Record) -> tuple[list[Record], str]:
+    if not isinstance(record, Chat):
+        prompt = getattr(record, "prompt", None)
+        if not prompt:
+            return [], ""
+        what = _WHAT.get(type(record), "judgements").split(" of ")[0]
+        return [Prompt(messages=prompt, meta={**record.meta})], f"the prompts of the {what}"
+    messages = list(record.messages)
+    if messages[-1].role != "user":
+        messages = messages[: max(i for i, m in enumerate(messages) if m.role == "assistant")]
+    if not messages or messages[-1].role not in ("user", "tool"):
+        raise ValueError("no user turn before the last answer, so there is no prompt")
+    return [Prompt(messages=messages, tools=record.tools, meta=record.meta)], "conversations without their last answer"
+
+
+def _as_pairs(record: Record) -> tuple[list[Record], str]:
+    if not isinstance(record, Ranked):
+        return [], ""
+    made: list[Record] = []
+    scores = record.scores or range(len(record.answers), 0, -1)
+    for (a, high), (b, low) in itertools.combinations(zip(record.answers, scores, strict=True), 2):
+        if high > low and a.strip() != b.strip():
+            made.append(Pair(prompt=record.prompt, chosen=a, rejected=b, meta={**record.meta}))
+    return made, "rankings as all their pairs, ties left out"
+
+
+def _as_rated(record: Record) -> tuple[list[Record], str]:
+    if isinstance(record, Pair) and record.soft != 0.5:
+        up, down = (record.chosen, record.rejected) if record.soft > 0.5 else (record.rejected, record.chosen)
+        two = [Rated(prompt=record.prompt, answer=a, rating=r, meta={**record.meta}) for a, r in ((up, 1), (down, 0))]
+        return [*two], "pairs as a thumb up and a thumb down"
+    return [], ""
+
+
+def as_kind(record: Record, kind: str) -> tuple[list[Record], str]:
+    """(what the record makes of that kind, what was done or ""). Raises ValueError where it does not hold what the kind needs.
+
+    One record, more (the pairs of a ranking), or none where what was done says so.
+    """
+    made: list[Record] = []
+    done = ""
+    if isinstance(record, Chat) and kind in ("pairs", "comparisons", "rated"):
+        record = _unsaid(record)
+    if kind == "chat" or (kind == "messages" and not isinstance(record, Chat | Prompt)):
+        made, done = _as_chat(record)
+    elif kind == "comparisons" and isinstance(record, Ranked) and record.scores and len(set(record.scores)) < len(record.scores):
+        first = dict(zip(reversed(record.scores), reversed(record.answers), strict=True))
+        if len(first) < 2:
+            return [], "rankings of equal scores only left out"
+        scores = sorted(first, reverse=True)
+        made, done = (
+            [record.model_copy(update={"answers": [first[s] for s in scores], "scores": scores})],
+            "of equal scores the first answer",
+        )
+    elif isinstance(record, KINDS[kind]):
+        return [record], ""
+    elif kind in ("prompts", "pairs", "rated"):
+        made, done = {"prompts": _as_prompts, "pairs": _as_pairs, "rated": _as_rated}[kind](record)
+    if not made and not done:
+        needed = " or ".join(_WHAT[k] for k in KINDS[kind])
+        raise ValueError(f"holds {_WHAT.get(type(record), 'other records')}, needed are {needed}")
+    return made, done
+
+
+def _problem(record: Record) -> str:
+    """What is wrong with a record that its fields allow: an answer that says nothing, or what another says; turns out of order; or ""."""
     if isinstance(record, Pair | Ranked):
         if isinstance(record, Pair):
             answers = {"the chosen answer": record.chosen, "the rejected answer": record.rejected}
@@ -130,15 +232,31 @@ def _useless_answer(record: Record) -> str:
                 return f"{name} is empty"
             if (same := first.setdefault(answer.strip(), name)) != name:
                 return f"{name} is the same as {same}, so neither is the better"
-    if isinstance(record, Chat):
-        return next(
-            (
-                f"message {i} (assistant) is empty"
-                for i, m in enumerate(record.messages, 1)
-                if m.role == "assistant" and not m.content.strip()
-            ),
-            "",
-        )
+    if isinstance(record, Rated) and not record.answer.strip():
+        return "the answer is empty"
+    return _disorder(getattr(record, "messages", None) or getattr(record, "prompt", []), getattr(record, "tools", None))
+
+
+_AFTER = {"system": {""}, "user": {"", "system", "assistant"}, "assistant": {"user", "tool"}, "tool": {"assistant", "tool"}}
+
+
+def _disorder(messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
+    """Which message does not belong where it stands, is an empty answer, or calls or answers what is not there; or ""."""
+    known = {str(tool.get("function", tool).get("name")) for tool in tools or []}
+    before, called = "", set()
+    for i, m in enumerate(messages, 1):
+        at = f"message {i} ({m.role})"
+        if before not in _AFTER[m.role]:
+            return f"{at} follows {'an' if before == 'assistant' else 'a'} {before} turn" if before else f"{at} opens the conversation"
+        if m.role == "assistant" and not m.content.strip() and not m.tool_calls:
+            return f"{at} is empty"
+        for call in m.tool_calls or ():
+            if known and call.function.name not in known:
+                return f"{at} calls {call.function.name!r}, which is not among its tools {', '.join(sorted(known))}"
+            called.add(call.id)
+        if m.tool_call_id is not None and m.tool_call_id not in called:
+            return f"{at} answers the call {m.tool_call_id!r}, which no message makes"
+        before = m.role
     return ""
 
 
@@ -178,77 +296,89 @@ def _files(spec: str) -> list[Path]:
     path = Path(spec)
     if not path.is_dir():
         return [path]
-    found = sorted(p for p in path.iterdir() if p.is_file() and (p.with_suffix("") if p.suffix == ".gz" else p).suffix in SUFFIXES)
+    found = sorted(p for p in path.iterdir() if p.is_file() and (p.with_suffix("") if p.suffix in PACKED else p).suffix in SUFFIXES)
     if not found:
-        raise UserError(f"{spec}: the folder holds no {', '.join(SUFFIXES)} file, plain or with .gz")
+        raise UserError(f"{spec}: the folder holds no {', '.join(SUFFIXES)} file, plain or with {' or '.join(PACKED)}")
     return found
 
 
-def _read_file(path: Path, kind: str, skip_bad: bool, report: Report) -> list[Record]:
-    read = list(rows(path))
-    if not read:
-        raise UserError(f"{path}: is empty; give a file with data")
-    report.rows += len(read)
-    known = recognise(row.value for row in [r for r in read if not r.broken][:SAMPLE])
-    if known is None:
-        broken = next((r for r in read if r.broken), None)
-        if broken is not None and all(r.broken for r in read[:SAMPLE]):
-            raise UserError(f"{path}:{broken.line}: {broken.broken}; give one JSON object per line")
-        raise UserError(_unrecognised(path, read))
-    module, why = known
-    report.source, report.why = module.NAME, why
-    out: list[Record] = []
-    bad: list[tuple[str, str]] = []
-    wrong: list[str] = []  # why good rows do not hold what is needed
-    for row in read:
-        at = f"{path}:{row.line}"
-        try:
-            record, done = _make(module, row, kind)
-        except ValueError as error:
-            bad.append((at, str(error)))
-            wrong += [str(error)] if isinstance(error, _WrongKind) else []
-            continue
-        record.meta["at"] = at
-        out.append(record)
-        if done:
-            report.conversions[done] += 1
-    if wrong and not out:
-        raise UserError(f"{path}: {module.NAME}: {wrong[0]}; give a file that holds them")
-    if bad and not (skip_bad and out):
-        (at, reason), more = bad[0], bad[1:]
-        lines = ", ".join(at.rpartition(":")[2] for at, _ in more[:10])
-        also = f" (and {len(more)} more bad rows, lines {lines}{', ...' if len(more) > 10 else ''})" if more else ""
-        what = "correct the row (--skip-bad leaves such rows out and lists them)" if out else "no row of the file can be used"
-        raise UserError(f"{at}: {reason}{also}; {what}")
-    report.skipped += bad
-    return out
+def _places(spec: str) -> list[tuple[str, Iterator[Row]]]:
+    """(name, rows) of each file that a spec names, or of the hub's data set."""
+    if hub.is_name(spec):
+        return [(spec, hub.rows(spec))]
+    return [("standard input" if path == STDIN else str(path), rows(path)) for path in _files(spec)]
 
 
 class _WrongKind(ValueError):
     """A good row that does not hold what is needed."""
 
 
-def _make(module: types.ModuleType, row: Row, kind: str) -> tuple[Record, str]:
+def _scan(name: str, found: Iterator[Row], kind: str, report: Report) -> Iterator[tuple[str, Record | ValueError]]:
+    """Each record with where it stands, or what is wrong there, as it is read; format, rows and conversions go into the report."""
+    sample = list(itertools.islice(found, SAMPLE))
+    if not sample:
+        raise UserError(f"{name}: is empty; give a file with data")
+    known = recognise(row.value for row in sample if not row.broken)
+    if known is None:
+        if all(row.broken for row in sample):
+            raise UserError(f"{name}:{sample[0].line}: {sample[0].broken}; no row of the file can be used")
+        raise UserError(_unrecognised(name, sample))
+    module, why = known
+    if module.NAME not in report.source.split(" and "):
+        report.source, report.why = (f"{report.source} and {module.NAME}", f"{report.why}, {why}") if report.source else (module.NAME, why)
+    every: Iterable[Row] = itertools.chain(sample, found)
+    for row in module.gather(every) if hasattr(module, "gather") else every:
+        report.rows += 1
+        at = f"{name}:{row.line}"
+        try:
+            made, done = _make(module, row, kind)
+        except ValueError as error:
+            yield at, error
+            continue
+        report.conversions.update(done)
+        for record in made:
+            record.meta["at"] = at
+            yield at, record
+
+
+def _make(module: types.ModuleType, row: Row, kind: str) -> tuple[list[Record], set[str]]:
+    """(the records of a row, what was done to make them of that kind)."""
     if row.broken:
         raise ValueError(row.broken)
     if not isinstance(row.value, dict):
         raise ValueError(f"a row is an object with named fields, got {_short(row.value)}")
-    if not module.recognise(row.value):
-        raise ValueError(f"not a row of {module.NAME} ({module.HELP}), has {_fields(row.value)}")
+    own = first(row.value)
+    if own is None or (own[0] is not module and "temper records" not in (own[0].NAME, module.NAME)):  # its own rows go with any
+        what = f"a row of {own[0].NAME} in a file of {module.NAME}" if own else f"not a row of {module.NAME} ({module.HELP})"
+        raise ValueError(f"{what}, has {_fields(row.value)}")
     try:
         _check_text(row.value)
-        record = module.convert(row.value)
+        whole = records_of(own[0], row.value, kind)
     except pydantic.ValidationError as error:
         raise ValueError(one_line(error)) from None
-    try:
-        record, done = as_kind(record, kind)
-    except pydantic.ValidationError as error:
-        raise ValueError(one_line(error)) from None
-    except ValueError as error:
-        raise _WrongKind(str(error)) from None
-    if problem := _useless_answer(record):
+    records: list[Record] = []
+    done = set() if whole else {f"rows without {kind} left out"}
+    for record in whole:
+        try:
+            made, how = as_kind(record, kind)
+        except pydantic.ValidationError as error:
+            raise ValueError(one_line(error)) from None
+        except ValueError as error:
+            raise _WrongKind(str(error)) from None
+        records += made
+        done |= {how} - {""}
+    if problem := next(filter(None, map(_problem, records)), ""):
         raise ValueError(problem)
-    return record, done
+    return records, done
+
+
+def records_of(module: types.ModuleType, row: dict[str, Any], kind: str = "any") -> list[Record]:
+    """What a row of a format holds, the fields that the format does not read in `meta`. Raises ValueError for what is wrong with it."""
+    made = module.flatten(row, kind) if hasattr(module, "flatten") else [module.convert(row)]
+    rest = {name: value for name, value in row.items() if name not in module.FIELDS and name != "meta"}
+    given = row.get("meta")
+    known = {**rest, **(given if isinstance(given, dict) else {})}
+    return [r.model_copy(update={"meta": {**known, **r.meta}}) for r in made]
 
 
 def _short(value: Any) -> str:
@@ -260,34 +390,74 @@ def _fields(row: dict) -> str:
     return ", ".join(repr(str(k)) for k in list(row)[:8]) or "no field"
 
 
-def _unrecognised(path: Path, read: Sequence[Row]) -> str:
-    first = next((r for r in read if isinstance(r.value, dict)), None)
-    came = f"{path}:{first.line}: a row with {_fields(first.value)}" if first else f"{path}:{read[0].line}: {_short(read[0].value)}"
-    return f"{came} is of no known format; known are " + "; ".join(f"{m.NAME} ({m.HELP})" for m in formats().values())
+def _unrecognised(name: str, sample: list[Row]) -> str:
+    row = next((r for r in sample if isinstance(r.value, dict)), sample[0])
+    came = f"a row with {_fields(row.value)}" if isinstance(row.value, dict) else _short(row.value)
+    known = "; ".join(f"{m.NAME} ({m.HELP})" for m in formats().values())
+    return f"{name}:{row.line}: {came} is of no known format; known are {known}"
+
+
+def _made(spec: str, kind: str, report: Report) -> Iterator[Record]:
+    """What the embedded world gives."""
+    records, report.why = _world(spec)
+    report.source, report.rows = "the embedded world", len(records)
+    if not records:
+        raise UserError(f"{spec}: gives no rows; ask for a larger n")
+    for k, record in enumerate(records, 1):
+        try:
+            made, done = as_kind(record, kind)
+        except ValueError as error:
+            raise UserError(f"{spec}: {error}; give another of its datasets") from None
+        report.conversions.update([done] if done else [])
+        for record in made:
+            report.used += 1
+            yield record.model_copy(update={"meta": {**record.meta, "at": f"{spec}:{k}"}})
+
+
+def stream(spec: str, kind: Kind, report: Report, skip_bad: bool = False) -> Iterator[Record]:
+    """What `read` gives, one record at a time: sets larger than memory. The report grows along.
+
+    Without skip_bad all rows are still read before the first bad one is a UserError, so that it says how many there are.
+    """
+    if spec.startswith("world:"):
+        yield from _made(spec, kind, report)
+        return
+    for name, found in _places(spec):
+        bad: list[tuple[str, str]] = []
+        wrong, good = "", 0  # why a good row does not hold what is needed
+        for at, record in _scan(name, found, kind, report):
+            if isinstance(record, ValueError):
+                bad.append((at, str(record)))
+                wrong = wrong or (str(record) if isinstance(record, _WrongKind) else "")
+                continue
+            good += 1
+            if skip_bad or not bad:
+                report.used += 1
+                yield record
+        if wrong and not good:
+            raise UserError(f"{name}: {report.source}: {wrong}; give a file that holds them")
+        if bad and not (skip_bad and good):
+            raise UserError(_refusal(bad, bool(good)))
+        report.skipped += bad
+
+
+def _refusal(bad: list[tuple[str, str]], some_good: bool) -> str:
+    (at, reason), more = bad[0], bad[1:]
+    lines = ", ".join(at.rpartition(":")[2] for at, _ in more[:10])
+    also = f" (and {len(more)} more bad rows, lines {lines}{', ...' if len(more) > 10 else ''})" if more else ""
+    what = "correct the row (--skip-bad leaves such rows out and lists them)" if some_good else "no row of the file can be used"
+    return f"{at}: {reason}{also}; {what}"
 
 
 def read(spec: str, kind: Kind, skip_bad: bool = False) -> Records:
-    """Records of one kind from a file, a folder of files, or the embedded world (`world:NAME?n=1000&seed=0&split=train`).
+    """Records of one kind from a file, a folder of files, standard input (`-`), a data set of the hub (`owner/name?split=train`) or the
+    embedded world (`world:NAME?n=1000&seed=0&split=train`).
 
     A pair serves as a conversation (its chosen answer) or a prompt, a conversation as a prompt. A row that cannot be used is a
     UserError `file:line: ...`; with skip_bad it is left out and listed in the report. Every record's meta has `at`: file:line or spec:row.
     """
     report = Report(spec)
-    if spec.startswith("world:"):
-        made, report.why = _world(spec)
-        report.source, report.rows = "the embedded world", len(made)
-        records = []
-        for k, record in enumerate(made, 1):
-            try:
-                record, done = as_kind(record, kind)
-            except ValueError as error:
-                raise UserError(f"{spec}: {error}; give another of its datasets") from None
-            if done:
-                report.conversions[done] += 1
-            records.append(record.model_copy(update={"meta": {**record.meta, "at": f"{spec}:{k}"}}))
-        if not records:
-            raise UserError(f"{spec}: gives no rows; ask for a larger n")
-    else:
-        records = [r for path in _files(spec) for r in _read_file(path, kind, skip_bad, report)]
-    report.used = len(records)
+    records = list(stream(spec, kind, report, skip_bad))
+    if not records:
+        raise UserError(f"{spec}: {report.summary()}; nothing is left to use")
     return Records(records, report)

@@ -3,11 +3,13 @@ r"""HH dialogues: chosen and rejected are whole conversations in one string, tur
 import re
 from typing import Any
 
-from temper.data.sources.messages import check_shared
+from temper.data.sources.messages import check_shared, only_words
 from temper.records import Message, Pair, Role
 
 NAME = "HH dialogues"
 HELP = r'{"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": ...}'
+FIELDS = {"chosen", "rejected"}
+KIND = "pairs"
 MARK = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -33,3 +35,13 @@ def convert(row: dict[str, Any]) -> Pair:
             raise ValueError(f"the {side} dialogue ends with a Human turn, so it holds no answer")
     check_shared(chosen, rejected, "turn")
     return Pair(prompt=chosen[:-1], chosen=chosen[-1].content, rejected=rejected[-1].content)
+
+
+def write(record: Pair, meta: dict[str, Any]) -> dict[str, Any]:
+    """The dialogue so far, and each answer after it."""
+    if strange := next((m.role for m in record.prompt if m.role not in ("user", "assistant")), ""):
+        raise ValueError(f"{NAME} hold no {strange} turn")
+    only_words(record.prompt, None, NAME)
+    names = {"user": "Human", "assistant": "Assistant"}
+    before = "".join(f"\n\n{names[m.role]}: {m.content}" for m in record.prompt)
+    return {side: f"{before}\n\nAssistant: {answer}" for side, answer in (("chosen", record.chosen), ("rejected", record.rejected))}

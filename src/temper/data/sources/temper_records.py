@@ -2,21 +2,43 @@
 
 from typing import Any
 
-from temper.records import Chat, Pair, Prompt, Ranked, Record, Text
+from temper.records import Chat, Judgement, Pair, Prompt, Ranked, Rated, Record, Steps, Text
 
 NAME = "temper records"
 HELP = "what temper itself writes, told by its 'meta'"
 FIRST = True
-FIELDS: dict[frozenset[str], type[Record]] = {frozenset(model.model_fields): model for model in (Text, Chat, Pair, Ranked)}
+KIND = "any"
+FORMS: list[type[Record]] = [Text, Chat, Pair, Ranked, Rated, Steps, Judgement]  # a Prompt has the fields of a Chat
+FIELDS = {name for model in FORMS for name in model.model_fields}
+
+
+def _form(row: dict[str, Any]) -> type[Record] | None:
+    for model in FORMS:
+        if (
+            all(name in row for name, field in model.model_fields.items() if field.is_required())
+            and row.keys() <= model.model_fields.keys()
+        ):
+            return model
+    return None
 
 
 def recognise(row: dict[str, Any]) -> str:
-    return "fields of a record of temper's" if isinstance(row.get("meta"), dict) and frozenset(row) in FIELDS else ""
+    if isinstance(row.get("meta"), dict) and not isinstance(row.get("prompt"), str) and _form(row):
+        return "fields of a record of temper's"
+    return ""
 
 
 def convert(row: dict[str, Any]) -> Record:
-    model = FIELDS[frozenset(row)]
+    model = _form(row)
+    assert model is not None
     said = row.get("messages")
     if isinstance(said, list) and not any(isinstance(m, dict) and m.get("role") == "assistant" for m in said):
         model = Prompt
     return model.model_validate(row)
+
+
+def write(record: Record, meta: dict[str, Any]) -> dict[str, Any]:
+    """All of it."""
+    row = {**record.model_dump(mode="json"), "meta": {**meta}}
+    meta.clear()
+    return row
