@@ -11,6 +11,15 @@ COMMANDS = {  # command -> (module with main(argv) -> int, what it does)
     "convert": ("temper.data.convert", "write any readable data in another format"),
     "synthesize": ("temper.data.synthesize", "have a teacher model write instructions and answers, from seed tasks"),
     "catalogue": ("temper.data.catalogue", "what is known of the instruction sets that the literature compares"),
+    "clean": ("temper.data.quality.clean", "clean data by a recipe of the steps below"),
+    "dedup": ("temper.data.quality.dedup", "remove exact and near duplicates"),
+    "decontaminate": ("temper.data.quality.decontaminate", "remove rows that hold something of an evaluation set"),
+    "filter": ("temper.data.quality.filter", "remove rows by length, language, refusals, boilerplate and repetition"),
+    "pairs": ("temper.data.quality.pairs", "check the labels of pairs; remove equal and contradictory ones"),
+    "score": ("temper.data.quality.score", "remove rows that a scorer trained on a labelled file holds for poor"),
+    "judge": ("temper.data.quality.judge", "remove rows that a judge model holds for unclear or badly answered"),
+    "diversity": ("temper.data.quality.diversity", "keep the rows that cover the data best"),
+    "mix": ("temper.data.quality.mix", "take rows of several data sets in given proportions"),
 }
 
 
