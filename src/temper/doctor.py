@@ -87,19 +87,18 @@ def _made(folder: Path) -> bool:
 
 def _examined(each: Sequence[tuple[str, str, Settings]], look: Look, waits: dict[str, list[str]] | None = None) -> dict[str, list[Any]]:
     """Findings by stage. A stage that waits for others is looked at as far as its files go."""
-    from temper.checks import CHECKS, Finding, evaluation_sets, examine_stage
+    from temper.checks import CHECKS, Finding, examine_stage
     from temper.train import machine
 
     if unknown := [name for name in look.checks if name not in CHECKS]:
         raise UserError(f"--checks {unknown[0]}: no such check; there are {', '.join(CHECKS)}")
     machine.use(look.threads)
-    sets = evaluation_sets(look.evaluation_sets)
     found = {}
     for name, method, settings in each:
         missing = (waits or {}).get(name, [])
         with tempfile.TemporaryDirectory(prefix="temper-doctor-") as folder:
             print(f"{name}: looking", file=sys.stderr)
-            found[name] = examine_stage(method, settings, Path(folder) / "stage", sets, look.checks, waits=missing)
+            found[name] = examine_stage(method, settings, Path(folder) / "stage", look.evaluation_sets, look.checks, waits=missing)
         if missing:
             what = f"waits for {', '.join(missing)}, not made yet: what can be read without is looked at"
             found[name].append(Finding("prepare", "note", what))

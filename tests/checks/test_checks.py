@@ -144,6 +144,7 @@ def test_a_template_that_doubles_the_beginning(with_bos):
         ("unreadable-row", "not JSON (column 3)", "error"),
         ("empty-answer", "message 2 (assistant) is empty", "error"),
         ("equal-answers", "the rejected answer is the same as the chosen answer", "error"),
+        ("swapped-roles", "message 1 (assistant) opens the conversation", "error"),
         ("shifted-column", "the prompts of chosen and rejected differ from turn 1 on", "error"),
     ],
 )
@@ -162,15 +163,18 @@ def test_copies():
     nearly = near.model_copy(update={"messages": [near.messages[0], Message(role="assistant", content=near.messages[1].content + " Yes.")]})
     rows = [*CHATS, chat(3), near, nearly.model_copy(update={"meta": {"at": "f:43"}})]
     rows[40] = rows[40].model_copy(update={"meta": {"at": "f:41"}})
-    assert at("duplicate", rows) == ["f:41"]
-    assert at("near-duplicate", rows) == ["f:43"]
+    assert at("duplicate", rows) == ["f:41", "f:43"]
+    assert ["exact" in what for _, _, what in found("duplicate", rows)] == [True, False]
+    assert at("duplicate", rows, thorough=False) == ["f:41"]
 
 
-def test_a_leaked_question():
+def test_a_leaked_question(tmp_path):
     question = "How many herring can a boat of twenty metres carry home from the bank in a night of storm?"
     rows = [*CHATS, chat(40, question="Please: " + question.upper())]
-    assert at("overlap", rows, evaluation={"boats": ["Why?", question]}) == ["f:41"]
-    assert at("overlap", CHATS, evaluation={"boats": [question]}) == []
+    (tmp_path / "boats.jsonl").write_text(json.dumps({"question": question}) + "\n")
+    sets = [str(tmp_path / "boats.jsonl")]
+    assert at("overlap", rows, evaluation_sets=sets) == ["f:41"]
+    assert at("overlap", CHATS, evaluation_sets=sets) == []
 
 
 def test_pairs():
@@ -271,7 +275,7 @@ def test_the_command_and_training_refuse(toy, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     assert main([*own, *sets, *out]) == 1
     err = capsys.readouterr().err
-    assert "rows hold questions of test.jsonl" in err
+    assert "1 rows hold something of test" in err
     assert "optimiser steps in all" in err
     assert not (tmp_path / "out").exists()
     assert main([*own, *sets, *out, "--doctor", "warn"]) == 0
@@ -285,7 +289,7 @@ def test_what_the_command_cannot_use(capsys):
 
 def test_a_policy_that_is_not_its_reference(toy, tmp_path):
     settings = build(load("dpo").settings("dpo"), {"model": toy.sft, "data": toy.pairs, "batch": 4, "held_out": 0.0})
-    (found,) = examine_stage("dpo", settings, tmp_path / "run", {}, ["reference"])
+    (found,) = examine_stage("dpo", settings, tmp_path / "run", (), ["reference"])
     assert found.severity == "note"
     job = load("dpo").prepare(settings, Run(tmp_path / "other"))
     for tree in job.prepared.trees:

@@ -58,7 +58,7 @@ def planted(alpaca, real, model, tmp_path_factory):
         rows[k]["output"] = " ".join(row["output"] for row in alpaca[k : k + 9]).ljust(512, "x")[:511] + "w"
     path = write(folder / "rows.jsonl", rows)
     settings = {"model": str(model), "data": str(path), "max_length": LIMIT, "held_out": 0.0}
-    sets = {"mt-bench": [question]}
+    sets = [str(real / "mt-bench-questions.jsonl")]
     found = examine_stage("sft", build(load("sft").settings("sft"), settings), folder / "run", sets)
     return found, path
 
@@ -69,7 +69,7 @@ def planted(alpaca, real, model, tmp_path_factory):
         ("swapped-roles", 10),
         ("overlap", 20),
         ("duplicate", 30),
-        ("near-duplicate", 41),
+        ("duplicate", 41),
         ("mixed-encoding", 50),
         ("huge-row", 60),
         ("empty-answer", 70),
@@ -83,7 +83,7 @@ def test_a_fault_in_a_copy_of_alpaca(planted, check, line):
 
 
 def examined(method, folder, names=(), **values):
-    return examine_stage(method, build(load(method).settings(method), values), folder / "run", {}, names)
+    return examine_stage(method, build(load(method).settings(method), values), folder / "run", (), names)
 
 
 def test_a_column_of_answers_moved_down_by_a_row(alpaca, model, tmp_path):
@@ -111,4 +111,4 @@ def test_the_files_themselves_have_no_such_fault(alpaca, model, tmp_path):
     path = write(tmp_path / "rows.jsonl", alpaca)
     found = examined("sft", tmp_path, model=str(model), data=str(path), too_long="drop", held_out=0.0)
     assert not [f for f in found if f.severity == "error"]
-    assert not {f.check for f in found} & {"swapped-roles", "shifted-column", "mixed-encoding", "huge-row", "cut-answer", "near-duplicate"}
+    assert not {f.check for f in found} & {"swapped-roles", "shifted-column", "mixed-encoding", "huge-row", "cut-answer"}

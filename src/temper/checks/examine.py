@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from temper.checks.registry import Case, Finding, run_checks
-from temper.checks.rows import questions_of
 from temper.config import Settings, UserError, build, dump
 from temper.data.sources import Kind, read
 from temper.methods import load
@@ -19,25 +18,17 @@ INPUTS: dict[str, Kind] = {"prompts": "prompts", "red_team": "prompts", "helpful
 SAMPLES = ("collect", "constitution")  # methods whose preparation samples from the model: their rows are looked at, not what they make
 
 
-def evaluation_sets(paths: Sequence[str]) -> dict[str, list[str]]:
-    """Name -> questions of each file. Raises UserError where one holds none."""
-    found = {Path(path).name: questions_of(path) for path in paths}
-    if empty := [path for path in paths if not found[Path(path).name]]:
-        raise UserError(f"{empty[0]}: holds no question; give JSON or JSONL with the questions of a test")
-    return found
-
-
 def examine(method: str, values: Mapping[str, Any], prepared: Prepared, steps: int, sets: Sequence[str] = ()) -> list[Finding]:
     """What the quick checks find right before training, on what the method prepared."""
-    return run_checks(_case(method, values, prepared, steps, evaluation_sets(sets), thorough=False))
+    return run_checks(_case(method, values, prepared, steps, sets, thorough=False))
 
 
-def _case(method: str, values: Mapping[str, Any], p: Prepared, steps: int, sets: Mapping[str, Sequence[str]], *, thorough: bool) -> Case:
+def _case(method: str, values: Mapping[str, Any], p: Prepared, steps: int, sets: Sequence[str], *, thorough: bool) -> Case:
     return Case(method, values, p.read.spec, p.records, p.read.skipped, p, steps, thorough, sets)
 
 
 def examine_stage(
-    method: str, settings: Settings, folder: Path, sets: Mapping[str, Sequence[str]], names: Sequence[str] = (), waits: Sequence[str] = ()
+    method: str, settings: Settings, folder: Path, sets: Sequence[str], names: Sequence[str] = (), waits: Sequence[str] = ()
 ) -> list[Finding]:
     """What all checks find in a stage's data, model and settings; with nothing written but into `folder`.
 
@@ -64,7 +55,7 @@ def examine_stage(
                 if str(error) not in {f.what for f in problem}:
                     problem.append(Finding("unreadable-row", "error", str(error), (), "it cannot be trained on", "correct the file"))
                 continue
-            problem += run_checks(Case(method, values, spec, records, report.skipped, evaluation=sets), names)
+            problem += run_checks(Case(method, values, spec, records, report.skipped, evaluation_sets=sets), names)
     return problem
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from temper.config import UserError
+from temper.data.quality import rows as quality
 from temper.data.trees import where
 from temper.methods.base import Prepared
-from temper.records import Chat, Pair, Prompt, Ranked, Rated, Record, Steps, Text
+from temper.records import Prompt, Record
 
 Severity = Literal["error", "warning", "note"]
 SHOWN = 5  # rows of a finding that are named in the terminal
@@ -61,7 +62,7 @@ class Case:
     prepared: Prepared | None = None
     steps: int = 0  # optimiser steps in all
     thorough: bool = True  # False: right before training, where a check may look at LOOK rows and measures no memory
-    evaluation: Mapping[str, Sequence[str]] = field(default_factory=dict)  # name of an evaluation set -> its questions
+    evaluation_sets: Sequence[str] = ()  # files of test questions
 
     @property
     def some(self) -> Sequence[Record]:
@@ -127,32 +128,11 @@ def run_checks(case: Case, names: Sequence[str] = ()) -> list[Finding]:
 # ---------------------------------------------------------------- what a record says
 
 
-def asked(record: Record) -> list[tuple[str, str]]:
-    """(role, text) of the turns that are not learned at the end: a prompt, or a conversation's turns before its last answer."""
-    if isinstance(record, Chat):
-        messages = record.messages[: max(i for i, m in enumerate(record.messages) if m.role == "assistant")]
-    elif isinstance(record, Text):
-        return []
-    else:
-        messages = getattr(record, "messages", None) or getattr(record, "prompt", [])
-    return [(m.role, m.content) for m in messages]
-
-
 def answers(record: Record) -> list[str]:
     """The answers that end a record, the best first; a document's text; none of a prompt."""
-    if isinstance(record, Pair):
-        return [record.chosen, record.rejected]
-    if isinstance(record, Ranked):
-        return list(record.answers)
-    if isinstance(record, Rated):
-        return [record.answer]
-    if isinstance(record, Steps):
-        return ["\n".join(record.steps)]
-    if isinstance(record, Text):
-        return [record.text]
-    return [next(m.content for m in reversed(record.messages) if m.role == "assistant")] if isinstance(record, Chat) else []
+    return list(quality.answers(record).values())
 
 
 def said(record: Record) -> str:
     """All that a record says, as one string."""
-    return "\n".join([*(text for _, text in asked(record)), *answers(record)])
+    return "\n".join([*quality.prompt(record), *answers(record)])

@@ -6,21 +6,25 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
-from temper.checks.registry import Case, Found, answers, asked, check, said
-from temper.checks.similar import grams, near_duplicates, words
-from temper.data.files import rows
+from temper.checks.registry import Case, Found, answers, check, said
+from temper.data.quality import decontaminate, dedup
+from temper.data.quality.rows import Item, named, prompt
+from temper.data.quality.words import words
 from temper.records import Chat, Pair, Ranked, Rated, Text
 
 HUGE = 100_000  # characters: some 25,000 tokens
-RUN = 13  # words of a shared run that count as overlap (GPT-3, arXiv:2005.14165, appendix C)
-WHOLE = 6  # words from which a shorter question counts when it stands in a row as a whole
 SHIFT = 8  # rows by which another row's answers must fit better
 ROLES = 12.0  # nats by which two turns must look like each other's role, both of them like the wrong one
+CLAIMED = {  # what the reader says of a row that it refuses -> the check that names it
+    "empty-answer": r"\bis empty",
+    "equal-answers": "is the same as",
+    "shifted-column": "the prompts of chosen and rejected differ",
+    "swapped-roles": r"opens the conversation|\) follows an? \w+ turn",
+}
 MARKS = re.compile(  # of the common templates: ChatML, Llama 2 and 3, Zephyr, Gemma, Alpaca, Vicuna
     r"<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|<\|eot_id\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
     r"|<\|(?:user|assistant|system|endoftext|end)\|>|</?s>|^### ?(?:Instruction|Response|Human|Assistant):|^(?:USER|ASSISTANT):",
@@ -53,10 +57,15 @@ def _some(case: Case) -> str:
 def unreadable(case: Case) -> Iterator[Found]:
     kinds: dict[str, list[str]] = defaultdict(list)
     for at, why in case.unread:
-        if not re.search(r"\bis empty|is the same as|the prompts of chosen and rejected differ", why):
+        if not any(re.search(pattern, why) for pattern in CLAIMED.values()):
             kinds[why].append(at)
     for reason, lines in kinds.items():
         yield Found(_by_policy(case), reason, lines)
+
+
+def _unread(case: Case, name: str) -> list[str]:
+    """Rows that could not be used for a reason that this check names."""
+    return [at for at, why in case.unread if re.search(CLAIMED[name], why)]
 
 
 def _by_policy(case: Case) -> Any:
@@ -69,12 +78,12 @@ def _by_policy(case: Case) -> Any:
     do="remove the rows, or leave them out with --skip-bad",
 )
 def empty(case: Case) -> Iterator[Found]:
-    if at := [at for at, why in case.unread if re.search(r"\bis empty", why)]:
+    if at := _unread(case, "empty-answer"):
         yield Found(_by_policy(case), f"{len(at)} rows with an empty turn", at)
     bare = [case.at(i) for i, r in enumerate(case.records) if not all(text.strip() for text in answers(r))]
     if bare:
         yield Found("error", f"{len(bare)} rows whose answer is empty", bare)
-    mute = [case.at(i) for i, r in enumerate(case.records) if not isinstance(r, Text) and not any(text.strip() for _, text in asked(r))]
+    mute = [case.at(i) for i, r in enumerate(case.records) if not isinstance(r, Text) and not any(text.strip() for text in prompt(r))]
     if mute:
         yield Found("warning", f"{len(mute)} rows that ask nothing", mute)
 
@@ -85,7 +94,7 @@ def empty(case: Case) -> Iterator[Found]:
     do="remove the pairs",
 )
 def equal(case: Case) -> Iterator[Found]:
-    if at := [at for at, why in case.unread if "is the same as" in why]:
+    if at := _unread(case, "equal-answers"):
         yield Found(_by_policy(case), f"{len(at)} pairs of equal answers", at)
     alike = []
     for i, record in enumerate(case.records):
@@ -106,11 +115,11 @@ def contradiction(case: Case) -> Iterator[Found]:
     seen: dict[Any, tuple[bool, int]] = {}
     rows_ = []
     for i, record in enumerate(case.records):
-        prompt = tuple(asked(record))
+        ask = tuple(prompt(record))
         if isinstance(record, Rated):
-            claims: list[tuple[Any, bool]] = [((prompt, record.answer), record.rating > 0.5)]
+            claims: list[tuple[Any, bool]] = [((ask, record.answer), record.rating > 0.5)]
         elif isinstance(record, Pair | Ranked):
-            claims = [((prompt, *sorted(two)), two[0] < two[1]) for two in combinations(answers(record), 2)]
+            claims = [((ask, *sorted(two)), two[0] < two[1]) for two in combinations(answers(record), 2)]
         else:
             return
         for key, way in claims:
@@ -121,85 +130,38 @@ def contradiction(case: Case) -> Iterator[Found]:
         yield Found("warning", f"{len(rows_)} labels that contradict an earlier one", rows_)
 
 
+def _items(case: Case) -> Any:
+    return [Item(i, case.at(i), "", None, [r]) for i, r in enumerate(case.records)]
+
+
 @check(
     "duplicate",
     why="a repeated row counts as often as it stands there, is memorised, and may stand in training and held-out rows alike",
-    do="temper data dedup, or keep them where the weight is meant",
+    do="`temper data dedup` shows the pairs and removes the later ones; keep them where the weight is meant",
 )
 def duplicates(case: Case) -> Iterator[Found]:
-    texts = [said(r) for r in case.records]
-    first: dict[Any, int] = {}
-    again = []
-    for i, (record, text) in enumerate(zip(case.records, texts, strict=True)):
-        same = first.setdefault((text, getattr(record, "rating", None)), i)
-        if same != i:
-            again.append(f"{case.at(i)} = {case.at(same)}")
-    if again:
-        yield Found("warning", f"{len(again)} of {len(texts):,} rows are exact copies of an earlier one", again)
-
-
-@check(
-    "near-duplicate",
-    why="rows that differ in a few words are the same lesson counted twice",
-    do="temper data dedup shows the pairs and removes the later ones",
-)
-def near(case: Case) -> Iterator[Found]:
-    if not case.thorough:
-        return
-    texts = [said(r) for r in case.records]
-    found = [f"{case.at(j)} ~ {case.at(i)} ({share:.0%} alike)" for i, j, share in near_duplicates(texts)]
-    if found:
-        yield Found("warning", f"{len(found)} of {len(texts):,} rows are nearly an earlier one", found)
+    options = dedup.Options() if case.thorough else dedup.Options(near=None)
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for i, verdict in sorted(dedup.run(options, _items(case), dedup.Report("dedup")).items()):
+        kinds[verdict.reason].append(f"{case.at(i)} = {verdict.of}")
+    for reason, at in kinds.items():
+        yield Found("warning", f"{len(at)} of {len(case.records):,} rows are {reason}s of an earlier one", at)
 
 
 @check(
     "overlap",
     why="a model that was trained on the questions of a test is not measured by it",
-    do="temper data decontaminate removes the rows; report no score on that set otherwise",
+    do="`temper data decontaminate` removes the rows; or report no score on that set",
 )
 def overlap(case: Case) -> Iterator[Found]:
     if "split=test" in case.spec:
         yield Found("error", f"{case.spec} is the split that evaluations read", do="train on split=train")
-    for name, questions in case.evaluation.items():
-        runs: dict[str, int] = {}
-        short: dict[int, dict[str, int]] = defaultdict(dict)  # words of the question -> questions
-        for k, question in enumerate(questions):
-            w = words(question)
-            if len(w) >= RUN:
-                runs.update(dict.fromkeys(grams(question, RUN), k))
-            elif len(w) >= WHOLE:
-                short[len(w)][" ".join(w)] = k
-        at = []
-        for i, record in enumerate(case.records):
-            text = said(record)
-            hit = next((runs[g] for g in grams(text, RUN) if g in runs), None)
-            for n, whole in short.items():
-                hit = hit if hit is not None else next((whole[g] for g in grams(text, n) if g in whole), None)
-            if hit is not None:
-                at.append(f"{case.at(i)} = {name} question {hit + 1}")
+    if case.evaluation_sets:
+        options = decontaminate.Options(against=list(case.evaluation_sets))
+        found = decontaminate.run(options, _items(case), decontaminate.Report("decontaminate"))
+        at = [f"{case.at(i)} = {verdict.of}" for i, verdict in sorted(found.items())]
         if at:
-            yield Found("error", f"{len(at)} rows hold questions of {name}", at)
-
-
-def questions_of(path: str) -> list[str]:
-    """What an evaluation set asks: the texts of its rows' question-like fields, else every text of five words or more."""
-    keys = ("question", "turns", "prompt", "instruction", "input", "inputs", "messages", "instances", "problem", "goal")
-    out = []
-    for row in rows(Path(path)):
-        if row.broken:
-            continue
-        named = [row.value[k] for k in keys if k in row.value] if isinstance(row.value, dict) else []
-        out += [t for t in _texts(named or row.value) if len(words(t)) >= 5]
-    return out
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from (t for key, v in value.items() if key not in ("output", "role") for t in _texts(v))
-    elif isinstance(value, list | tuple):
-        yield from (t for v in value for t in _texts(v))
+            yield Found("error", f"{len(at)} rows hold something of {', '.join(named(case.evaluation_sets))}", at)
 
 
 @check(
@@ -208,12 +170,12 @@ def _texts(value: Any) -> Iterator[str]:
     do="look at the first of these rows: a column was moved up or down when the file was made; join it again by an id",
 )
 def shifted(case: Case) -> Iterator[Found]:
-    if at := [at for at, why in case.unread if "the prompts of chosen and rejected differ" in why]:
+    if at := _unread(case, "shifted-column"):
         yield Found(_by_policy(case), f"{len(at)} pairs whose chosen and rejected answer different prompts", at)
     some = case.some
     if len(some) < 3 * SHIFT or not isinstance(some[0], Chat | Pair | Rated | Ranked):
         return
-    asks = [set(words(asked(r)[-1][1] if asked(r) else "")) for r in some]
+    asks = [set(words(next(reversed(prompt(r)), ""))) for r in some]
     columns = [answers(r) for r in some]
     for which in range(min(map(len, columns)) if isinstance(some[0], Pair) else 1):
         said_ = [set(words(column[which])) for column in columns]
@@ -290,6 +252,8 @@ def _odds(features: Sequence[set[str]], label: Sequence[bool]) -> list[float]:
     do="exchange the roles (or the columns) of these rows",
 )
 def roles(case: Case) -> Iterator[Found]:
+    if at := _unread(case, "swapped-roles"):
+        yield Found(_by_policy(case), f"{len(at)} conversations whose roles are out of order", at)
     chats = [(i, r) for i, r in enumerate(case.some) if isinstance(r, Chat)]
     early = [case.at(i) for i, r in chats if next(m.role for m in r.messages if m.role != "system") == "assistant"]
     if early:

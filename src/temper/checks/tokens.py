@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from temper.checks.registry import Case, Found, answers, asked, check
+from temper.checks.registry import Case, Found, answers, check
 from temper.config import UserError
 from temper.data.template import DEFAULT_TEMPLATE, bos_id, render_prompt, stop_ids
 from temper.forest import Tree
-from temper.records import Chat, Message, Prompt, Text
+from temper.records import Chat, Message, Prompt, Record, Text
 
 DECODED = 300  # rows whose learned tokens are compared with their answers
 RENDERED = 20  # rows that are rendered by the tokenizer's own means too
@@ -145,7 +145,7 @@ def template(case: Case) -> Iterator[Found]:
         yield Found("note", "Temper's default template; it is saved with the model")
     differing = []
     for i, record in enumerate(case.records[:RENDERED]):
-        messages = [Message(role=role, content=text) for role, text in asked(record)]  # type: ignore[arg-type]
+        messages = _ask(record)
         if messages and tokenizer.chat_template:
             ours, theirs = render_prompt(tokenizer, messages), _own(tokenizer, messages)
             bos = bos_id(tokenizer)
@@ -158,6 +158,13 @@ def template(case: Case) -> Iterator[Found]:
         yield Found("warning", what, differing, SPELLED)
     if other := _of_reward(case):
         yield Found("warning", f"the reward model was trained with another template than {case.settings['model']} has: {other}")
+
+
+def _ask(record: Record) -> list[Message]:
+    """The messages before the last answer."""
+    if isinstance(record, Chat):
+        return record.messages[: max(i for i, m in enumerate(record.messages) if m.role == "assistant")]
+    return getattr(record, "messages", None) or getattr(record, "prompt", [])
 
 
 def _of_reward(case: Case) -> str:
