@@ -11,6 +11,7 @@ import torch
 from temper.client import Endpoint
 from temper.config import UserError
 from temper.data import synthesize as made
+from temper.data.quality.words import words
 from temper.data.synthesize import Synthesize, Task, Teacher, instance_of, instructions_of, read_seeds, rouge_l, synthesize
 from temper.data.template import attach_default_template, render_prompt, stop_ids
 from temper.data.trees import chat_tree
@@ -142,7 +143,7 @@ def test_a_small_model_teaches(server, tmp_path, monkeypatch):
     assert found["examples"] == len(rows) == 8
     asked = [row.messages[0].content.split("\n\n")[0] for row in rows]
     every = [s["instruction"] for s in SEEDS] + asked
-    assert max(rouge_l(made.tokens(a), made.tokens(b)) for i, a in enumerate(asked) for b in every[: len(SEEDS) + i]) < 0.7
+    assert max(rouge_l(words(a), words(b)) for i, a in enumerate(asked) for b in every[: len(SEEDS) + i]) < 0.7
     for row in rows:
         assert row.meta["teacher"] == "small"
         assert row.meta["mark"] >= 3

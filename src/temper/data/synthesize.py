@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from temper.client import Endpoint
 from temper.config import Settings, UserError, dump, opt, parse
 from temper.data.files import rows
+from temper.data.quality.words import words
 from temper.data.sources import read
 from temper.records import Chat, Message, write_jsonl
 
@@ -106,11 +107,6 @@ def _seed(at: str, row: Any, broken: str) -> Task:
 # ---------------------------------------------------------------- similarity
 
 
-def tokens(text: str) -> list[str]:
-    """Lower-case words."""
-    return re.findall(r"\w+", text.lower())
-
-
 def rouge_l(a: Sequence[str], b: Sequence[str], floor: float = 0.0) -> float:
     """F1 of the longest common subsequence of two word lists (ROUGE-L, Lin 2004); 0 where it cannot reach `floor`."""
     if not a or not b or 2 * sum((Counter(a) & Counter(b)).values()) < floor * (len(a) + len(b)):
@@ -126,15 +122,15 @@ def rouge_l(a: Sequence[str], b: Sequence[str], floor: float = 0.0) -> float:
 
 def nearest(text: str, pool: Sequence[tuple[str, list[str]]], floor: float) -> tuple[float, str]:
     """(ROUGE-L, name) of the most similar task of the pool, where any reaches the floor."""
-    mine = tokens(text)
+    mine = words(text)
     return max(((rouge_l(mine, theirs, floor), name) for name, theirs in pool), default=(0.0, ""))
 
 
 def refused(instruction: str) -> str:
     """Why an instruction is no use, or "" (section 2.2, filtering)."""
-    words = tokens(instruction)
-    if not 3 <= len(words) <= 150:
-        return f"{len(words)} words"
+    length = len(words(instruction))
+    if not 3 <= length <= 150:
+        return f"{length} words"
     if found := UNSERVED.search(instruction):
         return f"asks for what is no text ({found[0]})"
     return "" if instruction[0].isalnum() or instruction[0] in "\"'“‘¿¡" else "begins with a mark"
@@ -210,7 +206,7 @@ def one_round(s: Synthesize, teacher: Teacher, seeds: Sequence[Task], made: Sequ
     shown = [*rng.sample(list(seeds), min(SHOWN - len(own), len(seeds))), *own]
     rng.shuffle(shown)
     listed, prompt = teacher.tasks(shown, rng.getrandbits(31))
-    pool = [(t.name, tokens(t.instruction)) for t in (*seeds, *made)]
+    pool = [(t.name, words(t.instruction)) for t in (*seeds, *made)]
     out: dict[str, Any] = {"round": number, "kept": [], "refused": []}
     fresh: list[tuple[str, dict[str, Any]]] = []
     for instruction in instructions_of(listed):
@@ -219,7 +215,7 @@ def one_round(s: Synthesize, teacher: Teacher, seeds: Sequence[Task], made: Sequ
         if why:
             out["refused"].append({"instruction": instruction, "why": why})
             continue
-        pool.append((f"the same round: {instruction}", tokens(instruction)))
+        pool.append((f"the same round: {instruction}", words(instruction)))
         how = {"teacher": s.model, "seeds": [t.name for t in shown], "prompt_sha256": prompt, "round": number}
         fresh.append((instruction, how))
     numbers = [rng.getrandbits(31) for _ in fresh]
