@@ -272,7 +272,7 @@ def roles(case: Case) -> Iterator[Found]:
         return
     odds = _odds([_style(t) for t in [*questions, *replies]], [True] * len(firsts) + [False] * len(firsts))
     user, answer = odds[: len(firsts)], odds[len(firsts) :]
-    if sum(u > 0 for u in user) + sum(a < 0 for a in answer) < 0.9 * len(odds):
+    if sum(u > 0 for u in user) + sum(a < 0 for a in answer) < 0.85 * len(odds):
         return  # in this file questions and answers cannot be told apart
     at = [case.at(f[0]) for f, u, a in zip(firsts, user, answer, strict=True) if a - u > ROLES and min(a, -u) > 2]
     if at:
