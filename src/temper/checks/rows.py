@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -354,7 +354,7 @@ def cut(case: Case) -> Iterator[Found]:
         for answer in answers(record):
             if len(answer) > 100 and not _ENDED.search(answer[-20:]):
                 open_[len(answer)].append(i)
-    piled = {i for at in open_.values() if len(at) > 2 for i in at}  # several that break off after exactly as many characters
+    piled = {i for n, at in open_.items() if len(at) > 2 + 10 * _expected(open_, n) for i in at}
     full = {
         case.rows[k]
         for k, tree in enumerate(case.prepared.trees if case.prepared and case.rows and limit else [])
@@ -364,6 +364,12 @@ def cut(case: Case) -> Iterator[Found]:
     if piled | full:
         where_ = [case.at(i) for i in sorted(piled | full)]
         yield Found("warning", f"{len(where_)} answers that break off in the middle of a sentence at the limit of some window", where_)
+
+
+def _expected(open_: Mapping[int, Sequence[int]], n: int) -> float:
+    """How many break off after exactly n characters where none was cut: the mean over the lengths within a tenth of n."""
+    around = range(n - n // 10, n + n // 10 + 1)
+    return sum(len(open_.get(m, ())) for m in around if m != n) / len(around)
 
 
 def _path(tree: Any, s: int) -> int:
