@@ -159,8 +159,8 @@ class Peer:
     def roll(self) -> Answered:
         setup, self.turn = self.task.setup, self.turn + 1
         torch.manual_seed(self.turn)
-        how = {"each": EACH, "stop": setup.stop, "max_new": setup.scale.max_new, "greedy": False}
-        answers = generate(self.policy, self.task.prompts, self.how.generate, **how)
+        length = setup.scale.max_new
+        answers = generate(self.policy, self.task.prompts, self.how.generate, each=EACH, stop=setup.stop, max_new=length, greedy=False)
         prompts = [prompt for prompt in self.task.prompts for _ in range(EACH)]
         return Answered(prompts, answers, [answer[-1] in setup.stop for answer in answers])
 

@@ -44,6 +44,7 @@ class DPO:
             processing_class=self.setup.tokenizer,
             callbacks=[callback],
         )
+        assert isinstance(trainer.train_dataset, Dataset)  # as it was given; with a stream nothing could be compared
         for row, given in zip(rows, trainer.train_dataset, strict=True):
             ids = [[*given["prompt_ids"], *given[side]] for side in ("chosen_ids", "rejected_ids")]
             assert ids == _whole(self.trees[row]), f"record {row}: TRL has other tokens"

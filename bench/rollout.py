@@ -10,7 +10,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from bench.data import Setup, forward_flops
 from bench.machine import Refused
 from temper.forest import Segment, plant
-from temper.rollout import Sampling, sample
+from temper.rollout import Request, Sampling, sample
 
 EACH = 4  # answers to a prompt
 PAGE = 64  # tokens of a page of the cache, for continuous batching
@@ -57,7 +57,7 @@ class Rollouts:
         """The answers' tokens, all of the first prompt first."""
         self.turn += 1
         how = Sampling(temperature=0.0 if greedy else 1.0, max_new=self.setup.scale.max_new)
-        groups = sample(model, self.prompts, sampling=how, stop=self.setup.stop, n=self.each, seed=("bench", self.turn))
+        groups = sample(model, Request(self.prompts, sampling=how, stop=self.setup.stop, n=self.each, seed=("bench", self.turn)))
         return [answer.tokens for group in groups for answer in group]
 
     def peer(self, model: Any, how: Generate, greedy: bool = False) -> list[list[int]]:

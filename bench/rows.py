@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -68,8 +69,8 @@ def _training(name: str, setup: Setup, times: int, ceiling: float, say: Say) -> 
         ours, theirs, _, flops = training.side_by_side(task, peer, budget, times if against == "best" else 5)
         of = ratio([t.seconds for t in ours], [t.seconds for t in theirs])
         share = median(f / t.seconds for f, t in zip(flops, ours, strict=True)) / (ceiling * 1e9)
-        peaks = [alone(task, who, peer, budget) for who in ("ours", "peer")]
-        yield Row(name, setup.name, against, *of[:3], of.ours, of.peer, "s per step", *peaks, share, str(peer))
+        peaks = alone(task, "ours", peer, budget), alone(task, "peer", peer, budget)
+        yield Row(name, setup.name, against, *of, "s per step", *peaks, share, str(peer))
 
 
 def _calls(name: str, setup: Setup, times: int, ceiling: float, say: Say) -> Iterator[Row]:
@@ -91,10 +92,10 @@ def _calls(name: str, setup: Setup, times: int, ceiling: float, say: Say) -> Ite
     for against, how in ("best", best), ("default", task.default):
         task.compare(how)
         of = ratio(*in_turn(task.side("ours", how), task.side("peer", how), times if against == "best" else 5, setup.device))
-        peaks = [alone(task, who, how, None) for who in ("ours", "peer")]
+        peaks = alone(task, "ours", how, None), alone(task, "peer", how, None)
         share = flops / of.ours / (ceiling * 1e9)
         unit = "s per rollout" if name == "rollout" else "s per step"
-        yield Row(name, setup.name, against, *of[:3], of.ours, of.peer, unit, *peaks, share, str(how))
+        yield Row(name, setup.name, against, *of, unit, *peaks, share, str(how))
 
 
 def alone(task: Any, who: str, peer: Any, tokens: int | None) -> float | None:
@@ -139,7 +140,7 @@ def scaling(setup: Setup, times: int) -> Iterator[dict[str, Any]]:
         for name, kind in TRAINING.items():
             task = kind(setup)
             running = {threads: task.ours(task.model(), training.batching(task, times + 1)) for threads in (1, 2)}
-            yield {"name": name, **_threads(setup, {k: lambda steps=steps: next(steps) for k, steps in running.items()}, times)}
+            yield {"name": name, **_threads(setup, {k: partial(next, steps) for k, steps in running.items()}, times)}
         task = Rollouts(setup)
         model = setup.policy()
         yield {"name": task.name, **_threads(setup, dict.fromkeys((1, 2), lambda: task.ours(model)), times)}

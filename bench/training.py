@@ -42,8 +42,11 @@ class Task(Protocol):
     setup: Setup
     batch: int  # records per step
     trees: list[Tree]
-    candidates: Sequence[Peer]  # among which the peer's best is searched
     default: Peer
+
+    @property
+    def candidates(self) -> Sequence[Peer]:
+        """Among which the peer's best is searched."""
 
     def model(self) -> Any: ...
     def ours(self, model: Any, batching: Batching) -> Iterator[Step]: ...

@@ -10,6 +10,7 @@ from toy import command, user, values_of, write
 from temper import cli
 from temper.cli import COMMANDS, main
 from temper.config import leaves
+from temper.hollow import HEAVY
 from temper.ladder.by_hand import command_of
 from temper.methods import NAMES
 
@@ -48,10 +49,46 @@ def test_the_contracts_flags(method):
     assert ("prompts" in known) == (method in ("ppo", "collect"))
 
 
-def test_nothing_heavy_is_imported_before_a_command_needs_it():
-    script = "import sys\nfrom temper.cli import main\nfor a in ([], ['sfd']): main(a)\n"
-    script += "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
+def answers(*lines: list[str]) -> tuple[str, set[str]]:
+    """(what a new process says to these command lines, the modules that it then holds); each is answered at once, with 0 or 2."""
+    script = f"""
+import contextlib, sys, temper
+from temper.cli import main
+for line in {[*lines]}:
+    with contextlib.suppress(SystemExit):
+        assert main(line) in (0, 2), line
+print(*sys.modules, *(f"temper.{{name}}" for name in vars(temper)))"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr, set(done.stdout.splitlines()[-1].split())
+
+
+def test_usage_imports_nothing():
+    assert not {"torch", "transformers", "numpy"} & answers([], ["sfd"])[1]
+
+
+def test_a_command_line_is_read_without_pytorch(tmp_path):
+    """Help, wrong flags, recipes and files that are not there; and nothing of the hollow libraries is left behind."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: x\nstages:\n  sft: {method: sft, model: m, data: d, larning_rate: 1}\n")
+    mistakes = [
+        ["run", str(recipe)],
+        ["sft", "--model", "m", "--data", "no.txt", "--out", str(tmp_path / "out")],
+        *([name, str(tmp_path)] for name in ("chat", "compare", "report")),
+    ]
+    said, modules = answers(*([name, word] for name in COMMANDS for word in ("--help", "--halp")), *mistakes)
+    assert said.count("usage: temper ") == len(COMMANDS)
+    own = {"world", "data"}  # they have commands of their own
+    assert said.count("temper: no flag --halp; did you mean --help?") == len(COMMANDS.keys() - own)
+    assert "temper: no command 'data --halp'" in said
+    assert "temper: the following arguments are required: show|sample|score|annotators; see temper world --help" in said
+    assert "sft has no setting 'larning_rate'; did you mean 'lr'?" in said
+    assert "temper: no.txt: no such file" in said
+    assert "holds no model" in said
+    assert said.count("holds no stage of a run") == 2
+    light = {"temper.cli", "temper.config", "temper.hollow", "temper.data", "temper.data.commands"}
+    assert {name for name in modules if name.startswith("temper.") and "__" not in name} == light
+    assert not HEAVY & modules
 
 
 def test_a_stage_says_what_it_did_and_what_comes_next(toy, tmp_path, capsys):
@@ -82,7 +119,7 @@ def test_progress_goes_to_stderr_and_quiet_is_quiet(toy, tmp_path, capsys):
 def test_exit_codes(monkeypatch, capsys):
     def answer(error):
         class Module:
-            __name__ = "some.module"
+            read = staticmethod(list)
 
             @staticmethod
             def main(argv):

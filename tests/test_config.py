@@ -120,7 +120,7 @@ def test_positional_settings_mix_with_flags():
     [
         (
             ["--larning-rate", "3"],
-            ["temper sft: no flag --larning-rate; did you mean --lr?", "--model is missing", "see temper sft --help"],
+            ["no flag --larning-rate; did you mean --lr?", "--model is missing", "see temper sft --help"],
         ),
         (["--no-shufle"], ["did you mean --shuffle?"]),
         (["--max-lengt=5"], ["no flag --max-lengt; did you mean --max-length?"]),
@@ -146,7 +146,7 @@ def test_help_shows_groups_defaults_and_examples(capsys):
     for part in (
         "Teach a base model to answer.",
         "--max-length INT|none",
-        "100% of the window by default (default: none)",
+        "100% of the window by default --too-long",  # none is no default to speak of
         "--too-long error|drop|cut-prompt",
         "peak learning rate (default: 0.001)",
         "base model (required)",

@@ -15,7 +15,7 @@ import temper
 ROOT = Path(temper.__file__).parent
 
 FLOORS = {
-    0: ["config", "records", "client"],
+    0: ["config", "hollow", "records", "client"],
     1: ["runs", "losses", "forest", "world", "stats"],
     2: ["feedback", "data", "models"],
     3: ["rollout", "train"],

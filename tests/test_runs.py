@@ -55,14 +55,24 @@ def test_tuples_sets_and_settings_are_the_same_identity_after_a_round_trip(tmp_p
         Run.claim(tmp_path / "r", {"settings": Some(), "t": (1, 2), "path": Path("x")}).close()
 
 
-def test_other_code_or_versions_go_on_and_say_so(tmp_path):
-    with Run.claim(tmp_path / "r", IDENTITY, record={"threads": 1}):
+def test_other_code_or_versions_go_on_and_say_so(tmp_path, monkeypatch):
+    with Run.claim(tmp_path / "r", IDENTITY):
         pass
-    with Run.claim(tmp_path / "r", IDENTITY, record={"threads": 2}) as run:
+    monkeypatch.setattr("temper.runs.versions", lambda: {"torch": "9"})
+    with Run.claim(tmp_path / "r", IDENTITY) as run:
         [event] = run.rows("events")
         assert event["event"] == "changed"
-        assert event["what"] == "record.threads 1 there, 2 here"
-        assert run.stage["record"]["threads"] == 2
+        assert "versions.torch" in event["what"]
+        assert run.stage["versions"] == {"torch": "9"}
+
+
+def test_another_command_for_the_same_result_is_no_change(tmp_path):
+    """A record is not compared: with --save-seconds or --quiet the figures stay the same."""
+    with Run.claim(tmp_path / "r", IDENTITY, record={"command": "temper sft"}):
+        pass
+    with Run.claim(tmp_path / "r", IDENTITY, record={"command": "temper sft --save-seconds 5"}) as run:
+        assert run.rows("events") == []
+        assert run.stage["record"]["command"] == "temper sft --save-seconds 5"
 
 
 def test_differences_in_words():

@@ -1,11 +1,15 @@
-"""The command line: command -> module, imported when it is asked for. No logic. Floor 9."""
+"""The command line: command -> module, imported when it is asked for. No logic. Floor 9.
+
+A command's module has `read(argv)`, which checks what is asked for, and `main(argv)`, which does it.
+"""
 
 import sys
 from importlib import import_module
 
 from temper.config import UserError
+from temper.hollow import hollow
 
-COMMANDS = {  # command -> (module with main(argv) -> int, what it does)
+COMMANDS = {  # command -> (module with read(argv) and main(argv) -> exit code, what it does)
     "run": ("temper.ladder.run", "run a recipe of stages; without arguments the embedded ladder"),
     "pretrain": ("temper.ladder.by_hand", "train a tokenizer and a language model from plain text"),
     "sft": ("temper.ladder.by_hand", "teach a base model to answer, from demonstrations"),
@@ -46,10 +50,11 @@ def main(argv: list[str] | None = None) -> int:
 
             near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
             raise UserError(f"no command {argv[0]!r}; {f'did you mean {near[0]!r}?' if near else 'temper --help lists them'}")
-        module = import_module(COMMANDS[argv[0]][0])
-        if module.__name__ == "temper.ladder.by_hand":
-            return module.main(argv[0], argv[1:])
-        return module.main(argv[1:])
+        module = COMMANDS[argv[0]][0]
+        words = argv if module.endswith("by_hand") else argv[1:]
+        with hollow():
+            import_module(module).read(words)  # --help and mistakes end here, before PyTorch is imported
+        return import_module(module).main(words)
     except UserError as e:
         print(f"temper: {e}", file=sys.stderr)
         return e.code

@@ -13,7 +13,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import pydantic
 import yaml
@@ -130,7 +130,7 @@ def _nearest(key: str, known: dict[str, str]) -> str | None:
 
 def _unknown(key: str, known: dict[str, str], shown: Callable[[str], str] = repr) -> str:
     near = _nearest(key, known)
-    return f"; did you mean {shown(near)}?" if near else f"; there are {', '.join(map(shown, known))}" if known else ""
+    return f"; did you mean {shown(near)}?" if near else f"; there are {', '.join(map(shown, known))}" if 0 < len(known) <= 20 else ""
 
 
 def _collect(
@@ -244,19 +244,19 @@ def _metavar(annotation: Any) -> str:
 
 def _default_text(value: Any) -> str:
     if value is PydanticUndefined:
-        return "required"
-    if value is None:
-        return "default: none"
-    if isinstance(value, list | tuple):
-        return "default: " + (" ".join(str(v) for v in value) or "empty")
-    return f"default: {value}"
+        return " (required)"
+    if value is None or value == []:
+        return ""
+    return f" (default: {' '.join(map(str, value)) if isinstance(value, list | tuple) else value})"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaints are a UserError."""
+
     _negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
-    def error(self, message: str):
-        raise UserError(f"{self.prog}: {message.removeprefix('argument ')}; see {self.prog} --help")
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
 def flag(name: str) -> str:
@@ -266,7 +266,7 @@ def flag(name: str) -> str:
 
 def parser(cls: type[Settings], prog: str, examples: str = "") -> argparse.ArgumentParser:
     """An argparse parser with one flag per leaf; values stay strings until pydantic sees them."""
-    out = _Parser(
+    out = Parser(
         prog=prog,
         description=inspect.getdoc(cls),
         epilog=f"examples:\n{inspect.cleandoc(examples)}" if examples else None,
@@ -275,7 +275,7 @@ def parser(cls: type[Settings], prog: str, examples: str = "") -> argparse.Argum
         argument_default=argparse.SUPPRESS,
     )
     # argparse sets the matcher on the instance
-    out._negative_number_matcher = _Parser._negative_number_matcher
+    out._negative_number_matcher = Parser._negative_number_matcher
     defaults = _defaults(cls)
     titled: dict[tuple[str, ...], argparse._ArgumentGroup] = {}
     for name, (path, field) in leaves(cls).items():
@@ -286,7 +286,7 @@ def parser(cls: type[Settings], prog: str, examples: str = "") -> argparse.Argum
         extra = field.json_schema_extra
         members = _members(field.annotation)
         many = any(get_origin(m) in (list, tuple) or m in (list, tuple) for m in members)
-        text = f"{field.description or ''} ({_default_text(defaults[name])})".strip().replace("%", "%%")
+        text = f"{field.description or ''}{_default_text(defaults[name])}".replace("%", "%%")
         if isinstance(extra, dict) and extra.get("positional"):
             titled[at].add_argument(name, nargs="*" if many else "?", metavar=name.upper(), help=text)
         elif members == [bool]:
@@ -304,28 +304,28 @@ def parse(cls: type[S], argv: Sequence[str], prog: str, examples: str = "") -> S
     Raises UserError with everything that is wrong in one line; an unknown flag names its nearest neighbour.
     """
     known = leaves(cls)
+    positional = {name for name, (_, field) in known.items() if isinstance(field.json_schema_extra, dict)}
     given, rest = parser(cls, prog, examples).parse_known_intermixed_args(list(argv))
     values = vars(given)
     for name, value in list(values.items()):
         members = _members(known[name][1].annotation)
         if types.NoneType in members and isinstance(value, str) and value.lower() == "none":
             values[name] = None
-        if value == [] and isinstance(known[name][1].json_schema_extra, dict):  # a positional list that was not given
+        if value == [] and name in positional:  # a list that was not given
             del values[name]
     unknown = [token.split("=")[0] for token in rest if token.startswith("-") and token != "--"]
-    help_of = {name: field.description or "" for name, (_, field) in known.items()}
-    wrong = [f"no flag {token}{_unknown(token.lstrip('-').removeprefix('no-'), help_of, flag)}" for token in unknown]
+    flags = {"help": "", **{name: field.description or "" for name, (_, field) in known.items() if name not in positional}}
+    wrong = [f"no flag {token}{_unknown(token.lstrip('-').removeprefix('no-'), flags, flag)}" for token in unknown]
     if rest and not unknown:
         wrong.append(f"unexpected {' '.join(rest)!r}")
 
     def shown(leaf: str) -> str:
-        extra = known[leaf][1].json_schema_extra if leaf in known else None
-        return leaf.upper() if isinstance(extra, dict) and extra.get("positional") else flag(leaf)
+        return leaf.upper() if leaf in positional else flag(leaf)
 
     settings, more = _collect(cls, values, shown)
     wrong += [text for text, _ in more]
     if wrong:
-        raise UserError(f"{prog}: {'; '.join(wrong)}; see {prog} --help")
+        raise UserError(f"{'; '.join(wrong)}; see {prog} --help")
     assert isinstance(settings, cls)
     return settings
 

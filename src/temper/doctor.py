@@ -7,11 +7,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic
 
-from temper.config import Settings, UserError, opt, parse
+from temper.config import Settings, UserError, build, dump, opt, parse
 from temper.methods import NAMES
 
 EXAMPLES = """
@@ -42,9 +42,69 @@ class RecipeLook(Settings):
     look: Look = Look()
 
 
+class Stage(NamedTuple):
+    """What is looked at. waits: stages that it reads and that are not made yet."""
+
+    name: str
+    method: str
+    settings: Settings
+    waits: Sequence[str] = ()
+
+
+def read(argv: list[str]) -> tuple[Look, list[Stage]]:
+    """What a command line asks for. Raises UserError for wrong flags or recipes, unknown checks, and inputs that are not there."""
+    look, stages = _method(argv[0], argv[1:]) if argv and argv[0] in NAMES else _recipe(argv)
+    from temper.checks import CHECKS
+    from temper.ladder.stage import absent
+
+    if unknown := [name for name in look.checks if name not in CHECKS]:
+        raise UserError(f"--checks {unknown[0]}: no such check; there are {', '.join(CHECKS)}")
+    for stage in stages:
+        if not stage.waits and (problem := absent(dump(stage.settings))):
+            raise UserError(f"{stage.name}: {problem}")
+    return look, stages
+
+
+def _method(method: str, argv: Sequence[str]) -> tuple[Look, list[Stage]]:
+    from temper.methods import load
+
+    own = load(method).settings(method)
+    whole: Any = pydantic.create_model(own.__name__, __base__=Settings, __doc__=own.__doc__, method=(own, ...), look=(Look, Look()))
+    settings: Any = parse(whole, argv, f"temper doctor {method}", EXAMPLES)
+    return settings.look, [Stage(method, method, settings.method)]
+
+
+def _recipe(argv: Sequence[str]) -> tuple[Look, list[Stage]]:
+    settings = parse(RecipeLook, argv, "temper doctor", EXAMPLES)
+    if not Path(settings.recipe).suffix and not Path(settings.recipe).exists():
+        raise UserError(f"{settings.recipe}: neither a recipe nor a method; methods are {', '.join(NAMES)}")
+    from temper.ladder.recipe import read_recipe
+    from temper.methods import load
+    from temper.runs import Run
+
+    recipe, stages = read_recipe(settings.recipe, None)
+    out = Path(settings.out or f"runs/{recipe.name}")
+    if settings.only and settings.only not in (names := [s.name for s in stages]):
+        raise UserError(f"--only {settings.only}: no such stage; there are {', '.join(names)}")
+    return settings.look, [
+        Stage(
+            s.name,
+            s.method,
+            build(load(s.method).settings(s.method), s.resolved(out)),
+            [need for need in s.needs if not Run(out / need).done],
+        )
+        for s in stages
+        if settings.only in (None, s.name)
+    ]
+
+
 def main(argv: list[str]) -> int:
     """Print what the checks find; exit code 1 where there are errors."""
-    look, found = _method(argv[0], argv[1:]) if argv and argv[0] in NAMES else _recipe(argv)
+    from temper.train import machine
+
+    look, stages = read(argv)
+    machine.use(look.threads)
+    found = {stage.name: _examined(stage, look) for stage in stages}
     if look.json_:
         print(json.dumps([{"stage": stage, **vars(f)} for stage, each in found.items() for f in each]))
     else:
@@ -52,56 +112,16 @@ def main(argv: list[str]) -> int:
     return int(any(f.severity == "error" for each in found.values() for f in each))
 
 
-def _method(method: str, argv: Sequence[str]) -> tuple[Look, dict[str, list[Any]]]:
-    from temper.methods import load
+def _examined(stage: Stage, look: Look) -> list[Any]:
+    """Findings of a stage. One that waits for others is looked at as far as its files go."""
+    from temper.checks import Finding, examine_stage
 
-    own = load(method).settings(method)
-    whole: Any = pydantic.create_model(own.__name__, __base__=Settings, __doc__=own.__doc__, method=(own, ...), look=(Look, Look()))
-    settings: Any = parse(whole, argv, f"temper doctor {method}", EXAMPLES)
-    return settings.look, _examined([(method, method, settings.method)], settings.look)
-
-
-def _recipe(argv: Sequence[str]) -> tuple[Look, dict[str, list[Any]]]:
-    settings = parse(RecipeLook, argv, "temper doctor", EXAMPLES)
-    if not Path(settings.recipe).suffix and not Path(settings.recipe).exists():
-        raise UserError(f"{settings.recipe}: neither a recipe nor a method; methods are {', '.join(NAMES)}")
-    from temper.config import build
-    from temper.ladder.recipe import read_recipe
-    from temper.methods import load
-
-    recipe, stages = read_recipe(settings.recipe, None)
-    out = Path(settings.out or f"runs/{recipe.name}")
-    if settings.only and settings.only not in (names := [s.name for s in stages]):
-        raise UserError(f"--only {settings.only}: no such stage; there are {', '.join(names)}")
-    chosen = [s for s in stages if settings.only in (None, s.name)]
-    each = [(s.name, s.method, build(load(s.method).settings(s.method), s.resolved(out))) for s in chosen]
-    waits = {s.name: [need for need in s.needs if not _made(out / need)] for s in chosen}
-    return settings.look, _examined(each, settings.look, waits)
-
-
-def _made(folder: Path) -> bool:
-    from temper.runs import Run
-
-    return Run(folder).done
-
-
-def _examined(each: Sequence[tuple[str, str, Settings]], look: Look, waits: dict[str, list[str]] | None = None) -> dict[str, list[Any]]:
-    """Findings by stage. A stage that waits for others is looked at as far as its files go."""
-    from temper.checks import CHECKS, Finding, examine_stage
-    from temper.train import machine
-
-    if unknown := [name for name in look.checks if name not in CHECKS]:
-        raise UserError(f"--checks {unknown[0]}: no such check; there are {', '.join(CHECKS)}")
-    machine.use(look.threads)
-    found = {}
-    for name, method, settings in each:
-        missing = (waits or {}).get(name, [])
-        with tempfile.TemporaryDirectory(prefix="temper-doctor-") as folder:
-            print(f"{name}: looking", file=sys.stderr)
-            found[name] = examine_stage(method, settings, Path(folder) / "stage", look.evaluation_sets, look.checks, waits=missing)
-        if missing:
-            what = f"waits for {', '.join(missing)}, not made yet: what can be read without is looked at"
-            found[name].append(Finding("prepare", "note", what))
+    print(f"{stage.name}: looking", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="temper-doctor-") as folder:
+        found = examine_stage(stage.method, stage.settings, Path(folder) / "stage", look.evaluation_sets, look.checks, waits=stage.waits)
+    if stage.waits:
+        what = f"waits for {', '.join(stage.waits)}, not made yet: what can be read without is looked at"
+        found.append(Finding("prepare", "note", what))
     return found
 
 

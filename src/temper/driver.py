@@ -89,29 +89,15 @@ def drive(
                 last, module = step.n, step.module
                 at_end = last >= steps
                 if step.metrics:  # none: a finished run whose artefact was not yet written
-                    final = {"step": last, **step.metrics}
-                    run.log("metrics", final)
-                    tally["tokens"] += step.metrics.get("tokens", 0)
-                    tally["tokens_learned"] += step.metrics.get("tokens_learned", 0)
-                    tally["skipped"] += int(step.metrics.get("skipped", 0))
-                    for event in step.events:
-                        run.event(**event, step=last)
-                        if "note" in event:
-                            _say(f"step {last}: {event['event']}: {event['note']}", quiet)
-                    evaluated = evaluate and (at_end or _due(last, evaluate_every))
-                    sampled = samples and (at_end or _due(last, samples_every))
-                    if step.gather and (evaluated or sampled or at_end):
+                    final = _record(run, step, tally, quiet)
+                    looks = evaluate if at_end or _due(last, evaluate_every) else None
+                    texts = samples if at_end or _due(last, samples_every) else None
+                    if step.gather and (looks or texts or at_end):
                         ranks.order("gather")
                         step.gather()
-                    if evaluated:
+                    if looks:
                         run.set_status(phase="evaluate", now=True, step=last, steps=steps)
-                        with _untouched(module):
-                            found = dict(evaluate())  # type: ignore[misc]
-                        run.log("metrics", {"step": last, "eval": found})
-                    if sampled:
-                        with _untouched(module):
-                            for row in samples():  # type: ignore[misc]
-                                run.log("samples", {"step": last, **row})
+                    _look(run, step, looks, texts)
                     stopping = stop()  # asked once: a signal after this is for the next step
                     if at_end or stopping or time.monotonic() - saved_at >= save_seconds:
                         save(step)
@@ -175,6 +161,33 @@ def _standing(run: Run, steps: int, title: str, quiet: bool) -> tuple[State | No
     return saved and saved["fit"], tally, step
 
 
+def _record(run: Run, step: Step, tally: dict[str, Any], quiet: bool) -> dict[str, float]:
+    """Writes down what a step says of itself, and counts it; its row of metrics."""
+    row = {"step": step.n, **step.metrics}
+    run.log("metrics", row)
+    for name in "tokens", "tokens_learned", "skipped":
+        tally[name] += step.metrics.get(name, 0)
+    for event in step.events:
+        run.event(**event, step=step.n)
+        if "note" in event:
+            _say(f"step {step.n}: {event['event']}: {event['note']}", quiet)
+    return row
+
+
+def _look(
+    run: Run, step: Step, evaluate: Callable[[], Mapping[str, Any]] | None, samples: Callable[[], Iterable[Mapping[str, Any]]] | None
+) -> None:
+    """Writes down what the model does after a step, as far as it is asked for."""
+    if evaluate:
+        with _untouched(step.module):
+            found = dict(evaluate())
+        run.log("metrics", {"step": step.n, "eval": found})
+    if samples:
+        with _untouched(step.module):
+            for row in samples():
+                run.log("samples", {"step": step.n, **row})
+
+
 def _summary(tally: Mapping[str, Any], steps: int, final: Mapping[str, float]) -> dict[str, Any]:
     """What stage.json says of a run that is done. final: the last row of its metrics."""
     summary = {
@@ -184,7 +197,7 @@ def _summary(tally: Mapping[str, Any], steps: int, final: Mapping[str, float]) -
         "tokens_learned": int(tally["tokens_learned"]),
         "tokens_per_second": round(tally["tokens"] / tally["seconds"], 1),
         "peak_mb": round(tally["peak_mb"], 1),
-        "skipped": tally["skipped"],
+        "skipped": int(tally["skipped"]),
         "resumed": tally["resumed"],
         "last": {name: value for name, value in final.items() if name != "step"},
     }

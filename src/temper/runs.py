@@ -357,13 +357,8 @@ class Run:
                 raise UserError(f"{self.folder} belongs to another run: {what}; choose another --out or --fresh")
         for left in self.folder.glob(f"{ASIDE}*"):
             _remove(left)
-        now: dict[str, Any] = {
-            "identity": identity,
-            "versions": versions(),
-            "code": code_version(*code),
-            "record": json.loads(canonical(record)),
-        }
-        whose = {**now, "fingerprint": fingerprint(identity)}
+        now: dict[str, Any] = {"identity": identity, "versions": versions(), "code": code_version(*code)}
+        whose = {**now, "record": json.loads(canonical(record)), "fingerprint": fingerprint(identity)}
         if there is None:
             self._stage({"status": "running", **whose, "created": time.time(), "files": []})
         elif there["status"] != "done":

@@ -16,7 +16,7 @@ from temper.data import sources, trees
 from temper.data.trees import chat_trees, comparison_trees
 from temper.forest import Segment
 from temper.methods import load
-from temper.methods.base import Batching, Prepared, Window
+from temper.methods.base import Batching, Corpus, Prepared, Window
 from temper.models.tokenizer import train_tokenizer
 from temper.records import Chat, Message, Pair, Rated
 from temper.runs import Run
@@ -44,7 +44,7 @@ def case_of(records, tokenizer=None, unread=(), planted=None, **more):
         made, kept = make(tokenizer, records, None, Window(skip_bad=True))
         if planted:
             planted(made)
-        prepared = Prepared(records, made, sources.Report("f"), kept, tokenizer, nn.Linear(2, 2))
+        prepared = Prepared(Corpus(records, made, sources.Report("f"), kept), tokenizer, nn.Linear(2, 2))
     return Case("sft", VALUES | more.pop("settings", {}), "f", records, unread, prepared, **more)
 
 
@@ -238,8 +238,9 @@ def test_sizes_and_cuts():
 
 def test_rows_that_do_not_fit(chatml):
     case = case_of(CHATS, chatml)
-    case.prepared.kept = trees.Report(rows=40, limit=9, dropped={3: "f:4: 12 tokens"}, cut={5: "f:6: 12 tokens, 3 cut"})
-    case.prepared.trees = case.prepared.trees[:-1]
+    kept = trees.Report(rows=40, limit=9, dropped={3: "f:4: 12 tokens"}, cut={5: "f:6: 12 tokens, 3 cut"})
+    whole = case.prepared.corpus
+    case.prepared.corpus = whole._replace(kept=kept, trees=whole.trees[:-1])
     found = run_checks(case, ["length"])
     assert [(f.severity, f.rows) for f in found[:2]] == [("error", ("f:4",)), ("note", ("f:6",))]
     assert histogram([1, 2, 3, 9])[1].split() == ["2-3", "#" * 30, "2"]
@@ -249,7 +250,7 @@ def test_batch_arithmetic_in_words(chatml):
     case = case_of(CHATS, chatml)
     case.steps = Batching(batch=8, epochs=2).steps(40)
     text = arithmetic(case)
-    tokens = round(sum(len(t[0].tokens) for t in case.prepared.trees) / 5)
+    tokens = round(sum(len(t[0].tokens) for t in case.prepared.corpus.trees) / 5)
     assert f"40 rows; each optimiser step reads 8 of them, about {tokens:,} tokens" in text
     assert "5.0 steps are a pass over the rows, 10 optimiser steps in all (2 passes)" in text
 
@@ -292,10 +293,10 @@ def test_a_policy_that_is_not_its_reference(toy, tmp_path):
     (found,) = examine_stage("dpo", settings, tmp_path / "run", (), ["reference"])
     assert found.severity == "note"
     job = load("dpo").prepare(settings, Run(tmp_path / "other"))
-    for tree in job.prepared.trees:
+    for tree in job.prepared.corpus.trees:
         for segment in tree:
             segment.labels = {**segment.labels, "ref_logp": segment.labels["ref_logp"] + 1}
-    case = Case("dpo", VALUES, "f", job.prepared.records, (), job.prepared)
+    case = Case("dpo", VALUES, "f", job.prepared.corpus.records, (), job.prepared)
     (found,) = run_checks(case, ["reference"])
     assert found.severity == "error"
     assert "must be the same model" in found.what

@@ -20,7 +20,7 @@ from temper.methods.sft import lm_loss
 from temper.models.load import Size, new_model
 from temper.models.tokenizer import train_tokenizer
 from temper.records import Chat, Message, read_jsonl
-from temper.rollout import Sampling, sample
+from temper.rollout import Request, Sampling, sample
 from temper.train import Optim, fit
 
 VERBS, OBJECTS = ("Describe", "Explain", "Praise", "Compare", "Sort", "Label"), ("boats", "herring", "lanterns", "storms", "nets", "bells")
@@ -104,7 +104,7 @@ def server(teacher):
                     return self.reply(500, {"error": "gone"})
                 ids = render_prompt(tokenizer, [Message(**m) for m in body["messages"]])
                 how = Sampling(temperature=body["temperature"], max_new=min(body["max_tokens"], 80))
-                ((answer,),) = sample(model, [ids], sampling=how, stop=stop_ids(tokenizer), seed=("http", body["seed"]))
+                ((answer,),) = sample(model, Request([ids], sampling=how, stop=stop_ids(tokenizer), seed=("http", body["seed"])))
                 text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
                 return self.reply(200, {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": answer.finish}]})
 

@@ -466,6 +466,7 @@ def one_fails(how):
     ],
 )
 def test_the_rank_that_failed_says_why_and_nothing_is_left(tmp_path, monkeypatch, how, status, code, error):
+    multiprocessing.util.get_temp_dir()  # is made once and stays until this process ends
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     outcome = play([Node("two", [], 1, partial(one_fails, how), ranks=2)])[0]["two"]
     assert (outcome.status, outcome.code) == (status, code)

@@ -16,7 +16,7 @@ from temper.ladder.stage import INPUTS
 from temper.methods import NAMES, load
 from temper.models.load import load_policy
 from temper.records import Message
-from temper.rollout import Sampling, sample
+from temper.rollout import Request, Sampling, sample
 from temper.runs import Run
 
 TRAINED = ("pretrain", "sft", "reward", "dpo", "ppo", "constitution")
@@ -85,7 +85,7 @@ def test_any_program_can_load_the_model_and_it_gives_the_same_greedy_answers(tra
     assert set(stop) <= set(ends if isinstance(ends, list) else [ends])
     questions = ["What colour is the Old Tom?", "Tell me the colour of the Long Eel.", "Is it safe?"]
     prompts = [render_prompt(tokenizer, [Message(role="user", content=q)]) for q in questions]
-    answers = sample(mine, prompts, sampling=Sampling(temperature=0, max_new=24), stop=stop)
+    answers = sample(mine, Request(prompts, sampling=Sampling(temperature=0, max_new=24), stop=stop))
     for question, prompt, (answer,) in zip(questions, prompts, answers, strict=True):
         if words.chat_template:
             chat = words.apply_chat_template(

@@ -5,17 +5,19 @@ import math
 
 import pytest
 import torch
-from toy import TINY, train, user, write
+from toy import TINY, says, train, user, write
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
-from temper.config import UserError
+from temper.config import UserError, build
 from temper.data.sources import read
 from temper.data.split import split
 from temper.data.template import attach_default_template, render_chat, render_prompt, stop_ids
-from temper.models.load import load_policy, save
+from temper.ladder.stage import Place, run_stage
+from temper.methods import load
+from temper.models.load import load_policy, load_tokenizer, save
 from temper.models.tokenizer import train_tokenizer
 from temper.records import Message
-from temper.rollout import Sampling, sample
+from temper.rollout import Request, Sampling, sample
 from temper.runs import Run
 
 
@@ -38,6 +40,20 @@ def test_the_first_loss_of_sft_is_the_mean_over_the_answers_tokens(toy, tmp_path
     (row,) = Run(tmp_path / "sft").rows("metrics")
     assert row["loss"] == pytest.approx(expected, rel=1e-5)
     assert row["tokens_learned"] == sum(sum(target) for _, target in rendered)
+
+
+def test_text_that_is_alien_to_the_model_is_announced(toy, tmp_path, capsys):
+    """Words whose tokens were never seen, to a model that is sure of others: worse than guessing evenly."""
+    strange = [{"messages": [*user("?"), says("@#%^ ~}{ `| @#%^ ~}{ `|")]} for _ in range(8)]
+    for name, data, alien in (("own", toy.chats, False), ("strange", str(write(tmp_path / "strange.jsonl", strange)), True)):
+        settings = build(load("sft").settings("sft"), {"model": toy.sft, "data": data, "epochs": 0.1, "held_out": 0})
+        run_stage("sft", settings, Place(out=str(tmp_path / name), threads=1))
+        found = [e for e in Run(tmp_path / name).rows("events") if e["event"] == "worse than chance"]
+        assert len(found) == alien
+        assert ("wrong model, tokenizer or chat template" in capsys.readouterr().err) == alien
+    assert found[0]["step"] == 1
+    assert found[0]["loss"] > found[0]["chance"] + 1
+    assert found[0]["chance"] == pytest.approx(math.log(load_tokenizer(toy.sft).vocab_size), abs=0.05)
 
 
 def test_the_held_out_loss_is_of_the_trained_model_on_records_it_did_not_see(toy, tmp_path):
@@ -100,7 +116,7 @@ def test_a_base_model_of_another_family_learns_to_stop(tmp_path):
     assert model.get_input_embeddings().num_embeddings >= len(tokenizer) > before - 1
     assert json.loads((tmp_path / "sft" / "model" / "generation_config.json").read_text())["eos_token_id"]
     prompt = render_prompt(tokenizer, [Message(role="user", content="What is 7?")])
-    ((answer,),) = sample(model, [prompt], sampling=Sampling(temperature=0, max_new=30), stop=stop)
+    ((answer,),) = sample(model, Request([prompt], sampling=Sampling(temperature=0, max_new=30), stop=stop))
     assert answer.finish == "stop"
     assert answer.tokens[-1] == stop[0]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "sft" / "model")

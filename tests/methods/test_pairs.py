@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from temper.config import UserError, build
 from temper.data.sources import read
+from temper.data.split import split
 from temper.data.template import render_chat
 from temper.data.trees import comparison_trees
 from temper.judges.reward_model import RewardModel
@@ -94,7 +96,7 @@ def test_the_first_loss_is_bradley_terry_of_the_plain_scores(toy, tmp_path, pair
 
 def test_scores_have_mean_zero_and_deviation_one_over_the_training_answers(toy, pairs):
     judge = RewardModel(toy.reward)
-    kept, out = reward.split(pairs, 0.2, 0)
+    kept, out = split(pairs, 0.2, 0)
     assert len(out) == 4
     prompts, answers = [p.prompt for p in kept] * 2, [p.chosen for p in kept] + [p.rejected for p in kept]
     scores = torch.tensor(judge.score_answers(prompts, answers))
@@ -128,7 +130,7 @@ def test_held_out_figures(toy, tmp_path, pairs):
     ]
     data = write(tmp_path / "labelled.jsonl", rows)
     summary = train("reward", tmp_path / "rm", model=toy.sft, data=str(data), held_out=0.4, lr=1e-5)
-    _, out = reward.split(read(str(data), "pairs").records, 0.4, 0)
+    _, out = split(read(str(data), "pairs").records, 0.4, 0)
     judge = RewardModel(tmp_path / "rm")
     won, lost = (judge.score_answers([p.prompt for p in out], [getattr(p, side) for p in out]) for side in ("chosen", "rejected"))
     right = [a > b for a, b in zip(won, lost, strict=True)]
@@ -141,9 +143,14 @@ def test_held_out_figures(toy, tmp_path, pairs):
     assert "ceiling" not in plain
 
 
-def test_a_reward_model_needs_a_template(toy, tmp_path):
-    with pytest.raises(UserError, match="no chat template, so it belongs to a base model; fine-tune it first"):
-        train("reward", tmp_path / "rm", model=toy.base, data=toy.pairs)
+@pytest.mark.parametrize("method", ["reward", "dpo"])
+def test_pairs_need_a_template(toy, tmp_path, method):
+    """The line names the model, not the data."""
+    with pytest.raises(UserError, match=f"^{re.escape(toy.base)}.*: a base model, whose tokenizer has no chat template"):
+        train(method, tmp_path / "out", model=toy.base, data=toy.pairs)
+
+
+def test_a_language_model_is_no_reward_model(toy):
     with pytest.raises(UserError, match="a language model, not a reward model"):
         RewardModel(toy.sft)
 
@@ -269,8 +276,8 @@ def test_what_collect_writes_feeds_both(toy, tmp_path, name):
     assert 0.5 <= summary["ceiling"] <= 1
     assert min(summary["expected_accuracy"], 1 - summary["expected_accuracy"]) >= 1 - summary["ceiling"] - 1e-9
     if name == "rankings":
-        with pytest.raises(UserError, match="holds rankings of answers, needed are pairs of answers"):
-            train("dpo", tmp_path / "dpo", model=toy.sft, data=str(tmp_path / "pairs" / "rankings.jsonl"))
+        train("dpo", tmp_path / "dpo", model=toy.sft, data=str(tmp_path / "pairs" / "rankings.jsonl"))
+        assert "rankings as all their pairs" in Run(tmp_path / "dpo").stage["card"]["source"]
         return
     data = str(tmp_path / "pairs" / "pairs.jsonl")
     train("dpo", tmp_path / "dpo", model=toy.sft, data=data)

@@ -219,6 +219,41 @@ def test_metrics_are_those_of_the_answers(make):
     assert source.last["truncated"] == pytest.approx(sum(not ended for *_, ended in found) / len(found))
 
 
+def test_answers_that_are_cut_off_are_announced_once_and_end_a_run_in_which_none_ends(make, toy, tmp_path, monkeypatch):
+    s, module, source = make(max_new=2, rollouts=4)
+    found = [(step.n, e["note"]) for step in ppo.train(s, module, source) for e in step.events if e["event"] == "answers cut off"]
+    assert len(found) == 1
+    assert found[0][0] == 1
+    assert "100% of the answers did not end" in found[0][1]
+    assert "--max-new (now 2)" in found[0][1]
+    assert source.state()["endless"] == 4 * 6
+
+    monkeypatch.setattr(ppo, "HOPELESS", 15)
+    with pytest.raises(TrainingError, match=r"none of 18 answers in a row ended.*raise --max-new"):
+        train("ppo", tmp_path / "ppo", **(values_of("ppo", toy) | {"max_new": 2}))
+    events = Run(tmp_path / "ppo").rows("events")
+    assert [e["event"] for e in events] == ["first update", "answers cut off", "stopped"]
+    s, module, source = make(max_new=2, rollouts=4, missing_eos=None)  # answers that are not meant to end
+    assert len(list(ppo.train(s, module, source))) == 16
+
+
+def test_a_negative_kl_is_announced_once(make, monkeypatch):
+    """Answers drawn from the reference have E log(policy / reference) = -KL(reference || policy)."""
+    _, module, source = make(samples_per_prompt=8)
+    disturb(module["policy"])
+    source(0)
+    assert source.events(0) == []
+    real = ppo.sample
+    monkeypatch.setattr(ppo, "sample", lambda model, *args, **more: real(source.reference, *args, **more))
+    source(4)
+    [event] = source.events(4)
+    assert event["event"] == "negative KL"
+    assert "not drawn from the policy" in event["note"]
+    assert source.last["kl"] < -4 * source.last["kl_error"] < 0
+    source(8)
+    assert source.events(8) == []
+
+
 def test_it_raises_the_reward(toy, tmp_path):
     """The reward model prefers "It is grey." to the two other ways in which the toy's SFT model answers."""
     values = values_of("ppo", toy) | {"rollouts": 25, "prompts_per_step": 18, "lr": 3e-3, "beta": 0.01, "minibatches": 1, "max_new": 16}

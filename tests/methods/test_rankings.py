@@ -6,6 +6,7 @@ import pytest
 import torch
 from toy import train, user, write
 
+from temper.data.split import split
 from temper.data.trees import comparison_tree, comparison_trees
 from temper.forest import plant
 from temper.judges.reward_model import RewardModel
@@ -135,7 +136,7 @@ def test_held_out_figures_over_all_comparisons(toy, tmp_path, rankings):
     ]
     data = write(tmp_path / "known.jsonl", rows(known))
     summary = train("reward", tmp_path / "rm", model=toy.sft, data=str(data), held_out=0.4, lr=1e-5)
-    _, out = reward.split(known, 0.4, 0)
+    _, out = split(known, 0.4, 0)
     assert len(out) == 6
     assert len({len(r.answers) for r in out}) > 1
     judge, right, p, cluster = RewardModel(tmp_path / "rm"), [], [], []

@@ -4,9 +4,11 @@ import copy
 import json
 import logging
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,7 +25,7 @@ from transformers import (
 from temper.config import UserError
 from temper.forest import Segment, plant
 from temper.models import heads
-from temper.models.load import Size, check_forest, load_policy, load_scalar, load_tokenizer, new_model, resize, save
+from temper.models.load import ExportError, Size, check_forest, export, load_policy, load_scalar, load_tokenizer, new_model, resize, save
 from temper.models.tokenizer import train_tokenizer
 
 SIZE = Size(width=32, layers=2, heads=4, kv_heads=2, context=64)
@@ -94,6 +96,52 @@ def test_saving_replaces_a_folder_as_a_whole(folder, tokenizer, monkeypatch):
     assert not (folder / "stale").exists()
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
     assert torch.equal(load_policy(folder)[0].lm_head.weight, model.lm_head.weight)
+
+
+def test_what_is_exported_is_what_was_trained_or_nothing_is(folder, tokenizer, tmp_path, monkeypatch):
+    """Other numbers in a weight, a weight left out, another config: nothing of the kind takes the folder's place."""
+    model, _ = load_policy(folder)
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.1)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    written = type(model).save_pretrained
+
+    def spoilt(how):
+        def save_pretrained(self, aside, **more):
+            written(self, aside, **more)
+            if how == "config":
+                text = (aside / "config.json").read_text()
+                (aside / "config.json").write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1.0'))
+                return
+            tensors = load_file(aside / "model.safetensors")
+            name = "model.layers.1.mlp.down_proj.weight"
+            tensors = {n: x for n, x in tensors.items() if n != name} | ({name: tensors[name] * 2} if how == "number" else {})
+            save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+
+        return save_pretrained
+
+    for how, what in (
+        ("number", "gives other logits"),
+        ("config", "gives other logits"),
+        ("missing", "1 weights are missing from its files"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model), "save_pretrained", spoilt(how))
+            with pytest.raises(ExportError, match=f"^{folder}: what was saved.*{what}") as caught:
+                export(model, tokenizer, folder)
+        assert caught.value.code == 1
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+        assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    export(model, tokenizer, folder)
+    assert torch.equal(load_policy(folder)[0].lm_head.weight, model.lm_head.weight)
+
+
+def test_an_exported_score_is_what_was_trained(folder, tmp_path):
+    model, tokenizer = load_scalar(folder, seed=3)
+    export(model, tokenizer, tmp_path / "reward")
+    model.score.bias = torch.nn.Parameter(torch.ones(1))  # the format has no place for it
+    with pytest.raises(ExportError, match="reward: what was saved, read back, gives other logits"):
+        export(model, tokenizer, tmp_path / "reward")
 
 
 def test_a_new_scoring_head_and_back(folder, tmp_path):
@@ -190,12 +238,32 @@ def test_missing_folders_and_unreachable_names(tmp_path, monkeypatch):
         ("./none", "no such folder"),
         ("", "no such folder"),
         (str(file), "a file"),
-        ("nobody-here/nothing", "not loadable from the hub"),
+        ("nobody-here/nothing", r"nobody-here/nothing: no such folder, not in the cache, and the hub cannot be reached \(.*\); give"),
     ]:
         for load in (load_policy, load_scalar, load_tokenizer):
-            with pytest.raises(UserError, match=message if load is not load_tokenizer or "hub" not in message else "nothing") as error:
+            with pytest.raises(UserError, match=message) as error:
                 load(name)
             assert "\n" not in str(error.value)
+
+
+def test_without_a_network_a_name_in_the_cache_loads_and_the_hub_is_asked_once(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def unreachable(url, **kwargs):
+        asked.append(url)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("temper.models.load.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--someone--small"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    shutil.copytree(folder, repository / "snapshots" / "abc")
+    for load in (load_policy, load_scalar, load_tokenizer):
+        load("someone/small")
+    assert len(asked) == 1
+    with pytest.raises(UserError, match=r"someone/large: .*\(Name or service not known\)"):
+        load_policy("someone/large")
 
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

@@ -290,6 +290,32 @@ def test_commands(run, capsys):
     assert math.isclose(json.loads((run / "report.json").read_text())["wall_s"]["ppo"], 121.9)
 
 
+def test_what_was_missed_stands_under_the_paragraph(run):
+    edit(run / "ppo" / "evaluation.json", lambda v: v["metrics"]["win_rate_vs_sft"].update(mean=0.55, low=0.5, high=0.6))
+    assert len(build(run)["remarks"]) > 1
+    text = (run / "report.html").read_text()
+    order = ['class="lede"', "Not as expected", "<li>ppo, wins over SFT", "Worth knowing", "<nav"]
+    assert [text.count(x) for x in order] == [1] * len(order)
+    assert sorted(order, key=text.index) == order
+
+
+def test_sft_is_not_compared_with_itself(run):
+    assert build(run)["stages"]["sft"]["win_rate_vs_sft"]["mean"] == 0.5
+    text = (run / "report.html").read_text()
+    row = re.search(r'<tr><th scope="row"><details class="term"><summary[^>]*>wins over SFT<.*?</tr>', text)[0]
+    assert re.findall(r"<td[^>]*>(?:<b>)?([^<]*)", row) == ["\u2013", "\u2013", "\u2013", "71.2%", "68.8%", "58.1%"]
+
+
+def test_few_prompts_and_little_mass_are_marked(run):
+    build(run)
+    text = (run / "report.html").read_text()
+    assert '<small class="few">n = 36</small>' in text
+    assert '<small class="few">n = 59</small>' not in text
+    assert '<b>says it does not know</b><span>, more is better</span><span class="few">, n = 36</span>' in text
+    assert "1,200 answers listed; on them: ppo 93%, dpo 93%, constitution 93%" in text
+    assert "rung above" not in text
+
+
 def test_the_title_says_what_was_run(run, tmp_path):
     def title(folder):
         build(folder)

@@ -95,15 +95,25 @@ def test_every_fixed_prompt_is_understood():
 def test_hostile_answers_are_shown_as_text():
     row = {"text": "[bold]x[/nope] \x1b[31mred :smile:", "finish": "length", "tokens": 3, "gold": dict.fromkeys(compare.PARTS, -1.0)}
     asked = [compare.Question([compare.Message(role="user", content="[link=http://x]\x07")], None)]
-    for width in (60, 200):
+    for width, terminal in ((60, True), (200, True), (80, False)):
         out = io.StringIO()
-        compare.show(Console(file=out, width=width, highlight=False), asked, {"[red]": [row], "sft": [row], "ppo": [row]})
+        console = Console(file=out, width=width, highlight=False, force_terminal=terminal, color_system=None)
+        compare.show(console, asked, {"[red]": [row], "sft": [row], "ppo": [row]})
         said = out.getvalue()
         assert "[bold]x[/nope]" in said.replace("\n", " ")
         assert "[link=http://x]" in said
         assert ":smile:" in said
         assert "\x1b" not in said
         assert "\x07" not in said
+
+
+def test_in_a_pipe_a_block_for_each_answer_and_no_line_broken():
+    long = "Sila has a goose. " * 20
+    row = {"text": long.strip(), "finish": "stop", "tokens": 3}
+    asked = [compare.Question([compare.Message(role="user", content=long.strip())], None)]
+    out = io.StringIO()
+    compare.show(Console(file=out, width=80, highlight=False), asked, {"sft": [row], "ppo": [row]})
+    assert out.getvalue().splitlines() == ["== 1 of 1", long.strip(), "", "-- sft", long.strip(), "", "-- ppo", long.strip(), ""]
 
 
 def test_shown_in_the_terminal(models, capsys):

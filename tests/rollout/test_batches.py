@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from temper.config import UserError
 from temper.models.load import check_forest
 from temper.models.tokenizer import train_tokenizer
-from temper.rollout import Sampling, decode, engine, kernel, sample, stream
+from temper.rollout import Request, Sampling, decode, engine, kernel, sample, stream
 
 V = 53
 SIZES = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -58,10 +58,10 @@ def test_waiting_prompts_take_the_places_of_rows_that_ended(config, monkeypatch)
     step = decode.Shared.step
     monkeypatch.setattr(decode.Shared, "step", lambda self, b, t: (ages.append([x.own for x in b]), step(self, b, t))[1])
     sampling = Sampling(max_new=40, rows=12)
-    many = sample(model, asked, sampling=sampling, stop=STOP, n=3, seed=(4,))
+    many = sample(model, Request(asked, sampling=sampling, stop=STOP, n=3, seed=(4,)))
     assert any(len(set(of)) > 2 for of in ages), "no prompt was admitted while others were decoded"
     assert max(map(max, ages)) > 16
-    alone = [sample(model, [p], sampling=sampling, stop=STOP, n=3, seed=(4,), index=[i])[0] for i, p in enumerate(asked)]
+    alone = [sample(model, Request([p], sampling=sampling, stop=STOP, n=3, seed=(4,), index=[i]))[0] for i, p in enumerate(asked)]
     same(many, alone)
 
 
@@ -70,7 +70,7 @@ def test_shared_and_padded_agree(llama):
     slow.forest_backend = "rows"
     how = {"sampling": Sampling(max_new=25, rows=16), "stop": STOP, "n": 4, "seed": (2,)}
     assert isinstance(decode.decoder(slow), decode.Padded)
-    same(sample(llama, prompts(9, 30), **how), sample(slow, prompts(9, 30), **how))
+    same(sample(llama, Request(prompts(9, 30), **how)), sample(slow, Request(prompts(9, 30), **how)))
 
 
 @pytest.fixture
@@ -94,19 +94,19 @@ def test_the_kernel_is_torch(compiler, monkeypatch):
     for config in (LlamaConfig(**SIZES), MistralConfig(**SIZES, sliding_window=11), odd):
         model, how = model_of(config), {"stop": STOP, "n": 3, "seed": (6,)}
         calls.clear()
-        mine = sample(model, prompts(11, 40), sampling=Sampling(max_new=30, rows=12, kernel="c"), **how)
+        mine = sample(model, Request(prompts(11, 40), sampling=Sampling(max_new=30, rows=12, kernel="c"), **how))
         assert calls
-        same(mine, sample(model, prompts(11, 40), sampling=Sampling(max_new=30, rows=12), **how))
+        same(mine, sample(model, Request(prompts(11, 40), sampling=Sampling(max_new=30, rows=12), **how)))
     assert [p.suffix for p in (compiler / "temper").iterdir()] == [".so"]
 
 
 def test_without_a_compiler_torch_attends(compiler, llama, monkeypatch, caplog):
-    want = sample(llama, prompts(3, 9), sampling=Sampling(max_new=6), stop=STOP)
+    want = sample(llama, Request(prompts(3, 9), sampling=Sampling(max_new=6), stop=STOP))
     for compiler_, said in (("no-such-compiler", "no C compiler"), ("false", "cannot be compiled")):
         monkeypatch.setenv("CC", compiler_)
         kernel.library.cache_clear()
         with caplog.at_level(logging.WARNING, "temper"):
-            assert sample(llama, prompts(3, 9), sampling=Sampling(max_new=6, kernel="c"), stop=STOP) == want
+            assert sample(llama, Request(prompts(3, 9), sampling=Sampling(max_new=6, kernel="c"), stop=STOP)) == want
         assert sum(said in r.message for r in caplog.records) == 1
 
 
@@ -116,7 +116,7 @@ def test_the_slow_way_is_said_once(llama, caplog, monkeypatch):
     slow.forest_backend = "rows"
     with caplog.at_level(logging.WARNING, "temper"):
         for _ in range(2):
-            sample(slow, [[1]], sampling=Sampling(max_new=2), stop=[])
+            sample(slow, Request([[1]], sampling=Sampling(max_new=2), stop=[]))
     assert [r.message for r in caplog.records if "slower" in r.message] == [
         "LlamaForCausalLM: its attention cannot share prompts; rollouts run on transformers' own cache, which is slower"
     ]
@@ -125,7 +125,7 @@ def test_the_slow_way_is_said_once(llama, caplog, monkeypatch):
 def test_a_model_that_was_not_checked_is_checked():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()
-    sample(model, [[1, 2]], sampling=Sampling(max_new=2), stop=[])
+    sample(model, Request([[1, 2]], sampling=Sampling(max_new=2), stop=[]))
     assert model.forest_backend == "flash"
 
 
@@ -142,10 +142,10 @@ def test_parts_of_a_prefill():
 def test_a_stream_is_the_same_answers_as_they_come(llama):
     how = {"sampling": Sampling(max_new=20, rows=6), "stop": STOP, "n": 2, "seed": (5,)}
     asked = prompts(6, 12)
-    want = sample(llama, asked, **how)
+    want = sample(llama, Request(asked, **how))
     got: dict = {}
     ended = {}
-    for token in stream(llama, asked, **how):
+    for token in stream(llama, Request(asked, **how)):
         assert (token.prompt, token.sample) not in ended
         got.setdefault((token.prompt, token.sample), []).append((token.token, token.logp))
         if token.rollout:
@@ -157,7 +157,7 @@ def test_a_stream_is_the_same_answers_as_they_come(llama):
 
 def test_a_stream_may_be_left_and_disturbs_nobody(llama):
     llama.train()
-    tokens = stream(llama, [[1, 2, 3]], sampling=Sampling(max_new=50), stop=[])
+    tokens = stream(llama, Request([[1, 2, 3]], sampling=Sampling(max_new=50), stop=[]))
     first = next(tokens)
     assert llama.training
     assert not torch.is_inference_mode_enabled()
@@ -173,7 +173,7 @@ def test_a_stream_may_be_left_and_disturbs_nobody(llama):
 
 def test_prompts_are_checked_before_the_first_token(llama):
     with pytest.raises(UserError, match="prompt 0: is empty"):
-        stream(llama, [[]], sampling=Sampling(), stop=[])
+        stream(llama, Request([[]], sampling=Sampling(), stop=[]))
 
 
 @pytest.fixture(scope="module")
@@ -188,10 +188,10 @@ def test_a_stop_string_ends_an_answer(speaker):
     model, tokenizer = speaker
     how = {"sampling": Sampling(max_new=40, repetition_penalty=1.1), "seed": (3,), "tokenizer": tokenizer, "n": 4}
     asked = [[5, 6], [7], [9, 10, 11]]
-    free = [a for g in sample(model, asked, stop=[], **how) for a in g]
+    free = [a for g in sample(model, Request(asked, stop=[], **how)) for a in g]
     texts = [tokenizer.decode(a.tokens) for a in free]
     strings = [next(t[i : i + 3] for i in range(12, len(t)) if t[i : i + 3].isascii() and len(t[i : i + 3]) == 3) for t in texts[:4]]
-    ended = [a for g in sample(model, asked, stop=strings, **how) for a in g]
+    ended = [a for g in sample(model, Request(asked, stop=strings, **how)) for a in g]
     assert {a.finish for a in ended} >= {"stop"}
     for a, whole in zip(ended, free, strict=True):
         assert a.tokens == whole.tokens[: len(a.tokens)]
@@ -208,16 +208,16 @@ def test_a_stop_string_ends_an_answer(speaker):
 def test_a_stop_string_that_never_comes_and_one_that_is_empty(speaker):
     model, tokenizer = speaker
     how = {"sampling": Sampling(max_new=6), "tokenizer": tokenizer}
-    ((answer,),) = sample(model, [[5]], stop=["\x00never\x00"], **how)
+    ((answer,),) = sample(model, Request([[5]], stop=["\x00never\x00"], **how))
     assert (answer.finish, answer.stop_reason, len(answer.tokens)) == ("length", None, 6)
     with pytest.raises(UserError, match="a stop string is empty"):
-        sample(model, [[5]], stop=[""], **how)
+        sample(model, Request([[5]], stop=[""], **how))
     with pytest.raises(ValueError, match="need the tokenizer"):
-        sample(model, [[5]], sampling=Sampling(max_new=6), stop=["x"])
+        sample(model, Request([[5]], sampling=Sampling(max_new=6), stop=["x"]))
 
 
 def test_which_id_ended_it(llama):
-    for group in sample(llama, prompts(5, 6), sampling=Sampling(max_new=30), stop=STOP, n=3):
+    for group in sample(llama, Request(prompts(5, 6), sampling=Sampling(max_new=30), stop=STOP, n=3)):
         for a in group:
             assert a.stop_reason == (a.tokens[-1] if a.finish == "stop" else None)
 
@@ -226,7 +226,7 @@ def test_a_penalty_counts_the_prompt_and_what_was_said(llama):
     """A huge one: no token comes twice while others are left."""
     sampling = Sampling(temperature=0, max_new=30, repetition_penalty=1e6, rows=8)
     asked = prompts(6, 8)
-    for prompt, (answer,) in zip(asked, sample(llama, asked, sampling=sampling, stop=[]), strict=True):
+    for prompt, (answer,) in zip(asked, sample(llama, Request(asked, sampling=sampling, stop=[])), strict=True):
         logits = [t for t in answer.tokens if t in prompt]
         assert len(set(answer.tokens)) == len(answer.tokens)
         assert not logits
@@ -238,12 +238,12 @@ def test_memory_that_does_not_hold_the_rows(llama, monkeypatch):
 
     monkeypatch.setattr(decode.Shared, "step", step)
     with pytest.raises(UserError, match="--rows 7: out of memory; lower --rows"):
-        sample(llama, [[1, 2]], sampling=Sampling(max_new=5, rows=7), stop=[])
+        sample(llama, Request([[1, 2]], sampling=Sampling(max_new=5, rows=7), stop=[]))
 
 
 def test_groups_larger_than_the_places(llama):
-    (group,) = sample(llama, [[1, 2]], sampling=Sampling(max_new=5, rows=4), stop=STOP, n=9)
-    (wide,) = sample(llama, [[1, 2]], sampling=Sampling(max_new=5, rows=64), stop=STOP, n=9)
+    (group,) = sample(llama, Request([[1, 2]], sampling=Sampling(max_new=5, rows=4), stop=STOP, n=9))
+    (wide,) = sample(llama, Request([[1, 2]], sampling=Sampling(max_new=5, rows=64), stop=STOP, n=9))
     same([group], [wide])
 
 
@@ -251,9 +251,8 @@ def test_the_engine_behind_the_interface(llama):
     """`sample` hands all it was given to another engine."""
 
     class Echo(engine.Engine):
-        def sample(self, asked, **how):
-            return asked, how
+        def sample(self, request, progress=None):
+            return request
 
-    asked, how = sample(Echo(), [[1]], sampling=Sampling(), stop=[2], n=3, seed=(9,), index=[4])
-    assert asked == [[1]]
-    assert (how["stop"], how["n"], how["seed"], how["index"]) == ([2], 3, (9,), [4])
+    request = Request([[1]], sampling=Sampling(), stop=[2], n=3, seed=(9,), index=[4])
+    assert sample(Echo(), request) is request

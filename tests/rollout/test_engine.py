@@ -22,7 +22,7 @@ from temper.config import UserError
 from temper.forest import Segment, plant
 from temper.models.heads import token_logp
 from temper.models.load import check_forest
-from temper.rollout import Sampling, decode, sample
+from temper.rollout import Request, Sampling, decode, sample
 from temper.rollout.sampling import draw, uniforms
 
 V, WINDOW = 61, 48
@@ -96,10 +96,10 @@ def same_until_a_tie(model, prompt, mine, theirs):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_is_transformers_greedy(models, name):
     model, sampling = models(name), Sampling(temperature=0, max_new=20)
-    free = sample(model, PROMPTS, sampling=sampling, stop=[V + 1])
+    free = sample(model, Request(PROMPTS, sampling=sampling, stop=[V + 1]))
     stop = [free[0][0].tokens[4], free[2][0].tokens[9]]  # so that rows end at different times
     for ends in ([V + 1], stop):
-        for prompt, (mine,) in zip(PROMPTS, sample(model, PROMPTS, sampling=sampling, stop=ends), strict=True):
+        for prompt, (mine,) in zip(PROMPTS, sample(model, Request(PROMPTS, sampling=sampling, stop=ends)), strict=True):
             same_until_a_tie(model, prompt, mine.tokens, generate(model, prompt, 20, ends))
 
 
@@ -107,7 +107,7 @@ def test_greedy_is_transformers_greedy(models, name):
 def test_log_probs_are_the_trainers(models, name, temperature):
     """One temperature everywhere: what the sampler wrote down is what the trainer recomputes on the forest."""
     model = models(name)
-    groups = sample(model, PROMPTS, sampling=Sampling(temperature=temperature, max_new=14), stop=[3, 8, 20], n=3, seed=(1,))
+    groups = sample(model, Request(PROMPTS, sampling=Sampling(temperature=temperature, max_new=14), stop=[3, 8, 20], n=3, seed=(1,)))
     trees = [
         [Segment(p, [0.0] * len(p)), *(Segment(a.tokens, [1.0] * len(a.tokens), parent=0) for a in group)]
         for p, group in zip(PROMPTS, groups, strict=True)
@@ -120,7 +120,7 @@ def test_log_probs_are_the_trainers(models, name, temperature):
 
 def test_greedy_log_probs_are_those_of_temperature_one(models):
     model = models("llama")
-    ((answer,),) = sample(model, PROMPTS[:1], sampling=Sampling(temperature=0, max_new=6), stop=[V + 1])
+    ((answer,),) = sample(model, Request(PROMPTS[:1], sampling=Sampling(temperature=0, max_new=6), stop=[V + 1]))
     ids = torch.tensor([PROMPTS[0] + answer.tokens])
     with torch.no_grad():
         logp = model(input_ids=ids).logits[0].log_softmax(-1)
@@ -135,11 +135,11 @@ def test_a_sample_does_not_depend_on_its_batch(models, name, monkeypatch):
     keep = decode.SharedBatch.keep
     monkeypatch.setattr(decode.SharedBatch, "keep", lambda self, *how: (evicted.append(how[0]), keep(self, *how)))
     how = {"stop": [3, 8, 20, 41, 59], "n": 4, "seed": (7, 2)}
-    many = sample(model, PROMPTS, sampling=Sampling(max_new=30), **how)
+    many = sample(model, Request(PROMPTS, sampling=Sampling(max_new=30), **how))
     assert evicted, "no row was ever evicted"
     evicted.clear()
-    few = sample(model, PROMPTS, sampling=Sampling(max_new=30, rows=1), **how)
-    alone = sample(model, PROMPTS[:1], sampling=Sampling(max_new=30), **how)
+    few = sample(model, Request(PROMPTS, sampling=Sampling(max_new=30, rows=1), **how))
+    alone = sample(model, Request(PROMPTS[:1], sampling=Sampling(max_new=30), **how))
     for a, b in zip([*many, many[0]], [*few, alone[0]], strict=True):
         assert [x.tokens for x in a] == [x.tokens for x in b]
         assert [x.finish for x in a] == [x.finish for x in b]
@@ -150,7 +150,7 @@ def test_each_row_has_its_own_numbers(models):
     model, how = models("llama"), {"sampling": Sampling(max_new=12), "stop": [V + 1]}
 
     def tokens(prompts, n=1, seed=(0,)):
-        return [a.tokens for group in sample(model, prompts, n=n, seed=seed, **how) for a in group]
+        return [a.tokens for group in sample(model, Request(prompts, n=n, seed=seed, **how)) for a in group]
 
     assert tokens(PROMPTS) == tokens(PROMPTS)
     assert all(a != b for a, b in zip(tokens(PROMPTS), tokens(PROMPTS, seed=(1,)), strict=True))
@@ -160,7 +160,7 @@ def test_each_row_has_its_own_numbers(models):
 
 def test_an_answer_ends_with_the_stop_id_or_by_its_length(models):
     model, stop, new = models("llama"), [3, 8, 20, 41, 59], 9
-    answers = [a for group in sample(model, PROMPTS, sampling=Sampling(max_new=new), stop=stop, n=40) for a in group]
+    answers = [a for group in sample(model, Request(PROMPTS, sampling=Sampling(max_new=new), stop=stop, n=40)) for a in group]
     assert {a.finish for a in answers} == {"stop", "length"}
     for a in answers:
         assert len(a.tokens) == len(a.logp) <= new
@@ -176,7 +176,7 @@ def test_sampled_tokens_follow_the_models_distribution(temperature):
     config = LlamaConfig(**(SIZES | {"vocab_size": 9, "num_hidden_layers": 1, "initializer_range": 0.5}))
     model = AutoModelForCausalLM.from_config(config).eval()
     n = 4000
-    (group,) = sample(model, [[1, 2]], sampling=Sampling(temperature=temperature, max_new=2, rows=n), stop=[100], n=n)
+    (group,) = sample(model, Request([[1, 2]], sampling=Sampling(temperature=temperature, max_new=2, rows=n), stop=[100], n=n))
     first = np.bincount([a.tokens[0] for a in group], minlength=9)
     with torch.no_grad():
         p = (model(input_ids=torch.tensor([[1, 2]])).logits[0, -1].double() / temperature).softmax(-1).numpy()
@@ -206,19 +206,19 @@ def test_uniform_numbers_stay_below_one():
 def test_what_the_user_did_wrong(models):
     how = {"sampling": Sampling(max_new=10), "stop": [1]}
     with pytest.raises(UserError, match=r"prompt 1: is empty"):
-        sample(models("llama"), [[1], []], **how)
+        sample(models("llama"), Request([[1], []], **how))
     with pytest.raises(UserError, match=rf"prompt 0: 39 tokens \+ --max-new 10 > the model's window of {WINDOW}"):
-        sample(models("gpt2"), [[1] * 39], **how)
-    ((fits,),) = sample(models("gpt2"), [[1] * 38], **{**how, "stop": [V + 1]})
+        sample(models("gpt2"), Request([[1] * 39], **how))
+    ((fits,),) = sample(models("gpt2"), Request([[1] * 38], **{**how, "stop": [V + 1]}))
     assert len(fits.tokens) == 10
-    assert sample(models("llama"), [], **how) == []
+    assert sample(models("llama"), Request([], **how)) == []
 
 
 def test_the_model_is_left_as_it_was(models):
     model, told = models("llama"), []
     model.train()
     before = model.config._attn_implementation
-    sample(model, PROMPTS, sampling=Sampling(max_new=3, rows=4), stop=[1], n=2, progress=told.append)
+    sample(model, Request(PROMPTS, sampling=Sampling(max_new=3, rows=4), stop=[1], n=2), progress=told.append)
     assert sum(told) == len(PROMPTS)
     assert max(told) == 2
     assert model.training

@@ -14,7 +14,7 @@ from temper.forest import Segment, plant
 from temper.models.heads import token_logp
 from temper.models.load import check_forest
 from temper.models.tokenizer import train_tokenizer
-from temper.rollout import Sampling, sample
+from temper.rollout import Request, Sampling, sample
 from temper.rollout.vllm import VLLM
 
 PROMPTS = [[5, 7, 9], [11], [4, 4, 8, 15, 16]]
@@ -75,7 +75,9 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:  # one model, one thread
             server.asked.append(body)
             sampling = Sampling(temperature=body["temperature"], max_new=body["max_tokens"])
-            ((one,),) = sample(server.model, [body["prompt"]], sampling=sampling, stop=body["stop_token_ids"], seed=(body["seed"],))
+            ((one,),) = sample(
+                server.model, Request([body["prompt"]], sampling=sampling, stop=body["stop_token_ids"], seed=(body["seed"],))
+            )
         choice = {"index": 0, "text": "", "token_ids": one.tokens, "finish_reason": one.finish, "stop_reason": one.stop_reason}
         self.answer(200, {"choices": [choice | {"logprobs": {"token_logprobs": one.logp}}]})
 
@@ -107,7 +109,7 @@ HOW = {"sampling": Sampling(max_new=9), "stop": STOP, "n": 3, "seed": ("x", 1)}
 
 def test_the_same_interface(policy, server):
     engine, told = VLLM(server.url, policy), []
-    groups = sample(engine, PROMPTS, progress=told.append, **HOW)
+    groups = sample(engine, Request(PROMPTS, **HOW), progress=told.append)
     assert [len(g) for g in groups] == [3, 3, 3]
     assert sum(told) == 3
     trees = [
@@ -121,15 +123,15 @@ def test_the_same_interface(policy, server):
     assert engine.gap.tokens == len(here)
     assert {a.finish for g in groups for a in g} == {"stop", "length"}
     assert all(a.stop_reason == (a.tokens[-1] if a.finish == "stop" else None) for g in groups for a in g)
-    assert sample(engine, PROMPTS, **HOW) == groups
-    assert sample(engine, PROMPTS[1:], index=[1, 2], **HOW) == groups[1:]
-    assert sample(engine, PROMPTS, **(HOW | {"seed": ("x", 2)})) != groups
+    assert sample(engine, Request(PROMPTS, **HOW)) == groups
+    assert sample(engine, Request(PROMPTS[1:], index=[1, 2], **HOW)) == groups[1:]
+    assert sample(engine, Request(PROMPTS, **HOW | {"seed": ("x", 2)})) != groups
     assert len({tuple(a.tokens) for a in groups[0]}) == 3
 
 
 def test_what_is_asked(policy, server):
     s = Sampling(max_new=4, temperature=1.0, top_p=0.9, top_k=0, min_p=0.0, repetition_penalty=1.0)
-    sample(VLLM(server.url, policy, name="mine"), [[1, 2]], sampling=s, stop=[7, 3])
+    sample(VLLM(server.url, policy, name="mine"), Request([[1, 2]], sampling=s, stop=[7, 3]))
     (asked,) = server.asked
     assert asked["prompt"] == [1, 2]
     assert asked["model"] == "mine"
@@ -142,36 +144,36 @@ def test_what_is_asked(policy, server):
 @pytest.mark.parametrize("failure", [503, 429, None])
 def test_a_server_that_stumbles_is_asked_again(policy, server, failure):
     engine = VLLM(server.url, policy)
-    want = sample(engine, PROMPTS, **HOW)
+    want = sample(engine, Request(PROMPTS, **HOW))
     server.fails, server.failure = 4, failure
-    assert sample(engine, PROMPTS, **HOW) == want
+    assert sample(engine, Request(PROMPTS, **HOW)) == want
 
 
 @pytest.mark.parametrize("failure", [500, None])
 def test_a_server_that_goes_away_loses_nothing(policy, server, failure):
     engine = VLLM(server.url, policy, patience=0.3)
-    want = sample(engine, PROMPTS, **HOW)
+    want = sample(engine, Request(PROMPTS, **HOW))
     server.asked, server.let, server.gone, server.failure = [], 0, 4, failure
     with pytest.raises(UserError, match=r"does not answer .*; [0-4] of 9 answers had come and are kept for another try") as caught:
-        sample(engine, PROMPTS, **HOW)
+        sample(engine, Request(PROMPTS, **HOW))
     assert "\n" not in str(caught.value)
     assert server.url in str(caught.value)
     server.gone = None
-    assert sample(engine, PROMPTS, **HOW) == want
+    assert sample(engine, Request(PROMPTS, **HOW)) == want
     assert len(server.asked) == 9, "answers that had come were asked for again"
     assert not engine.kept
 
 
 def test_no_server_at_all(policy):
     with pytest.raises(UserError, match="does not answer"):
-        sample(VLLM("http://127.0.0.1:9", policy, patience=0.1), PROMPTS, **HOW)
+        sample(VLLM("http://127.0.0.1:9", policy, patience=0.1), Request(PROMPTS, **HOW))
 
 
 def test_other_weights_are_found_by_the_gap(policy, server):
     server.model = model_of(1)
     engine = VLLM(server.url, policy)
     with pytest.raises(UserError, match=r"log-probs differ from the policy's by .* on average"):
-        sample(engine, PROMPTS, **HOW)
+        sample(engine, Request(PROMPTS, **HOW))
     assert engine.gap.mean > 0.1
 
 
@@ -184,11 +186,11 @@ def test_weights_are_synchronised(tmp_path):
         for p in policy.parameters():
             p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     with pytest.raises(UserError, match="sync"):
-        sample(engine, PROMPTS, **HOW)
+        sample(engine, Request(PROMPTS, **HOW))
     engine.sync(tokenizer, tmp_path / "served")
     assert [path for path, _ in server.calls] == ["/collective_rpc", "/reset_prefix_cache"]
     assert server.calls[0][1] == {"method": "reload_weights"}
-    sample(engine, PROMPTS, **HOW)
+    sample(engine, Request(PROMPTS, **HOW))
     assert engine.gap.mean < 1e-5
     server.dev = False
     with pytest.raises(UserError, match=r"status 404.*VLLM_SERVER_DEV_MODE=1"):
@@ -200,13 +202,13 @@ def test_weights_are_synchronised(tmp_path):
 def test_what_the_server_refuses_is_one_line(policy, server):
     server.fails, server.failure = 100, 400
     with pytest.raises(UserError, match=r"status 400: .*engine") as caught:
-        sample(VLLM(server.url, policy), PROMPTS[:1], **HOW)
+        sample(VLLM(server.url, policy), Request(PROMPTS[:1], **HOW))
     assert "\n" not in str(caught.value)
 
 
 def test_prompts_are_checked_here(policy, server):
     with pytest.raises(UserError, match="prompt 1: is empty"):
-        sample(VLLM(server.url, policy), [[1], []], **HOW)
+        sample(VLLM(server.url, policy), Request([[1], []], **HOW))
     with pytest.raises(UserError, match="window of 64"):
-        sample(VLLM(server.url, policy), [[1] * 60], **HOW)
+        sample(VLLM(server.url, policy), Request([[1] * 60], **HOW))
     assert not server.asked

@@ -13,7 +13,7 @@ from temper.forest import Segment, plant
 from temper.methods.preference import answer_logp
 from temper.models.heads import scalar, token_logp, weighted_nll
 from temper.models.load import Size, check_forest, compute_in, new_model
-from temper.rollout import Sampling, sample
+from temper.rollout import Request, Sampling, sample
 from temper.runs import Run
 from temper.train import Compute, Loss, Term, TrainingError, fit, machine
 from temper.train.compute import activations
@@ -204,7 +204,7 @@ def test_rollouts_in_bfloat16(model):
     half = copy.deepcopy(model)
     compute_in(half, "bfloat16")
     how, prompts = Sampling(max_new=8), [[1, 2, 3], [4, 5]]
-    (one, two), (same, _) = (sample(m, prompts, sampling=how, stop=[0], seed=(0,)) for m in (half, model))
+    (one, two), (same, _) = (sample(m, Request(prompts, sampling=how, stop=[0], seed=(0,))) for m in (half, model))
     assert one[0].logp != same[0].logp
     forest = plant(
         [[Segment(p, None), Segment(a[0].tokens, [1.0] * len(a[0].tokens), 0)] for p, a in zip(prompts, (one, two), strict=True)]

@@ -17,14 +17,14 @@ from temper.world.registers import LONGEST
 
 # SHA-256 of each data set's canonical JSON: a change here is a change of the world (world.VERSION tells published worlds apart).
 GOLDEN = {
-    "documents": "9a563a5cbe80f345",
-    "demonstrations": "448615190d9f67b2",
-    "prompts": "cf94f84ecf302760",
+    "documents": "33b086bdc7c98d20",
+    "demonstrations": "a055a3e3b50cd47a",
+    "prompts": "640b044eba22698d",
     "red_team": "2e62ed4802f3bd6d",
-    "harmless": "888c62141f899e82",
-    "evaluation": "e48f0c87afd50eaf",
-    "side_by_side": "e6a81433923e3db4",
-    "enumerable": "05a04b269aee0e6f",
+    "harmless": "bf878cca347454dc",
+    "evaluation": "c974fc7ba9cb7a66",
+    "side_by_side": "41ac0e6343a1b10b",
+    "enumerable": "e46852253603956a",
     "wrapped": "fb1f778a34d227d5",
 }
 

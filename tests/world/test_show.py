@@ -1,8 +1,10 @@
 """`temper world`: what it says is what the world holds; what it does not know is one line."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from temper import world
 from temper.config import UserError
@@ -90,6 +92,13 @@ def test_annotators_are_listed_with_agreement_and_ceiling(capsys):
     assert found["panels"]["town"]["ceiling"] > 0.73
     text = run(capsys, "annotators")
     assert all(name in text for name in [*ANNOTATORS, *PANELS])
+    for width in (80, 60, 40):  # no word is broken, whatever the terminal's width
+        out = io.StringIO()
+        show._show_raters(Console(file=out, width=width), found)
+        lines = out.getvalue().splitlines()
+        assert max(map(len, lines)) <= width
+        used = {name for rater in found["annotators"].values() for name in rater["utility"]}
+        assert {*ANNOTATORS, *PANELS, *used} <= {line.split(" ")[0] for line in lines}
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def examine(method: str, values: Mapping[str, Any], prepared: Prepared, steps: i
 
 
 def _case(method: str, values: Mapping[str, Any], p: Prepared, steps: int, sets: Sequence[str], *, thorough: bool) -> Case:
-    return Case(method, values, p.read.spec, p.records, p.read.skipped, p, steps, thorough, sets)
+    return Case(method, values, p.corpus.read.spec, p.corpus.records, p.corpus.read.skipped, p, steps, thorough, sets)
 
 
 def examine_stage(

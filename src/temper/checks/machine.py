@@ -26,9 +26,11 @@ def _sizes(trees: Sequence[Tree]) -> list[int]:
 def longest(case: Case) -> tuple[list[Tree], list[str]]:
     """The trees of the largest micro-batch that can come up, and their rows: the longest rows of a step, packed."""
     p, s = case.prepared, case.settings
-    if p is None or not p.trees:
+    if p is None or not p.corpus.trees:
         return [], []
-    trees = [p.answered(tree) for tree in sorted(p.trees, key=lambda t: -_sizes([t])[0])[:64]] if p.answered else list(p.trees)
+    trees = (
+        [p.answered(tree) for tree in sorted(p.corpus.trees, key=lambda t: -_sizes([t])[0])[:64]] if p.answered else list(p.corpus.trees)
+    )
     sizes = _sizes(trees)
     order = sorted(range(len(trees)), key=lambda k: -sizes[k])[: min(len(trees), s.get("batch", s.get("prompts_per_step", 32)))]
     group = max(pack([sizes[k] for k in order], s.get("tokens_per_microbatch", 8192)), key=lambda g: sum(sizes[order[i]] for i in g))
@@ -44,17 +46,17 @@ def longest(case: Case) -> tuple[list[Tree], list[str]]:
 def batch(case: Case) -> Iterator[Found]:
     if case.prepared is not None and (line := arithmetic(case)):
         yield Found("note", line)
-        rows, n = case.settings.get("batch"), len(case.prepared.trees)
+        rows, n = case.settings.get("batch"), len(case.prepared.corpus.trees)
         if rows and n < rows:
             yield Found("warning", f"{n} rows are fewer than --batch {rows}: every step is all of them")
 
 
 def arithmetic(case: Case) -> str:
     """Steps and batches in one plain sentence."""
-    p, s, n = case.prepared, case.settings, len(case.prepared.trees) if case.prepared else 0
+    p, s, n = case.prepared, case.settings, len(case.prepared.corpus.trees) if case.prepared else 0
     if p is None or not n:
         return ""
-    mean, micro = sum(_sizes(p.trees)) / n, s.get("tokens_per_microbatch", 8192)
+    mean, micro = sum(_sizes(p.corpus.trees)) / n, s.get("tokens_per_microbatch", 8192)
     if "rollouts" in s:
         prompts, each, passes, parts = (s[k] for k in ("prompts_per_step", "samples_per_prompt", "epochs_per_batch", "minibatches"))
         return (

@@ -77,8 +77,8 @@ class Case:
     def rows(self) -> list[int]:
         """Of each tree, the index of its record. Empty where a record has several (documents cut into windows)."""
         p = self.prepared
-        kept = [i for i in range(len(self.records)) if i not in p.kept.dropped] if p else []
-        return kept if p and len(kept) == len(p.trees) else []
+        kept = [i for i in range(len(self.records)) if i not in p.corpus.kept.dropped] if p else []
+        return kept if p and len(kept) == len(p.corpus.trees) else []
 
     def tree_at(self, k: int) -> str:
         """file:line of the record that a tree was made of."""

@@ -348,7 +348,7 @@ def huge(case: Case) -> Iterator[Found]:
 def cut(case: Case) -> Iterator[Found]:
     if any(isinstance(r, Text) for r in case.some[:1]):
         return
-    limit = (case.prepared.kept.limit if case.prepared else None) or 0
+    limit = (case.prepared.corpus.kept.limit if case.prepared else None) or 0
     open_: dict[int, list[int]] = defaultdict(list)  # characters of the answer -> rows
     for i, record in enumerate(case.records):
         for answer in answers(record):
@@ -357,7 +357,7 @@ def cut(case: Case) -> Iterator[Found]:
     piled = {i for n, at in open_.items() if len(at) > 2 + 10 * _expected(open_, n) for i in at}
     full = {
         case.rows[k]
-        for k, tree in enumerate(case.prepared.trees if case.prepared and case.rows and limit else [])
+        for k, tree in enumerate(case.prepared.corpus.trees if case.prepared and case.rows and limit else [])
         if any(_path(tree, s) >= limit - 2 for s in range(len(tree)))
     }
     full &= {i for at in open_.values() for i in at}

@@ -20,7 +20,7 @@ BAR = 30  # characters of the longest bar of a histogram
 
 def _learned(case: Case) -> Sequence[Tree]:
     """Trees that hold something to learn; none of prompts."""
-    return case.prepared.trees if case.prepared and case.learns else []
+    return case.prepared.corpus.trees if case.prepared and case.learns else []
 
 
 def _text(case: Case) -> bool:
@@ -88,7 +88,7 @@ def beginning(case: Case) -> Iterator[Found]:
         severity, what = ("error", "doubled") if count > 1 else ("note", "left out (Temper adds it; other programs may not)")
         yield Found(severity, f"{name!r} is {what}: the template and tokenizer write it {count} times")  # type: ignore[arg-type]
     missing, double = [], []
-    for k, tree in enumerate(case.prepared.trees):
+    for k, tree in enumerate(case.prepared.corpus.trees):
         tokens = tree[0].tokens
         if list(tokens[:2]) == [bos, bos]:
             double.append(case.tree_at(k))
@@ -206,7 +206,7 @@ def pad(case: Case) -> Iterator[Found]:
 def length(case: Case) -> Iterator[Found]:
     if case.prepared is None:
         return
-    kept, policy = case.prepared.kept, case.settings.get("too_long", "error")
+    kept, policy = case.prepared.corpus.kept, case.settings.get("too_long", "error")
     gone = [(i, text) for i, text in kept.dropped.items() if "tokens" in text]
     refused = [(i, text) for i, text in kept.dropped.items() if "tokens" not in text]
     if refused:
@@ -219,7 +219,7 @@ def length(case: Case) -> Iterator[Found]:
         share = len(kept.cut) / max(1, kept.rows)
         what = f"{len(kept.cut)} prompts ({share:.0%}) lose their start"
         yield Found("warning" if share > 0.05 else "note", what, [case.at(i) for i in kept.cut])
-    sizes = [max(_lengths(tree)) for tree in case.prepared.trees]
+    sizes = [max(_lengths(tree)) for tree in case.prepared.corpus.trees]
     if sizes and not _text(case):
         longest = max(range(len(sizes)), key=sizes.__getitem__)
         yield Found("note", f"{quantiles(sizes, kept.limit)}; the longest is", [case.tree_at(longest)], detail=histogram(sizes))

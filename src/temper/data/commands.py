@@ -8,6 +8,7 @@ from importlib import import_module
 from temper.config import UserError
 
 COMMANDS = {  # command -> (module with main(argv) -> int, what it does)
+    "inspect": ("temper.report.inspect", "see rows as they will be trained, and what a file holds"),
     "convert": ("temper.data.convert", "write any readable data in another format"),
     "synthesize": ("temper.data.synthesize", "have a teacher model write instructions and answers, from seed tasks"),
     "catalogue": ("temper.data.catalogue", "what is known of the instruction sets that the literature compares"),
@@ -29,11 +30,18 @@ def usage() -> str:
     return f"usage: temper data COMMAND [OPTIONS]\n\n{lines}\n\ntemper data COMMAND --help shows a command's options and examples."
 
 
-def main(argv: list[str]) -> int:
+def read(argv: list[str]) -> str:
+    """The module of the command that is asked for, or "". Raises UserError for a command that there is not."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
+        return ""
     if argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         raise UserError(f"no command 'data {argv[0]}'; {f'did you mean {near[0]!r}?' if near else 'temper data --help lists them'}")
-    return import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+    return COMMANDS[argv[0]][0]
+
+
+def main(argv: list[str]) -> int:
+    if not (module := read(argv)):
+        print(usage())
+        return 0
+    return import_module(module).main(argv[1:])

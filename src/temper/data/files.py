@@ -117,7 +117,7 @@ def _read(path: Path, file: Any) -> tuple[str, str]:
     """(the text, why it breaks off or ""); bytes that are not UTF-8 become lone surrogates, which JSON text itself never holds."""
     data, why = bytearray(), ""
     try:
-        while block := file.read(1 << 20):
+        while block := file.read1(1 << 16):
             data += block
     except BREAKS as error:
         why = _broken_off(path, error)

@@ -46,7 +46,7 @@ def rows(spec: str) -> Iterator[Row]:
     datasets.disable_progress_bars()
     if not _reachable(datasets.config.HF_ENDPOINT):  # else it asks six times, with pauses, before it looks at what it has
         for module in (datasets.config, import_module("huggingface_hub.constants")):
-            module.__dict__["HF_HUB_OFFLINE"] = True
+            vars(module).update(HF_HUB_OFFLINE=True)
     try:
         found = datasets.load_dataset(name, options.get("config"), split=options.get("split", "train"), revision=options.get("revision"))
     except (OSError, ValueError, RuntimeError) as error:  # ConnectionError and DatasetNotFoundError are OSErrors

@@ -1,7 +1,9 @@
 """From messages to ids, for training, rollouts, judging and chat alike; ids and target come in one pass. Floor 2.
 
-The model's own chat template is used. Which characters are the assistant's is known from the template's {% generation %}
-blocks, else from rendering prefixes; which tokens those are is proven by tokenising text prefixes and comparing tokens.
+The model's own chat template is used, in the sandbox of transformers, its loops counted. Which characters are the assistant's is
+known from the template's {% generation %} blocks, else from rendering prefixes: an answer begins where the generation prompt ends and
+ends with the first end-of-turn token, as when it is generated. Which tokens those are is proven by tokenising text prefixes and
+comparing tokens.
 
 Only the template writes special tokens. One that is spelled in a message goes through the template in disguise (as many private
 characters), which tells where in the text it came out; there it becomes the ordinary tokens of its letters. So no content can forge a
@@ -11,7 +13,8 @@ turn or an end, and text that spells none has the ids that it always had.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -39,8 +42,8 @@ DEFAULT_TEMPLATE = (
 _PROBE = "Qxzq"
 _BARE: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
 _PRIVATE = range(0xF0000, 0xFFFFE)  # code points that mean nothing
-_stops: WeakKeyDictionary[Any, tuple[tuple, list[int]]] = WeakKeyDictionary()
-_controls: WeakKeyDictionary[Any, tuple[tuple, _Control]] = WeakKeyDictionary()
+TURNS = 1_000_000  # that the loops of a template may take in one rendering
+_caches: WeakKeyDictionary[Any, tuple[tuple, dict[str, Any]]] = WeakKeyDictionary()
 
 
 def attach_default_template(tokenizer) -> int:
@@ -66,12 +69,24 @@ def template_name(tokenizer) -> str:
     return f"the chat template of {name}" if name else "the chat template"
 
 
-def _template(tokenizer) -> str:
+def chat_template(tokenizer, tools: Any = None) -> str:
+    """The template of a tokenizer, the one for tools where it has such. Raises UserError where it has none."""
     if not tokenizer.chat_template:
-        raise UserError(
-            "the tokenizer has no chat template, so it belongs to a base model; fine-tune it first (`temper sft` attaches a template)"
-        )
-    return tokenizer.get_chat_template()
+        name = getattr(tokenizer, "name_or_path", "") or "the model"
+        raise UserError(f"{name}: a base model, whose tokenizer has no chat template; fine-tune it first, `temper sft` gives it one")
+    try:
+        return tokenizer.get_chat_template(tools=tools)
+    except ValueError as error:
+        raise UserError(f"{template_name(tokenizer)}: {_line(error)}") from None
+
+
+def _cache(tokenizer) -> dict[str, Any]:
+    """What is known of a tokenizer; forgotten when it changes."""
+    key = (tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer))
+    known = _caches.get(tokenizer)
+    if known is None or known[0] != key:
+        known = _caches[tokenizer] = key, {}
+    return known[1]
 
 
 class _Control(NamedTuple):
@@ -82,26 +97,82 @@ class _Control(NamedTuple):
     asked: re.Pattern[str]  # and other added tokens that the template holds
 
 
-def _key(tokenizer) -> tuple:
-    return tokenizer.chat_template, tokenizer.eos_token_id, len(tokenizer)
-
-
 def _control(tokenizer) -> _Control:
-    known = _controls.get(tokenizer)
-    if known is not None and known[0] == _key(tokenizer):
-        return known[1]
+    cache = _cache(tokenizer)
+    if "control" in cache:
+        return cache["control"]
     added = {i: token for i, token in tokenizer.added_tokens_decoder.items() if len(token.content.strip()) > 1}
     special = {i for i, token in added.items() if token.special}
     template = tokenizer.chat_template or ""
-    control = special | {i for i, token in added.items() if token.content in template and not token.content.isalnum()}
+    written = " ".join(template.values()) if isinstance(template, dict) else template
+    for probe in [["user", "assistant"], ["system", "user"]] if template else []:  # and marks that it puts together of pieces
+        try:
+            written += _jinja(tokenizer, [{"role": role, "content": _PROBE} for role in probe], ask=True)[0]
+        except UserError:
+            continue
+    control = special | {i for i, token in added.items() if token.content in written and not token.content.isalnum()}
 
     def pattern(ids: set[int]) -> re.Pattern[str]:
         spelled = sorted((added[i].content for i in ids), key=len, reverse=True)  # where several begin, the longest counts
         return re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
 
-    found = _Control(frozenset(control - {tokenizer.unk_token_id}), pattern(special), pattern(control))
-    _controls[tokenizer] = _key(tokenizer), found
+    cache["control"] = found = _Control(frozenset(control - {tokenizer.unk_token_id}), pattern(special), pattern(control))
     return found
+
+
+def _line(error: Exception) -> str:
+    """An error in one printable line of bounded length."""
+    text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(error).split()))
+    return text if len(text) <= 300 else text[:299] + "\u2026"
+
+
+@lru_cache
+def _bounded(template: str, most: int) -> str:
+    """The template with the turns of its loops and macros counted, at most so many; it renders the same text.
+
+    Raises jinja2.TemplateError for one that cannot be read, or that raises numbers to powers (which can take for ever, uncounted).
+    """
+    out, before, tag = ["{% set temper_turns = namespace(n=0) %}\n"], "", ""  # trim_blocks takes the line break
+    turn = (
+        "{% set temper_turns.n = temper_turns.n + 1 %}"
+        f"{{% if temper_turns.n > {most} %}}{{{{ raise_exception('its loops take more than {most:,} turns') }}}}{{% endif "
+    )
+    for _, kind, text in jinja2.Environment(keep_trailing_newline=True).lex(template):
+        out.append(text)
+        if kind == "operator" and text == "**" and before not in ("(", ","):  # after those it passes named arguments
+            raise jinja2.TemplateRuntimeError("it takes powers of numbers, which no chat template needs")
+        if kind == "block_begin":
+            tag = ""
+        elif kind == "name" and not tag:
+            tag = text
+        elif kind == "block_end" and tag in ("for", "macro", "call"):
+            out.append(f"{turn}{text[0] if text[0] in '-+' else ''}%}}")
+        if kind != "whitespace":
+            before = text
+    return "".join(out)
+
+
+def _jinja(
+    tokenizer, messages: list[dict[str, Any]], *, ask: bool, blocks: bool = False, tools: Any = None
+) -> tuple[str, list[tuple[int, int]]]:
+    """(text, character spans of the generation blocks). Whatever a template does, it is a UserError of one line: it is foreign code."""
+    template = chat_template(tokenizer, tools)
+    texts: Any
+    spans: Any
+    try:
+        texts, spans = render_jinja_template(  # type: ignore[str-unpack]
+            conversations=[messages],
+            tools=tools,
+            chat_template=_bounded(template, TURNS),
+            add_generation_prompt=ask,
+            return_assistant_tokens_mask=blocks,
+            **tokenizer.special_tokens_map,
+        )
+    except jinja2.TemplateError as error:
+        raise UserError(f"{template_name(tokenizer)} refuses these messages: {_line(error)}") from None
+    except (Exception, MemoryError) as error:
+        raise UserError(f"{template_name(tokenizer)} fails: {type(error).__name__}: {_line(error)}") from None
+    return texts[0], [(int(a), int(b)) for a, b in spans[0]] if blocks else []
 
 
 class _Rendered(NamedTuple):
@@ -110,38 +181,66 @@ class _Rendered(NamedTuple):
     spelled: frozenset[int]  # where in text a content spells a control token
 
 
-def _render(tokenizer, messages: Sequence[Message], *, ask: bool, blocks: bool = False) -> _Rendered:
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """JSON with every string in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(k): _mapped(v, change) for k, v in value.items()}
+    return [_mapped(v, change) for v in value] if isinstance(value, list) else value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
+def _render(tokenizer, messages: Sequence[Message], *, ask: bool, blocks: bool = False, tools: Any = None) -> _Rendered:
     """ask: end with the generation prompt. blocks: find the generation blocks."""
-    template, control = _template(tokenizer), _control(tokenizer)
+    chat_template(tokenizer, tools)
+    control = _control(tokenizer)
+    said = [
+        m.model_dump(mode="json", exclude={"role"}) if m.tool_calls or m.name or m.tool_call_id else {"content": m.content}
+        for m in messages
+    ]
     patterns = [control.said if m.role == "assistant" else control.asked for m in messages]
-    private = (chr(c) for c in _PRIVATE if not any(chr(c) in m.content for m in messages))
-    spelled = dict.fromkeys(token for m, pattern in zip(messages, patterns, strict=True) for token in pattern.findall(m.content))
+    known = [*zip(said, patterns, strict=True), *([(tools, control.asked)] if tools else [])]
+    spelled = dict.fromkeys(token for value, pattern in known for text in _strings(value) for token in pattern.findall(text))
     if spelled and not tokenizer.is_fast:
         raise UserError(f"a message spells {next(iter(spelled))!r}, which this tokenizer (a slow one) would take for the template's own")
-    disguise = {token: next(private) * len(token) for token in spelled}
-    disguised = [
-        {"role": m.role, "content": pattern.sub(lambda found: disguise[found[0]], m.content)}
-        for m, pattern in zip(messages, patterns, strict=True)
-    ]
-    texts: Any
-    spans: Any
-    try:
-        texts, spans = render_jinja_template(  # type: ignore[str-unpack]
-            conversations=[disguised],
-            chat_template=template,
-            add_generation_prompt=ask,
-            return_assistant_tokens_mask=blocks,
-            **tokenizer.special_tokens_map,
-        )
-    except jinja2.TemplateError as error:
-        raise UserError(f"{template_name(tokenizer)} refuses these messages: {' '.join(str(error).split())}") from None
-    except (TypeError, KeyError, ValueError, AttributeError, IndexError, ZeroDivisionError, RecursionError) as error:
-        raise UserError(f"{template_name(tokenizer)} fails: {type(error).__name__}: {' '.join(str(error).split())}") from None
-    text, places = texts[0], set()
-    for token, private_text in disguise.items():
-        places |= {found.start() for found in re.finditer(private_text, text)}
-        text = text.replace(private_text, token)
-    return _Rendered(text, [(int(a), int(b)) for a, b in spans[0]] if blocks else [], frozenset(places))
+    if spelled:
+        used = {character for value, _ in known for text in _strings(value) for character in text}
+        private = (chr(c) for c in _PRIVATE if chr(c) not in used)
+        disguise = {token: next(private) * len(token) for token in spelled}
+        said = [_mapped(value, partial(pattern.sub, lambda found: disguise[found[0]])) for value, pattern in known]
+        tools = said.pop() if tools else tools
+    texts = [{"role": m.role, **value} for m, value in zip(messages, said, strict=True)]
+    text, spans = _jinja(tokenizer, texts, ask=ask, blocks=blocks, tools=tools)
+    _refuse_lost(tokenizer, text, texts, tools)
+    places: set[int] = set()
+    for token in spelled:
+        places |= {found.start() for found in re.finditer(disguise[token], text)}
+        text = text.replace(disguise[token], token)
+    return _Rendered(text, spans, frozenset(places))
+
+
+def _refuse_lost(tokenizer, text: str, messages: list[dict[str, Any]], tools: Any) -> None:
+    """Raises UserError where the template leaves out a system turn, a tool call or a tool without a word."""
+    name = template_name(tokenizer)
+    for i, message in enumerate(messages, 1):
+        if message["role"] == "system" and message["content"].strip() not in text:
+            raise UserError(f"{name} drops the system turn (message {i}); put its text into the user's turn")
+        for call in message.get("tool_calls", []):
+            if call["function"]["name"] not in text:
+                raise UserError(f"{name} does not write tool calls (message {i} calls {call['function']['name']!r})")
+    for tool in tools or []:
+        function = tool.get("function", tool)
+        called = function.get("name", "") if isinstance(function, dict) else ""
+        if str(called) not in text:
+            raise UserError(f"{name} does not tell the model its tools ({called!r})")
 
 
 def _encode(tokenizer, texts: list[str], spelled: frozenset[int] = frozenset()) -> list[list[int]]:
@@ -192,12 +291,18 @@ def encode_plain(tokenizer, texts: list[str], names: Sequence[str]) -> list[list
 
 
 def bos_id(tokenizer) -> int | None:
-    """The token every sequence begins with, or None. A bos that is the eos too counts only where the tokenizer adds it itself."""
-    bos = tokenizer.bos_token_id
-    if bos is None or bos != tokenizer.eos_token_id:
-        return bos
-    own = tokenizer("a", verbose=False)["input_ids"]
-    return bos if own and own[0] == bos else None
+    """The token every sequence begins with, or None.
+
+    A bos that is the eos too counts only where the tokenizer adds it itself; and one that neither the tokenizer nor its chat template
+    writes does not count: its model never saw it.
+    """
+    cache = _cache(tokenizer)
+    if "bos" not in cache:
+        bos, template = tokenizer.bos_token_id, str(tokenizer.chat_template or "bos_token")
+        added = bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
+        written = bos is not None and bos != tokenizer.eos_token_id and ("bos_token" in template or tokenizer.bos_token in template)
+        cache["bos"] = bos if added or written else None
+    return cache["bos"]
 
 
 def _begin(tokenizer, ids: list[int], what: str) -> list[int]:
@@ -225,9 +330,9 @@ def stop_ids(tokenizer) -> list[int]:
 
     Raises UserError where there is none: a model could never learn to stop.
     """
-    cached = _stops.get(tokenizer)
-    if cached is not None and cached[0] == _key(tokenizer):
-        return list(cached[1])
+    cache = _cache(tokenizer)
+    if "stops" in cache:
+        return list(cache["stops"])
     found: list[int] = []
     if tokenizer.chat_template:
         try:
@@ -247,27 +352,37 @@ def stop_ids(tokenizer) -> list[int]:
             f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no end token, so a model could never learn to stop; "
             "set its eos_token, or a template that ends the assistant's turns with a special token"
         )
-    _stops[tokenizer] = _key(tokenizer), found
+    cache["stops"] = found
     return list(found)
 
 
-def render_prompt(tokenizer, messages: Sequence[Message]) -> list[int]:
+def render_prompt(tokenizer, messages: Sequence[Message], tools: Any = None) -> list[int]:
     """ids of a prompt, up to where the answer begins: the template with its generation prompt, one beginning token.
 
-    A tokenizer without a template is a base model's: the contents on lines of their own.
+    tools: JSON schemas of the functions that the model may call. A tokenizer without a template is a base model's: the contents on lines
+    of their own.
     """
     if not tokenizer.chat_template:
         text = "\n".join(m.content for m in messages) + "\n"
         return _begin(tokenizer, encode_plain(tokenizer, [text], ["the prompt"])[0], "the prompt")
-    text, _, spelled = _render(tokenizer, messages, ask=True)
+    text, _, spelled = _render(tokenizer, messages, ask=True, tools=tools)
     return _begin(tokenizer, _encode(tokenizer, [text], spelled)[0], template_name(tokenizer))
 
 
-def _assistant_spans(tokenizer, messages: Sequence[Message], turns: list[int]) -> tuple[_Rendered, list[tuple[int, int]]]:
-    """The rendered conversation and the character span of each assistant turn in `turns` (indices into messages)."""
+class _Turn(NamedTuple):
+    """An assistant turn in the rendered text, in characters."""
+
+    start: int
+    stop: int  # of a generation block its end; else how far the text is the same when the conversation ends with this turn
+    block: bool
+    number: int  # how many messages end with it
+
+
+def _assistant_turns(tokenizer, messages: Sequence[Message], turns: list[int], tools: Any) -> tuple[_Rendered, list[_Turn]]:
+    """The rendered conversation and where in it the assistant turns in `turns` (indices into messages) stand."""
     name = template_name(tokenizer)
-    if re.search(r"\{%[-+]?\s*generation\b", _template(tokenizer)):
-        whole = _render(tokenizer, messages, ask=False, blocks=True)
+    if re.search(r"\{%[-+]?\s*generation\b", chat_template(tokenizer, tools)):
+        whole = _render(tokenizer, messages, ask=False, blocks=True, tools=tools)
         spans = whole.blocks
         if not any(a < b for a, b in spans):
             raise UserError(f"{name} marks no token of these messages as the assistant's; nothing would be learned")
@@ -276,26 +391,40 @@ def _assistant_spans(tokenizer, messages: Sequence[Message], turns: list[int]) -
             if len(spans) != len(every):
                 raise UserError(f"{name} marks {len(spans)} blocks for {len(every)} assistant turns; learn all turns instead of the last")
             spans = [spans[every.index(i)] for i in turns]
-        return whole, [(a, b) for a, b in spans if a < b]
-    whole = _render(tokenizer, messages, ask=False)
-    spans = []
+        return whole, [_Turn(a, b, True, 0) for a, b in spans if a < b]
+    whole = _render(tokenizer, messages, ask=False, tools=tools)
+    found = []
     for i in turns:
-        head = _render(tokenizer, messages[:i], ask=True).text
-        upto = _render(tokenizer, messages[: i + 1], ask=False).text if i + 1 < len(messages) else whole.text
-        if not (whole.text.startswith(head) and whole.text.startswith(upto) and len(head) < len(upto)):
-            raise UserError(
-                f"{name} renders the first {i + 1} messages differently alone and within the conversation, so the assistant's tokens"
-                " cannot be told; learn only the last turn, or add {% generation %} blocks to the template"
-            )
-        spans.append((len(head), len(upto)))
-    return whole, spans
+        if i == 0:
+            raise UserError(f"the conversation begins with an assistant turn, for which {name} has no prompt; begin with a user turn")
+        head = _render(tokenizer, messages[:i], ask=True, tools=tools).text
+        alone = whole.text if i + 1 == len(messages) else _render(tokenizer, messages[: i + 1], ask=False, tools=tools).text
+        same = len(alone) if whole.text.startswith(alone) else common(whole.text, alone)
+        if not whole.text.startswith(head) or same <= len(head):
+            raise _differs(name, i + 1)
+        found.append(_Turn(len(head), same, False, i + 1))
+    return whole, found
 
 
-def render_chat(tokenizer, messages: Sequence[Message], learn: Literal["all", "last"] = "all") -> tuple[list[int], list[float]]:
+def _differs(name: str, messages: int) -> UserError:
+    return UserError(
+        f"{name} renders the first {messages} messages differently alone and within the conversation, so the assistant's tokens"
+        " cannot be told; learn only the last turn, or add {% generation %} blocks to the template"
+    )
+
+
+def common(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many tokens (or characters) two sequences begin with alike."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def render_chat(
+    tokenizer, messages: Sequence[Message], learn: Literal["all", "last"] = "all", tools: Any = None
+) -> tuple[list[int], list[float]]:
     """(ids [n], target [n]): 1 on the tokens of the assistant's turns and the end-of-turn token after each, 0 elsewhere.
 
     The last token is the last learned one: what a template writes after it is left out.
-    learn: every assistant turn, or only the last. Exactly one beginning token where the tokenizer has one.
+    learn: every assistant turn, or only the last. tools: as for `render_prompt`. Exactly one beginning token where the tokenizer has one.
     Raises UserError when the assistant's tokens cannot be told with certainty, when no or every token would be learned, or
     when no end-of-turn token follows a learned turn.
     """
@@ -304,29 +433,25 @@ def render_chat(tokenizer, messages: Sequence[Message], learn: Literal["all", "l
     if not turns:
         raise UserError("the conversation has no assistant turn; nothing would be learned")
     stops = set(stop_ids(tokenizer))
-    (text, _, spelled), spans = _assistant_spans(tokenizer, messages, turns if learn == "all" else turns[-1:])
-    borders = [at for span in spans for at in span]
-    places = [len(text), *sorted({*borders} - {len(text)})]
+    (text, _, spelled), found = _assistant_turns(tokenizer, messages, turns if learn == "all" else turns[-1:], tools)
+    places = [len(text), *sorted({at for turn in found for at in (turn.start, turn.stop)} - {len(text)})]
     encoded = dict(zip(places, _encode(tokenizer, [text[:at] for at in places], spelled), strict=True))
-    ids, prefixes = encoded[len(text)], [encoded[at] for at in borders]
-    for prefix in prefixes:
-        if ids[: len(prefix)] != prefix:
-            shown = tokenizer.decode(prefix[-4:])
-            raise UserError(f"{name} lets a token span the border of an assistant turn (near {shown!r}), so a prompt is not a token prefix")
+    ids = encoded[len(text)]
     target = [0.0] * len(ids)
-    for start, end in zip(prefixes[::2], prefixes[1::2], strict=True):
-        a, b = len(start), len(end)
-        last = max((t for t in range(a, b) if ids[t] in stops), default=None)
-        if last is not None and not tokenizer.decode(ids[last + 1 : b]).strip():
-            b = last + 1  # a line break that the template puts after the end of turn is never generated
-        else:
-            t = b  # the block leaves out the end of turn: learn it too, and blanks before it
-            while t < len(ids) and ids[t] not in stops and not tokenizer.decode([ids[t]]).strip():
-                t += 1
-            if t == len(ids) or ids[t] not in stops:
-                raise UserError(f"{name} writes no end-of-turn token after an assistant turn, so a model could never learn to stop")
-            b = t + 1
-        target[a:b] = [1.0] * (b - a)
+    for turn in found:
+        for at in (turn.start, turn.stop) if turn.block else (turn.start,):
+            if common(ids, encoded[at]) < len(encoded[at]):
+                near = tokenizer.decode(encoded[at][-4:])
+                raise UserError(
+                    f"{name} lets a token span the border of an assistant turn (near {near!r}), so a prompt is not a token prefix"
+                )
+        a, b = len(encoded[turn.start]), common(ids, encoded[turn.stop])
+        end = _block_end(tokenizer, ids, a, b, stops) if turn.block else next((t for t in range(a, b) if ids[t] in stops), None)
+        if end is None and not turn.block and any(i in stops for i in ids[b:]):
+            raise _differs(name, turn.number)
+        if end is None:
+            raise UserError(f"{name} writes no end-of-turn token after an assistant turn, so a model could never learn to stop")
+        target[a : end + 1] = [1.0] * (end + 1 - a)
     while not target[-1] and any(target):  # a line break after the last end of turn: nothing comes after it
         ids, target = ids[:-1], target[:-1]
     whole = _begin(tokenizer, ids, name)
@@ -335,3 +460,13 @@ def render_chat(tokenizer, messages: Sequence[Message], learn: Literal["all", "l
     if learned == 0 or learned == len(target):
         raise UserError(f"{name}: {'no' if learned == 0 else 'every'} token would be learned; its mask cannot be right")
     return whole, target
+
+
+def _block_end(tokenizer, ids: list[int], a: int, b: int, stops: set[int]) -> int | None:
+    """Index of the end-of-turn token of the generation block [a, b): in it, or after it and blanks; None where there is none."""
+    last = max((t for t in range(a, b) if ids[t] in stops), default=None)
+    if last is not None and not tokenizer.decode(ids[last + 1 : b]).strip():
+        return last  # a line break that the template puts after the end of turn is never generated
+    while b < len(ids) and ids[b] not in stops and not tokenizer.decode([ids[b]]).strip():
+        b += 1
+    return b if b < len(ids) and ids[b] in stops else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from temper.config import UserError
-from temper.data.template import bos_id, encode_plain, end_id, render_chat, render_prompt
+from temper.data.template import bos_id, chat_template, common, encode_plain, end_id, render_chat, render_prompt
 from temper.forest import Segment, Tree
 from temper.records import Chat, Message, Pair, Prompt, Ranked, Record, Text
 
@@ -165,7 +165,7 @@ def _cut(ids: list[int], target: list[float], over: int, begin: int) -> tuple[li
     return ids[:begin] + ids[first:], target[:begin] + rest
 
 
-def _last_answer(target: Sequence[float]) -> int:
+def last_answer(target: Sequence[float]) -> int:
     """Index of the first token of the last learned span."""
     end = max(t for t, value in enumerate(target) if value)
     while end and target[end - 1]:
@@ -173,14 +173,15 @@ def _last_answer(target: Sequence[float]) -> int:
     return end
 
 
-def _begins(tokenizer, ids: Sequence[int]) -> int:
+def begins(tokenizer, ids: Sequence[int]) -> int:
+    """1 where the first token is the beginning token, which is never cut; else 0."""
     bos = bos_id(tokenizer)
     return int(bos is not None and list(ids[:1]) == [bos])
 
 
 def chat_tree(tokenizer, record: Chat, learn: Literal["all", "last"] = "all") -> Tree:
     """A conversation as one segment. Raises what `render_chat` raises."""
-    return [Segment(*render_chat(tokenizer, record.messages, learn))]
+    return [Segment(*render_chat(tokenizer, record.messages, learn, record.tools))]
 
 
 def chat_trees(
@@ -192,13 +193,13 @@ def chat_trees(
     """
     fit, trees = _Fit(records, model, window), []
     for i, record in fit:
-        rendered = fit.attempt(i, render_chat, tokenizer, record.messages, learn)
+        rendered = fit.attempt(i, render_chat, tokenizer, record.messages, learn, record.tools)
         if rendered is None:
             continue
         ids, target = rendered
-        begin = _begins(tokenizer, ids)
+        begin = begins(tokenizer, ids)
         # at least one token of context stays: the beginning token, or one of the prompt
-        over = fit.excess(i, len(ids), cuttable=_last_answer(target) - max(1, begin))
+        over = fit.excess(i, len(ids), cuttable=last_answer(target) - max(1, begin))
         if over is None:
             continue
         ids, target = _cut(ids, target, over, begin)
@@ -206,15 +207,6 @@ def chat_trees(
         trees.append([Segment(ids, target)])
     fit.report.tokens_unshared = fit.report.tokens
     return trees, fit.done(trees)
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    n = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        n += 1
-    return n
 
 
 def _render_answers(tokenizer, record: Pair | Ranked) -> tuple[int, list[tuple[list[int], list[float]]]]:
@@ -227,7 +219,7 @@ def _render_answers(tokenizer, record: Pair | Ranked) -> tuple[int, list[tuple[l
     prompt = render_prompt(tokenizer, record.prompt)
     n = len(prompt)
     if any(ids[:n] != prompt for ids, _ in chats):
-        n = min(_common(chats[0][0], ids) for ids, _ in chats)
+        n = min(common(chats[0][0], ids) for ids, _ in chats)
     return min(n, *(target.index(1.0) for _, target in chats)), chats
 
 
@@ -252,14 +244,18 @@ def comparison_tree(tokenizer, record: Pair | Ranked) -> Tree:
 
 
 def comparison_trees(tokenizer, records: Sequence[Pair | Ranked], model: Any, window: Window) -> tuple[list[Tree], Report]:
-    """One tree per record that fits, in order: prompt + the longest answer must be within the limit."""
+    """One tree per record that fits, in order: prompt + the longest answer must be within the limit.
+
+    Raises UserError for a tokenizer without a chat template, and `file:row: ...`.
+    """
+    chat_template(tokenizer)  # it is the model's lack, not the first row's
     fit, trees = _Fit(records, model, window), []
     for i, record in fit:
         rendered = fit.attempt(i, _render_answers, tokenizer, record)
         if rendered is None:
             continue
         shared, chats = rendered
-        begin = min(_begins(tokenizer, chats[0][0]), shared)
+        begin = min(begins(tokenizer, chats[0][0]), shared)
         over = fit.excess(i, max(len(ids) for ids, _ in chats), cuttable=shared - max(1, begin))
         if over is None:
             continue
@@ -276,10 +272,10 @@ def prompt_ids(tokenizer, records: Sequence[Prompt], model: Any, window: Window,
     """ids of each prompt that fits with `room` tokens left for the answer, in order; those left out are in Report.dropped."""
     fit, prompts = _Fit(records, model, window, room), []
     for i, record in fit:
-        ids = fit.attempt(i, render_prompt, tokenizer, record.messages)
+        ids = fit.attempt(i, render_prompt, tokenizer, record.messages, record.tools)
         if ids is None:
             continue
-        begin = _begins(tokenizer, ids)
+        begin = begins(tokenizer, ids)
         over = fit.excess(i, len(ids), cuttable=len(ids) - begin - 1)
         if over is None:
             continue

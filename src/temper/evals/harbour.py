@@ -24,7 +24,7 @@ from temper.judges.reward_model import RewardModel
 from temper.models.heads import token_logp
 from temper.models.load import load_policy
 from temper.records import Prompt
-from temper.rollout import Sampling, sample
+from temper.rollout import Request, Sampling, sample
 from temper.stats.intervals import Interval, mean_interval, paired_difference, share_interval, win_rate
 from temper.world import Ask, answered, complied, correct, dataset, features, gold, refused
 from temper.world.oracles import Enumerated, above_frontier, enumerate_answers, frontier_at, kl_gold_of
@@ -79,7 +79,9 @@ def ask_all(
 ) -> Answers:
     """n answers to each prompt."""
     ids = [render_prompt(tokenizer, p.messages) for p in prompts]
-    groups = sample(model, ids, sampling=Sampling(temperature=temperature, max_new=max_new), stop=stop_ids(tokenizer), n=n, seed=seed)
+    groups = sample(
+        model, Request(ids, sampling=Sampling(temperature=temperature, max_new=max_new), stop=stop_ids(tokenizer), n=n, seed=seed)
+    )
     text = [[tokenizer.decode(a.tokens, skip_special_tokens=True).strip() for a in g] for g in groups]
     return Answers(text, [[a.tokens for a in g] for g in groups], ids)
 

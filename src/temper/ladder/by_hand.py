@@ -6,8 +6,8 @@ from typing import Any
 
 import pydantic
 
-from temper.config import Settings, opt, parse
-from temper.ladder.stage import Context, Place, run_stage
+from temper.config import Settings, UserError, dump, opt, parse
+from temper.ladder.stage import Context, Place, absent, run_stage
 from temper.methods import load
 from temper.runs import Run
 from temper.train import ranks
@@ -27,11 +27,20 @@ def command_of(method: str) -> type[Settings]:
     )
 
 
-def main(method: str, argv: list[str]) -> int:
+def read(argv: list[str]) -> Any:
+    """The settings of the method that argv begins with. Raises UserError for wrong ones, and for inputs that are not there."""
+    method, *flags = argv
+    settings: Any = parse(command_of(method), flags, f"temper {method}", load(method).EXAMPLES)
+    if problem := absent(dump(settings.method)):
+        raise UserError(problem)
+    return settings
+
+
+def main(argv: list[str]) -> int:
     """Train one stage on the user's model and data; exit code 0."""
-    settings: Any = parse(command_of(method), argv, f"temper {method}", load(method).EXAMPLES)
+    method, settings = argv[0], read(argv)
     ranks.join_torchrun()
-    summary = run_stage(method, settings.method, settings.place, Context(command=shlex.join(["temper", method, *argv])))
+    summary = run_stage(method, settings.method, settings.place, Context(command=shlex.join(["temper", *argv])))
     if ranks.rank():
         return 0
     run = Run(settings.place.out)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.live import Live
@@ -18,7 +18,7 @@ from rich.table import Table
 from temper.config import Settings, UserError, load_yaml, opt, parse
 from temper.ladder.graph import nodes, wanted
 from temper.ladder.processes import Node, Outcome, execute
-from temper.ladder.recipe import Stage, located, read_recipe, resolved
+from temper.ladder.recipe import Recipe, Stage, located, read_recipe, resolved
 from temper.ladder.stage import absent
 from temper.runs import Run, atomic_write
 
@@ -96,15 +96,10 @@ class Board:
 
     def table(self) -> Table:
         table = Table(box=None, pad_edge=False)
-        for column, justify in (
-            ("stage", "left"),
-            ("", "left"),
-            ("progress", "left"),
-            ("time", "right"),
-            ("budget", "right"),
-            ("left", "right"),
-        ):
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        for column in ("stage", "", "progress"):
+            table.add_column(column)
+        for column in ("time", "budget", "left"):
+            table.add_column(column, justify="right")
         for node in self.todo:
             event, outcome = self.state.get(node.name, ("waiting", None))
             progress, left = self.progress(node) if event == "started" else ("", "")
@@ -115,13 +110,23 @@ class Board:
         return table
 
 
-def main(argv: list[str]) -> int:
-    """Run a recipe; exit code 0 done, 1 a stage failed, 2 the input was wrong, 130 interrupted."""
-    began = time.time()
+class Plan(NamedTuple):
+    """What a command line asks for: `todo` are those of `every` node that --only leaves."""
+
+    settings: RunSettings
+    recipe: Recipe
+    stages: list[Stage]
+    out: Path
+    command: str
+    every: list[Node]
+    todo: list[Node]
+
+
+def read(argv: list[str]) -> Plan:
+    """Nothing is made or written. Raises UserError for wrong flags, a wrong recipe, inputs that are not there, a file in the way."""
     settings = parse(RunSettings, argv, "temper run", EXAMPLES)
     recipe, stages = read_recipe(settings.recipe, settings.seed)
     out = Path(settings.out or f"runs/{recipe.name}")
-    cores = settings.cores or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else settings.cores or os.cpu_count() or 1
     command = shlex.join(
         ["temper", "run", settings.recipe, "--out", str(out), *(["--seed", str(settings.seed)] if settings.seed is not None else [])]
     )
@@ -130,10 +135,17 @@ def main(argv: list[str]) -> int:
     for stage in stages:
         if stage.name in {n.name for n in todo} and (problem := absent(stage.values)):
             raise UserError(f"{settings.recipe}: {stage.name}: {problem}")
-    text = resolved(recipe, stages)
-    spare(located(settings.recipe), out / "recipe.yaml", text)
+    spare(located(settings.recipe), out / "recipe.yaml", resolved(recipe, stages))
+    return Plan(settings, recipe, stages, out, command, every, todo)
+
+
+def main(argv: list[str]) -> int:
+    """Run a recipe; exit code 0 done, 1 a stage failed, 2 the input was wrong, 130 interrupted."""
+    began = time.time()
+    settings, recipe, stages, out, command, every, todo = read(argv)
+    cores = settings.cores or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else settings.cores or os.cpu_count() or 1
     claim(out, recipe.name, settings.fresh, [s.name for s in stages])
-    atomic_write(out / "recipe.yaml", text)
+    atomic_write(out / "recipe.yaml", resolved(recipe, stages))
     outcomes: dict[str, Outcome] = {}
 
     def told(name: str, event: str, outcome: Outcome | None) -> None:

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 from temper.checks import examine, headline
 from temper.config import Settings, UserError, build, dump, opt
+from temper.data import hub
 from temper.data.sources import _files
 from temper.data.template import render_prompt, stop_ids
 from temper.driver import drive, follow, make, peak_mb
 from temper.methods import load
 from temper.methods.base import Job
 from temper.models.load import load_tokenizer
-from temper.rollout import Sampling, sample
+from temper.rollout import Request, Sampling, sample
 from temper.runs import Run, code_version, disk, fingerprint
 from temper.train import machine, ranks
 from temper.world.streams import VERSION
@@ -61,6 +62,8 @@ def input_fingerprint(name: str, value: str) -> str:
     """
     if value.startswith("world:"):
         return fingerprint([VERSION, code_version(WORLD), value])
+    if value == "-":
+        raise UserError(f"{name}: standard input cannot be read again when the stage goes on; save it and name the file")
     path = Path(value)
     if name in MODELS:
         path = path.expanduser()
@@ -145,12 +148,12 @@ def _must_be_there(values: Mapping[str, Any]) -> None:
 
 
 def absent(values: Mapping[str, Any]) -> str | None:
-    """The first input that is not there, in words. Not looked for: the embedded world, other stages (@), what may be a model's hub name."""
+    """The first input that is not there, in words. Not looked for: the embedded world, other stages (@), what may be a name of the hub."""
     for name in INPUTS:
         value = values.get(name)
         if not value or value.startswith(("world:", "@")):
             continue
-        if name not in MODELS and not Path(value).exists():
+        if name not in MODELS and not Path(value).exists() and not hub.is_name(value):
             return f"{value}: no such file"
         local = name in MODELS and (value.startswith((".", "/", "~")) or value.count("/") > 1)
         if local and not Path(value).expanduser().exists():
@@ -228,7 +231,7 @@ def _samples(job) -> Callable[[], list[dict[str, Any]]]:
     short = [i for i, x in enumerate(ids) if len(x) + 64 <= window]
 
     def look() -> list[dict[str, Any]]:
-        groups = sample(model, [ids[i] for i in short], sampling=Sampling(temperature=0.0, max_new=64), stop=stop_ids(tokenizer))
+        groups = sample(model, Request([ids[i] for i in short], sampling=Sampling(temperature=0.0, max_new=64), stop=stop_ids(tokenizer)))
         answers = [tokenizer.decode(a.tokens, skip_special_tokens=True) for (a,) in groups]
         return [{"prompt": job.asks[i][-1].content, "answer": answer} for i, answer in zip(short, answers, strict=True)]
 

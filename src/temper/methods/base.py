@@ -4,17 +4,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from temper.config import Settings, opt
 from temper.data import sources
-from temper.data import trees as made
 from temper.data.packing import batch_indices, pack
+from temper.data.sources import Kind, read
+from temper.data.split import split
+from temper.data.trees import Report
 from temper.forest import Forest, Tree, plant
 from temper.records import Message, Record
-from temper.train import Loss, State, Step, ranks
+from temper.train import Compute, Loss, Optim, State, Step, fit, ranks
+
+Weigh = Callable[[Sequence[Tree]], dict[str, float]]  # the weights of a forest's items, by name
 
 
 class Window(Settings):
@@ -48,21 +52,26 @@ class Split(Settings):
     held_out: float = opt(0.05, "share of the records kept out of training and reported", ge=0, lt=1)
 
 
-@dataclass
-class Prepared:
-    """What a method read and what it made of it: what the checks before the first step look at.
-
-    One tree for each record that is not in `kept.dropped`, in order; of documents, their windows; of a prompt, its tokens alone.
+class Corpus(NamedTuple):
+    """Records and what was made of them: one tree for each that is not in `kept.dropped`, in order; of documents, their windows; of a
+    prompt, its tokens alone.
     """
 
     records: Sequence[Record]
     trees: Sequence[Tree]
     read: sources.Report
-    kept: made.Report
+    kept: Report
+
+
+@dataclass
+class Prepared:
+    """What the checks before the first step look at."""
+
+    corpus: Corpus
     tokenizer: Any
     module: torch.nn.Module  # what is trained
     loss: Callable[[Any, Forest], Loss] | None = None
-    weigh: Callable[[Sequence[Tree]], dict[str, float]] | None = None
+    weigh: Weigh | None = None
     check: Callable[[Any, Sequence[Forest]], None] | None = None  # policy equals reference; raises AssertionError
     answered: Callable[[Tree], Tree] | None = None  # a prompt with as long an answer as may be sampled, as it will be learned from
 
@@ -84,9 +93,43 @@ class Job:
     prepared: Prepared | None = None  # what is looked at before the first step; forgotten then
 
 
-def offline(
-    trees: Sequence[Tree], batching: Batching, weigh: Callable[[Sequence[Tree]], dict[str, float]] | None = None
-) -> Callable[[int], list[Forest]]:
+class Given(NamedTuple):
+    """Records as trees: those to learn from, those to be measured on, and what the run's card says of both."""
+
+    trees: list[Tree]
+    tests: list[Tree]
+    out: list[Any]  # the records kept out of training
+    tested: list[Any]  # those of them that `tests` were written from
+    card: dict[str, Any]
+    corpus: Corpus  # those that are learned from
+
+
+def given(settings: Any, kind: Kind, write: Callable[[Sequence[Any]], tuple[list[Tree], Report]]) -> Given:
+    """Read `settings.data`, keep some records out of training, and write the trees of either part."""
+    records, report = read(settings.data, kind, skip_bad=settings.window.skip_bad)
+    kept, out = split(records, settings.split.held_out, settings.batching.seed)
+    (trees, cut), (tests, test_cut) = write(kept), write(out)
+    card = {
+        "source": report.summary(),
+        "held_out": len(tests),
+        "tokens": sum(len(s.tokens) for t in trees for s in t),
+        "kept": cut.summary(),
+        "kept_held_out": test_cut.summary() if out else "",
+    }
+    return Given(
+        trees, tests, out, [record for i, record in enumerate(out) if i not in test_cut.dropped], card, Corpus(kept, trees, report, cut)
+    )
+
+
+def learn(
+    model: Any, trees: Sequence[Tree], loss: Any, b: Batching, optim: Optim, resume: State | None, how: Compute, weigh: Weigh | None = None
+) -> Iterator[Step]:
+    """`fit` on all trees, in batches and for epochs."""
+    steps = b.steps(len(trees))
+    return fit(model, offline(trees, b, weigh), loss, steps=steps, optim=optim, seed=b.seed, resume=resume, compute=how)
+
+
+def offline(trees: Sequence[Tree], batching: Batching, weigh: Weigh | None = None) -> Callable[[int], list[Forest]]:
     """The source of an offline method: step -> this rank's micro-batches, a pure function of (records, seed, step)."""
     sizes = [sum(len(s.tokens) for s in tree) for tree in trees]
 
@@ -102,7 +145,7 @@ def offline(
 def forests(
     trees: Sequence[Tree],
     microbatch: int,
-    weigh: Callable[[Sequence[Tree]], dict[str, float]] | None = None,
+    weigh: Weigh | None = None,
     device: str | torch.device = "cpu",
 ) -> Iterator[tuple[list[int], Forest]]:
     """All trees once, packed: (their indices, the forest on `device`). For reference log-probs, scores and held-out losses."""

@@ -17,7 +17,7 @@ from temper.judges.annotators import Annotators, ceiling, extremes
 from temper.methods.base import Job, Window
 from temper.models.load import load_policy
 from temper.records import Ranked, write_jsonl
-from temper.rollout import Sampling, sample
+from temper.rollout import Request, Sampling, sample
 from temper.runs import Run
 from temper.train import ranks
 
@@ -70,12 +70,9 @@ def collect(s: Collect, model: Any, tokenizer: Any, progress: Callable[[int, int
         mine,
         sample(
             model,
-            [prompts[i] for i in mine],
-            sampling=s.sampling,
-            stop=stop,
-            n=s.samples_per_prompt,
-            seed=("collect", s.seed),
-            index=mine,
+            Request(
+                [prompts[i] for i in mine], sampling=s.sampling, stop=stop, n=s.samples_per_prompt, seed=("collect", s.seed), index=mine
+            ),
             progress=told,
         ),
     )

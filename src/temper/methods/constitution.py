@@ -12,24 +12,24 @@ Deviations: (1) starts from the SFT model, not the base; (2) trains by DPO where
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from temper.config import Settings, UserError, opt
 from temper.data.sources import Report, read
-from temper.data.template import render_prompt, stop_ids
+from temper.data.template import chat_template, render_prompt, stop_ids
 from temper.data.trees import chat_trees, comparison_trees, limit_of, prompt_ids
 from temper.forest import Segment, Tree
 from temper.methods import preference, sft
-from temper.methods.base import Batching, Job, Prepared, Window, forests, offline
+from temper.methods.base import Batching, Corpus, Job, Prepared, Window, forests
 from temper.models.heads import token_logp
-from temper.models.load import load_policy, save
+from temper.models.load import export, load_policy, save
 from temper.records import Chat, Message, Pair, read_jsonl, write_jsonl
-from temper.rollout import Sampling, generator, sample
+from temper.rollout import Request, Sampling, generator, sample
 from temper.runs import Run
-from temper.train import Compute, Optim, State, Step, fit, ranks
+from temper.train import Compute, Optim, State, Step, ranks
 from temper.world.constitution import DEFAULT, Constitution, load
 
 METRICS = {
@@ -109,7 +109,9 @@ class Author:
         ids = [render_prompt(self.tokenizer, c) for c in conversations]
         fits = [i for i, x in enumerate(ids) if self.room(len(x) + self.s.sampling.max_new)]
         seed, out = ("constitution", self.s.batching.seed, purpose), [[""] * n for _ in ids]
-        groups = sample(self.model, [ids[i] for i in fits], sampling=self.s.sampling, stop=stop_ids(self.tokenizer), n=n, seed=seed)
+        groups = sample(
+            self.model, Request([ids[i] for i in fits], sampling=self.s.sampling, stop=stop_ids(self.tokenizer), n=n, seed=seed)
+        )
         for i, group in zip(fits, groups, strict=True):
             out[i] = [self.tokenizer.decode(a.tokens, skip_special_tokens=True).strip() if a.finish == "stop" else "" for a in group]
         return out
@@ -202,12 +204,16 @@ def compare(author: Author, judge: Author, constitution: Constitution, prompts: 
     ]
 
 
-def prepare(settings: CAI, run: Run) -> Job:
-    s, b = settings, settings.batching
-    rules = principles(s.principles or DEFAULT)
-    model, tokenizer = load_policy(s.model, **s.compute.placed)
-    judge, _ = load_policy(s.model, **s.compute.placed)
-    author, judging = Author(model, tokenizer, s), Author(judge, tokenizer, s)
+class Inputs(NamedTuple):
+    """What the model is asked, and human comparisons for the second phase."""
+
+    red_team: list[list[Message]]
+    helpful: list[list[Message]]
+    human: list[Pair]
+
+
+def read_inputs(s: CAI, model: Any, tokenizer: Any) -> Inputs:
+    """All files, before anything is computed: a mistake in one must not come up after the first phase."""
 
     def prompts(spec: str) -> list[list[Message]]:
         records, _ = read(spec, "prompts", skip_bad=s.window.skip_bad)
@@ -217,16 +223,20 @@ def prepare(settings: CAI, run: Run) -> Job:
     red_team = prompts(s.red_team)
     dangerous = {p[-1].content for p in red_team}
     helpful = [p for p in prompts(s.helpful) if p[-1].content not in dangerous]
-    single_letters(tokenizer)
     human: list[Pair] = []
-    if s.helpful_pairs:  # looked at now: a mistake in it must not come up after the first phase
+    if s.helpful_pairs:
         found, _ = read(s.helpful_pairs, "pairs", skip_bad=s.window.skip_bad)
         human = [p for p in found if p.prompt[-1].content not in dangerous][: len(red_team)]
         comparison_trees(tokenizer, human, model, s.window)
+    return Inputs(red_team, helpful, human)
+
+
+def demonstrations(s: CAI, run: Run, author: Author, harm: Constitution, red_team: list, helpful: list) -> list[Chat]:
+    """What the first phase learns: revisions of the answers to the red team, and the model's own answers to helpful prompts."""
     with ranks.leader_first():
         revised, kept = run.file("revisions.jsonl"), run.file("helpful.jsonl")
         if not kept.exists():  # written after revisions.jsonl, so it stands for both
-            write_jsonl(revised, revise(author, rules["harm"], red_team))
+            write_jsonl(revised, revise(author, harm, red_team))
             own = zip(helpful, author.answers(helpful, purpose=500), strict=True)
             write_jsonl(kept, [Chat(messages=[*p, Message(role="assistant", content=a)]) for p, (a,) in own if a])
     chats = [*read_jsonl(revised, Chat), *read_jsonl(kept, Chat)]
@@ -234,13 +244,27 @@ def prepare(settings: CAI, run: Run) -> Job:
         raise UserError(
             f"{s.model}: no answer to the prompts ended within --max-new {s.sampling.max_new}; raise it, or fine-tune the model more"
         )
+    return chats
+
+
+def prepare(settings: CAI, run: Run) -> Job:
+    s, b = settings, settings.batching
+    rules = principles(s.principles or DEFAULT)
+    model, tokenizer = load_policy(s.model, **s.compute.placed)
+    chat_template(tokenizer)  # a base model has none: looked at before it is asked anything
+    judge, _ = load_policy(s.model, **s.compute.placed)
+    author, judging = Author(model, tokenizer, s), Author(judge, tokenizer, s)
+    red_team, helpful, human = read_inputs(s, model, tokenizer)
+    single_letters(tokenizer)
+    chats = demonstrations(s, run, author, rules["harm"], red_team, helpful)
     trees, cut = chat_trees(tokenizer, chats, model, s.window, learn="last")
-    first = b.model_copy(update={"epochs": s.phase1.sl_epochs}).steps(len(trees))
+    revising = b.model_copy(update={"epochs": s.phase1.sl_epochs})
+    first = revising.steps(len(trees))
     second = b.steps(len(red_team) + len(helpful) + len(human))
 
     def phase1(resume: State | None) -> Iterator[Step]:
         optim = s.optim.model_copy(update={"lr": s.phase1.sl_lr})
-        return fit(model, offline(trees, b), sft.lm_loss, steps=first, optim=optim, seed=b.seed, resume=resume, compute=s.compute)
+        return sft.train_on(model, trees, revising, optim, resume, s.compute)
 
     def phase2(resume: State | None) -> Iterator[Step]:
         with ranks.leader_first():
@@ -272,7 +296,7 @@ def prepare(settings: CAI, run: Run) -> Job:
     return Job(
         total=first + second,
         steps=steps,
-        save=lambda path: save(model, tokenizer, path, stop=stop_ids(tokenizer)),
+        save=lambda path: export(model, tokenizer, path, stop=stop_ids(tokenizer)),
         card={
             "red_team": len(red_team),
             "helpful": len(helpful),
@@ -287,7 +311,7 @@ def prepare(settings: CAI, run: Run) -> Job:
         ],
         policy=(model, tokenizer),
         asks=[*red_team[:2], *helpful[:2]],
-        prepared=Prepared(chats, trees, Report(s.red_team), cut, tokenizer, model, sft.lm_loss),
+        prepared=Prepared(Corpus(chats, trees, Report(s.red_team), cut), tokenizer, model, sft.lm_loss),
     )
 
 

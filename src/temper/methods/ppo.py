@@ -26,13 +26,16 @@ from temper.judges.reward_model import RewardModel
 from temper.losses.advantage import gae, kl_shaped_reward, whiten
 from temper.losses.kl import adaptive_beta, k1, k3
 from temper.losses.policy import clipped, clipped_surrogate, clipped_value
-from temper.methods.base import Job, Prepared, Window
+from temper.methods.base import Corpus, Job, Prepared, Window
 from temper.models.heads import scalar, slack, token_logp
-from temper.models.load import load_policy, load_scalar, save
-from temper.rollout import Sampling, generator, sample
+from temper.models.load import export, load_policy, load_scalar
+from temper.rollout import Request, Sampling, generator, sample
 from temper.runs import Run
-from temper.train import Compute, Loss, Optim, State, Step, Term, fit, ranks
+from temper.train import Compute, Loss, Optim, State, Step, Term, TrainingError, fit, ranks
 
+CUT = 0.5  # share of answers cut off at --max-new from which on it is announced
+HOPELESS = 200  # answers in a row of which none ended: fewer than 1.5% would, at 95% (3 / n)
+ERRORS = 4  # standard errors that a mean KL may lie below 0
 METRICS = {
     "reward": "mean score of the answers by the reward model, 0 and 1 being the mean and deviation of its training answers",
     "kl": "mean over answers of the summed log-ratio of policy over reference (k1), in nats",
@@ -99,6 +102,9 @@ class Rollouts:
         self.beta = settings.beta
         self.pending: list[list[Forest]] = []  # one list of micro-batches per minibatch
         self.last: dict[str, float] = {}
+        self.endless = 0  # answers since the last rollout in which one ended
+        self.said: list[str] = []  # what was announced
+        self.new: list[dict[str, Any]] = []  # what is to be, with the next step
 
     def __call__(self, step: int) -> list[Forest]:
         s = self.settings
@@ -118,11 +124,17 @@ class Rollouts:
         """Of the rollout that the last step learned from."""
         return self.last
 
+    def events(self, step: int) -> list[dict[str, Any]]:
+        """What the last rollout was the first to show."""
+        new, self.new = self.new, []
+        return new
+
     def state(self) -> dict[str, Any]:
-        return {"beta": self.beta, "last": self.last, "pending": [[f.tensors() for f in minibatch] for minibatch in self.pending]}
+        own = {"beta": self.beta, "last": self.last, "endless": self.endless, "said": list(self.said)}
+        return own | {"pending": [[f.tensors() for f in minibatch] for minibatch in self.pending]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.beta, self.last = state["beta"], state["last"]
+        self.beta, self.last, self.endless, self.said = state["beta"], state["last"], state["endless"], list(state["said"])
         self.pending = [[Forest.from_tensors(f) for f in minibatch] for minibatch in state["pending"]]
 
     def _roll(self, rollout: int) -> list[list[Forest]]:
@@ -131,20 +143,44 @@ class Rollouts:
         mine = ranks.share([len(prompt) for prompt in chosen])
         sampled = sample(
             self.module["policy"],
-            [chosen[i] for i in mine],
-            sampling=s.sampling,
-            stop=self.stop,
-            n=s.samples_per_prompt,
-            seed=("ppo", s.seed, rollout),
-            index=mine,
+            Request(
+                [chosen[i] for i in mine],
+                sampling=s.sampling,
+                stop=self.stop,
+                n=s.samples_per_prompt,
+                seed=("ppo", s.seed, rollout),
+                index=mine,
+            ),
         )
         trees = [_tree(prompt, answers) for prompt, answers in zip(chosen, ranks.whole(mine, sampled), strict=True)]
         borders = [len(trees) * k // s.minibatches for k in range(s.minibatches + 1)]
         pending = [_plant(trees[a:b], s.tokens_per_microbatch) for a, b in pairwise(borders)]
         self._annotate([f for minibatch in pending for f in minibatch])
+        self._guard(len(trees) * s.samples_per_prompt)
         if s.kl_target:
             self.beta = adaptive_beta(self.beta, self.last["kl"], s.kl_target)
         return pending
+
+    def _guard(self, answers: int) -> None:
+        """Announces what makes a rollout worth little; stops where so many answers in a row were cut off that none will ever end."""
+        s, m = self.settings, self.last
+        self.endless = self.endless + answers if m["truncated"] == 1 else 0
+        advice = f"raise --max-new (now {s.sampling.max_new}), or look whether the model learned its end token in --model {s.model}"
+        if s.missing_eos is not None and self.endless >= HOPELESS:
+            raise TrainingError(f"none of {self.endless} answers in a row ended: there is nothing to learn from their scores; {advice}")
+        if m["truncated"] > CUT:
+            self._announce("answers cut off", f"{m['truncated']:.0%} of the answers did not end within --max-new; {advice}")
+        if m["kl"] < -ERRORS * m["kl_error"] - slack(self.reference, 1e-3, 0.5):
+            found = f"the KL to the reference is estimated at {m['kl']:.3g} +- {m['kl_error']:.2g} nats, below 0"
+            self._announce(
+                "negative KL",
+                f"{found}: the answers are not drawn from the policy that is trained; look at sampler_gap, and at what samples",
+            )
+
+    def _announce(self, event: str, note: str) -> None:
+        if event not in self.said:
+            self.said.append(event)
+            self.new.append({"event": event, "note": note})
 
     def _annotate(self, forests: Sequence[Forest]) -> None:
         """Write old log-probs, values, whitened advantages and returns into the forests' columns; keep the rollout's metrics."""
@@ -312,11 +348,15 @@ def prepare(settings: PPO, run: Run) -> Job:
     return Job(
         total=s.rollouts * s.epochs_per_batch * s.minibatches,
         steps=lambda resume: train(s, module, source, resume),
-        save=lambda path: save(policy, tokenizer, path, stop=stop_ids(tokenizer)),
+        save=lambda path: export(policy, tokenizer, path, stop=stop_ids(tokenizer)),
         card={"source": report.summary(), "prompts": len(prompts), "kept": cut.summary()},
         policy=(policy, tokenizer),
         asks=[r.messages for r in records[:4]],
         prepared=Prepared(
-            records, [[Segment(ids)] for ids in prompts], report, cut, tokenizer, module, make_loss(s), answered=partial(longest_answer, s)
+            Corpus(records, [[Segment(ids)] for ids in prompts], report, cut),
+            tokenizer,
+            module,
+            make_loss(s),
+            answered=partial(longest_answer, s),
         ),
     )

@@ -10,12 +10,12 @@ from temper.config import Settings, opt
 from temper.data.sources import read
 from temper.data.split import split
 from temper.data.trees import limit_of, text_trees
-from temper.methods.base import Batching, Job, Prepared, Split, offline
-from temper.methods.sft import held_out_loss, lm_loss
-from temper.models.load import Size, new_model, save
+from temper.methods.base import Batching, Corpus, Job, Prepared, Split
+from temper.methods.sft import held_out_loss, lm_loss, train_on
+from temper.models.load import Size, export, new_model
 from temper.models.tokenizer import train_tokenizer
 from temper.runs import Run
-from temper.train import Compute, Optim, State, Step, fit
+from temper.train import Compute, Optim, State, Step
 
 METRICS = {
     "loss": "negative log-likelihood per token, in nats",
@@ -46,9 +46,7 @@ def settings(name: str) -> type[Settings]:
 
 
 def train(settings: Pretrain, model, trees, resume: State | None = None) -> Iterator[Step]:
-    b, how = settings.batching, settings.compute
-    steps = b.steps(len(trees))
-    return fit(model, offline(trees, b), lm_loss, steps=steps, optim=settings.optim, seed=b.seed, resume=resume, compute=how)
+    return train_on(model, trees, settings.batching, settings.optim, resume, settings.compute)
 
 
 def prepare(settings: Pretrain, run: Run) -> Job:
@@ -63,7 +61,7 @@ def prepare(settings: Pretrain, run: Run) -> Job:
     return Job(
         total=settings.batching.steps(len(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
-        save=lambda path: save(model, tokenizer, path),
+        save=lambda path: export(model, tokenizer, path),
         card={
             "source": report.summary(),
             "documents": len(kept),
@@ -76,5 +74,5 @@ def prepare(settings: Pretrain, run: Run) -> Job:
         },
         evaluate=(lambda: {"held_out_loss": held_out_loss(model, tests, settings.batching.tokens_per_microbatch)}) if tests else None,
         policy=(model, tokenizer),
-        prepared=Prepared(kept, trees, report, cut, tokenizer, model, lm_loss),
+        prepared=Prepared(Corpus(kept, trees, report, cut), tokenizer, model, lm_loss),
     )

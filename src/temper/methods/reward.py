@@ -17,19 +17,17 @@ import torch
 from torch import Tensor
 
 from temper.config import Settings, opt
-from temper.data.sources import read
-from temper.data.split import split
 from temper.data.trees import comparison_trees
 from temper.forest import Forest, Tree
 from temper.judges.reward_model import remember_scale
 from temper.losses.reward import bradley_terry
-from temper.methods.base import Batching, Job, Prepared, Split, Window, forests, offline
+from temper.methods.base import Batching, Job, Prepared, Split, Window, forests, given, learn
 from temper.models.heads import scalar
-from temper.models.load import load_scalar, save
+from temper.models.load import export, load_scalar
 from temper.records import Pair, Ranked
 from temper.runs import Run
 from temper.stats.intervals import mean_interval, paired_difference, share_interval
-from temper.train import Compute, Loss, Optim, State, Step, Term, fit
+from temper.train import Compute, Loss, Optim, State, Step, Term
 
 METRICS = {
     "loss": "Bradley-Terry loss per record",
@@ -140,46 +138,31 @@ def held_out(model, trees: Sequence[Tree], records: Sequence[Pair | Ranked], mic
 
 
 def train(settings: Reward, model, trees, resume: State | None = None) -> Iterator[Step]:
-    b = settings.batching
-    return fit(
-        model,
-        offline(trees, b, count_records),
-        make_loss(settings.centring),
-        steps=b.steps(len(trees)),
-        optim=settings.optim,
-        seed=b.seed,
-        resume=resume,
-        compute=settings.compute,
-    )
+    s = settings
+    return learn(model, trees, make_loss(s.centring), s.batching, s.optim, resume, s.compute, count_records)
 
 
 def prepare(settings: Reward, run: Run) -> Job:
     b = settings.batching
     model, tokenizer = load_scalar(settings.model, seed=b.seed, **settings.compute.placed)
-    records, report = read(settings.data, "comparisons", skip_bad=settings.window.skip_bad)
-    kept, out = split(records, settings.split.held_out, b.seed)
-    trees, cut = comparison_trees(tokenizer, kept, model, settings.window)
-    tests, test_cut = comparison_trees(tokenizer, out, model, settings.window)
-    tested = [r for i, r in enumerate(out) if i not in test_cut.dropped]
+    trees, tests, _, tested, card, corpus = given(
+        settings, "comparisons", lambda some: comparison_trees(tokenizer, some, model, settings.window)
+    )
 
     def finish(path: Path) -> None:
         seen = scores(model, trees[:SCALED], b.tokens_per_microbatch)
         remember_scale(model, torch.tensor([score for each in seen for score in each]))
-        save(model, tokenizer, path)
+        export(model, tokenizer, path)
 
     return Job(
         total=b.steps(len(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
         save=finish,
         card={
-            "source": report.summary(),
+            **card,
             "records": len(trees),
             "comparisons": sum(comb(len(tree) - (tree[0].labels["rank"] < 0), 2) for tree in trees),
-            "held_out": len(tests),
-            "tokens": sum(len(s.tokens) for t in trees for s in t),
-            "kept": cut.summary(),
-            "kept_held_out": test_cut.summary() if out else "",
         },
         evaluate=(lambda: held_out(model, tests, tested, b.tokens_per_microbatch)) if tests else None,
-        prepared=Prepared(kept, trees, report, cut, tokenizer, model, make_loss(settings.centring), count_records),
+        prepared=Prepared(corpus, tokenizer, model, make_loss(settings.centring), count_records),
     )

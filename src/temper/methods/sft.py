@@ -4,27 +4,27 @@ L = -sum_i sum_t m_it log p(x_it | x_i,<t) / sum m_it, both sums over the whole 
 m is 1 on the assistant's tokens, 0 on everything else.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 
 from temper.config import Settings, opt
-from temper.data.sources import read
-from temper.data.split import split
 from temper.data.template import attach_default_template, stop_ids
 from temper.data.trees import chat_trees
 from temper.forest import Forest, Tree
-from temper.methods.base import Batching, Job, Prepared, Split, Window, forests, offline
+from temper.methods.base import Batching, Job, Prepared, Split, Window, forests, given, learn
 from temper.models.heads import weighted_nll
-from temper.models.load import load_policy, resize, save
+from temper.models.load import export, load_policy, resize
 from temper.runs import Run
-from temper.train import Compute, Loss, Optim, State, Step, Term, fit
+from temper.train import Compute, Loss, Optim, State, Step, Term
 
 METRICS = {
     "loss": "negative log-likelihood per learned token, in nats",
     "held_out_loss": "the same on records kept out of training",
 }
+ALIEN = 1.0  # nats above chance at the first step that are announced: random logits, which a new model begins with, cost less
 EXAMPLES = """
   temper sft --model runs/base --data alpaca.json --out runs/sft
   temper sft --model Qwen/Qwen2.5-0.5B --data chats.jsonl --out runs/sft --max-length 1024 --too-long drop
@@ -64,35 +64,45 @@ def held_out_loss(model, trees: Sequence[Tree], microbatch: int) -> float:
     return total / weight
 
 
+def train_on(model, trees: Sequence[Tree], b: Batching, optim: Optim, resume: State | None, compute: Compute) -> Iterator[Step]:
+    """Learn the trees by `lm_loss`. A first step that is worse than chance is announced."""
+    chance = math.log(model.config.get_text_config().vocab_size)
+    for step in learn(model, trees, lm_loss, b, optim, resume, compute):
+        if step.n == 1 and step.metrics.get("nll", 0.0) > chance + ALIEN:
+            step.events.append(_alien(step.metrics["nll"], chance))
+        yield step
+
+
+def _alien(loss: float, chance: float) -> dict:
+    note = (
+        f"before any update the model gives the tokens to be learned {loss:.1f} nats each, and guessing evenly among all tokens would give "
+        f"{chance:.1f}; is this the wrong model, tokenizer or chat template for this data?"
+    )
+    return {"event": "worse than chance", "loss": loss, "chance": chance, "note": note}
+
+
 def train(settings: SFT, model, trees, resume: State | None = None) -> Iterator[Step]:
-    b, how = settings.batching, settings.compute
-    steps = b.steps(len(trees))
-    return fit(model, offline(trees, b), lm_loss, steps=steps, optim=settings.optim, seed=b.seed, resume=resume, compute=how)
+    return train_on(model, trees, settings.batching, settings.optim, resume, settings.compute)
 
 
 def prepare(settings: SFT, run: Run) -> Job:
     model, tokenizer = load_policy(settings.model, **settings.compute.placed)
     if attach_default_template(tokenizer):
         resize(model, tokenizer)
-    records, report = read(settings.data, "chat", skip_bad=settings.window.skip_bad)
-    kept, out = split(records, settings.split.held_out, settings.batching.seed)
-    trees, cut = chat_trees(tokenizer, kept, model, settings.window, learn=settings.learn)
-    tests, test_cut = chat_trees(tokenizer, out, model, settings.window, learn=settings.learn)
+    trees, tests, out, _, card, corpus = given(
+        settings, "chat", lambda chats: chat_trees(tokenizer, chats, model, settings.window, learn=settings.learn)
+    )
     return Job(
         total=settings.batching.steps(len(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
-        save=lambda path: save(model, tokenizer, path, stop=stop_ids(tokenizer)),
+        save=lambda path: export(model, tokenizer, path, stop=stop_ids(tokenizer)),
         card={
-            "source": report.summary(),
+            **card,
             "records": len(trees),
-            "held_out": len(tests),
-            "tokens": sum(len(s.tokens) for t in trees for s in t),
             "learned_tokens": sum(sum(map(bool, s.target or ())) for t in trees for s in t),
-            "kept": cut.summary(),
-            "kept_held_out": test_cut.summary() if out else "",
         },
         evaluate=(lambda: {"held_out_loss": held_out_loss(model, tests, settings.batching.tokens_per_microbatch)}) if tests else None,
         policy=(model, tokenizer),
         asks=[chat.messages[:-1] for chat in out[:4] if chat.messages[-1].role == "assistant"],
-        prepared=Prepared(kept, trees, report, cut, tokenizer, model, lm_loss),
+        prepared=Prepared(corpus, tokenizer, model, lm_loss),
     )

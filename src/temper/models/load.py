@@ -14,10 +14,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -42,6 +45,7 @@ from temper.runs import fsync
 log = logging.getLogger("temper")
 
 Precision = Literal["auto", "float32", "bfloat16"]
+PROBE = 8  # tokens of the text on which a saved model is compared; the smallest window there is
 
 
 class Size(Settings):
@@ -186,20 +190,34 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
     The generation config gets the tokenizer's begin, pad and end ids; `stop` are more ids that end a turn. A folder that is there
     already is replaced as a whole.
     """
-    folder = Path(folder).absolute()
+    with _replacing(Path(folder)) as aside:
+        _write(model, tokenizer, aside, stop)
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, stop: Sequence[int] = ()) -> None:
+    """`save` for what a stage was trained to make: it takes its place only after what lies on disk, read back, gave the model's logits.
+
+    Raises ExportError when it did not; what was in the folder's place before is there still.
+    """
+    with _replacing(Path(folder)) as aside:
+        _write(model, tokenizer, aside, stop)
+        _check_export(model, aside, Path(folder))
+
+
+class ExportError(UserError):
+    """A saved model that is not the one that was trained."""
+
+    code = 1
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder beside this one that takes its place, whole, when all went well."""
+    folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _fold_ids(model, tokenizer, stop)
     aside = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}.", dir=folder.parent))
     try:
-        with _quiet():
-            model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        for file in aside.rglob("*"):
-            if file.is_file():
-                fsync(file)
-                file.chmod(0o644)  # safetensors writes for its owner alone
-        aside.chmod(0o755)
-        fsync(aside)
+        yield aside
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".tmp-old-{folder.name}.", dir=folder.parent))
             folder.rename(old / folder.name)
@@ -212,6 +230,34 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, aside: Path, stop: Sequence[int]) -> None:
+    _fold_ids(model, tokenizer, stop)
+    with _quiet():
+        model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    for file in aside.rglob("*"):
+        if file.is_file():
+            fsync(file)
+            file.chmod(0o644)  # safetensors writes for its owner alone
+    aside.chmod(0o755)
+    fsync(aside)
+
+
+@torch.no_grad()
+def _check_export(model: PreTrainedModel, aside: Path, folder: Path) -> None:
+    """Compares the logits (or score) of a few tokens. The second model is on the CPU, where the first one found room when it was loaded."""
+    try:
+        again, report = _load(type(model), str(aside), _config(str(aside)), model.dtype)
+        _complete(str(aside), report["missing_keys"])
+    except UserError as error:
+        raise ExportError(f"{folder}: what was saved cannot be read back ({str(error).replace(str(aside), folder.name)})") from error
+    probe = torch.linspace(0, model.config.get_text_config().vocab_size - 1, PROBE, dtype=torch.int64)[None]
+    theirs, ours = (x(input_ids=probe.to(x.device)).logits.cpu() for x in (again.eval(), model))
+    off = _difference(theirs, ours) if theirs.shape == ours.shape else math.inf
+    if not off <= _tolerance(model.dtype):
+        raise ExportError(f"{folder}: what was saved, read back, gives other logits than the trained model (by {off:.1e}); it was not kept")
+
+
 @torch.no_grad()
 def check_forest(model: PreTrainedModel, name: str = "model", tolerance: float | None = None) -> str:
     """Compare small forests with plain forwards and set the model's backend: the device's best that agrees (see
@@ -220,7 +266,7 @@ def check_forest(model: PreTrainedModel, name: str = "model", tolerance: float |
     tolerance: allowed difference relative to the largest hidden value; by default 1e-4 in float32 and what rounding allows in less.
     Raises UserError when not even rows agree (the model is not causal), and when its logits are not what `heads` makes of its states.
     """
-    tolerance = tolerance or {torch.float64: 1e-6, torch.float32: 1e-4}.get(model.dtype, 4e-2)
+    tolerance = tolerance or _tolerance(model.dtype)
     was_training = model.training
     model.eval()
     forest = _trial(model)
@@ -296,6 +342,11 @@ def _one_by_one(model: PreTrainedModel, forest: Forest) -> tuple[Rows, torch.Ten
     return rows, torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
 
 
+def _tolerance(dtype: torch.dtype) -> float:
+    """What hidden states or logits of the same tokens may differ by, relative to the largest, in models of this precision."""
+    return {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 4e-2)
+
+
 def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
     return float((x.float() - y.float()).abs().max() / y.float().abs().max().clamp(min=1e-6))
 
@@ -327,6 +378,22 @@ def _source(name_or_dir: str | Path) -> str:
         raise UserError(f"{name}: a file; give the model's folder")
     if isinstance(name_or_dir, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):  # what a hub name looks like
         raise UserError(f"{name or 'model'}: no such folder")
+    return _reachable(name)
+
+
+@cache
+def _reachable(name: str) -> str:
+    """A hub name as it is, or its folder in the cache where the hub cannot be reached. Asked once; loading asks six times per file."""
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except HfHubHTTPError:
+        pass  # it answered; loading says what is wrong
+    except Exception as error:  # of whichever HTTP library the hub's client uses
+        cached = try_to_load_from_cache(name, "config.json")
+        if not isinstance(cached, str):
+            why = f"no such folder, not in the cache, and the hub cannot be reached ({_line(error)})"
+            raise UserError(f"{name}: {why}; give a model's folder, or this name once where there is a network") from error
+        return _source(Path(cached).parent)
     return name
 
 

@@ -10,7 +10,7 @@ from temper.config import Settings, opt, parse
 from temper.report.gather import Ladder, gather, machine, number
 from temper.report.page import page
 from temper.report.terminal import summary
-from temper.report.words import expectations, paragraph
+from temper.report.words import expectations, paragraph, remarks
 from temper.runs import atomic_write
 
 EXAMPLES = """
@@ -40,6 +40,7 @@ def figures(run: Ladder, where: dict[str, Any]) -> dict[str, Any]:
         "cores": run.cores,
         "command": run.command,
         "paragraph": " ".join(paragraph(run)),
+        "remarks": remarks(run),
         "stages": {s.name: s.metrics for s in run.stages},
         "wall_s": {s.name: s.seconds for s in run.stages if s.seconds is not None},
         "budget_s": {s.name: s.budget for s in run.stages if s.budget is not None},
@@ -85,8 +86,15 @@ def build(folder: str | Path) -> dict[str, Any]:
     return found
 
 
-def main(argv: list[str]) -> int:
+def read(argv: list[str]) -> Report:
+    """What is asked for. Raises UserError for wrong flags, and for a folder that is no run."""
     s = parse(Report, argv, "temper report", EXAMPLES)
+    gather(s.dir)
+    return s
+
+
+def main(argv: list[str]) -> int:
+    s = read(argv)
     found = build(s.dir)
     if s.json_:
         print(json.dumps(found, indent=1))

@@ -22,7 +22,7 @@ from temper.models.load import load_policy
 from temper.records import Message
 from temper.report.gather import evaluated_at
 from temper.report.words import clean
-from temper.rollout import Sampling, stream
+from temper.rollout import Request, Sampling, stream
 
 EXAMPLES = """
   temper chat runs/harbour/ppo
@@ -53,7 +53,7 @@ class Answer(NamedTuple):
     dropped: int
 
 
-def model_folder(place: str) -> str:
+def model_folder(place: str, needs: str = "config.json") -> str:
     """The model of a stage, or of a folder that is one, or a hub name. Raises UserError for the folder of a whole run."""
     folder = Path(place)
     if (folder / "model").is_dir():
@@ -61,7 +61,7 @@ def model_folder(place: str) -> str:
     inside = sorted(p.name for p in folder.iterdir() if (p / "model").is_dir()) if folder.is_dir() else []
     if inside:
         raise UserError(f"{place}: a run with the stages {', '.join(inside)}; say which: temper chat {folder / inside[-1]}")
-    if folder.is_dir() and not (folder / "config.json").exists():
+    if folder.is_dir() and not (folder / needs).exists():
         raise UserError(f"{place}: holds no model; give the folder of a stage that is done")
     return place
 
@@ -103,7 +103,7 @@ class Conversation:
         sampling = Sampling(temperature=self.temperature, max_new=s.max_new)
         tokens: list[int] = []
         said = ""
-        for step in stream(self.model, [ids], sampling=sampling, stop=stop_ids(self.tokenizer), seed=(s.seed, self.asked)):
+        for step in stream(self.model, Request([ids], sampling=sampling, stop=stop_ids(self.tokenizer), seed=(s.seed, self.asked))):
             tokens.append(step.token)
             answer = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
             if heard and answer.startswith(said) and not answer.endswith("\ufffd"):  # else half a character, which the next token ends
@@ -142,12 +142,18 @@ def _lines(quiet: bool) -> Iterator[str]:
             return
 
 
-def main(argv: list[str]) -> int:
+def read(argv: list[str]) -> Chat:
+    """What is asked for. Raises UserError for wrong flags, and for a folder without a model."""
     s = parse(Chat, argv, "temper chat", EXAMPLES)
-    place = model_folder(s.stage)
+    model_folder(s.stage)
     if s.once is not None and not s.once.strip():
         raise UserError("--once: is empty; give some text")
-    talk = Conversation(*load_policy(place), s)
+    return s
+
+
+def main(argv: list[str]) -> int:
+    s = read(argv)
+    talk = Conversation(*load_policy(model_folder(s.stage)), s)
     console = Console(highlight=False)
 
     def tell(text: str) -> None:

@@ -24,7 +24,7 @@ from temper.report.figures import COLOURED
 from temper.report.gather import Stage, evaluated_at, gather
 from temper.report.page import together
 from temper.report.words import clean, value
-from temper.rollout import Sampling, sample
+from temper.rollout import Request, Sampling, sample
 from temper.world import Ask, dataset, gold
 from temper.world.show import read_ask
 
@@ -115,7 +115,9 @@ def answer(stage: Stage, asked: list[Question], temperature: float, settings: Co
     ids = [render_prompt(tokenizer, q.messages) for q in asked]
     sampling = Sampling(temperature=temperature, max_new=settings.max_new)
     out: list[dict[str, Any]] = []
-    for q, (rollout,) in zip(asked, sample(model, ids, sampling=sampling, stop=stop_ids(tokenizer), seed=(settings.seed,)), strict=True):
+    for q, (rollout,) in zip(
+        asked, sample(model, Request(ids, sampling=sampling, stop=stop_ids(tokenizer), seed=(settings.seed,))), strict=True
+    ):
         text = str(tokenizer.decode(rollout.tokens, skip_special_tokens=True)).strip()
         row: dict[str, Any] = {"text": text, "finish": rollout.finish, "tokens": len(rollout.tokens)}
         if q.ask is not None:
@@ -126,12 +128,15 @@ def answer(stage: Stage, asked: list[Question], temperature: float, settings: Co
 
 
 def show(console: Console, asked: list[Question], answers: dict[str, list[dict[str, Any]]]) -> None:
-    """Side by side where the terminal is wide enough, else under each other."""
-    wide = console.width // max(1, len(answers)) >= NARROW
+    """Side by side where the terminal is wide enough, else under each other; in a file or a pipe a block each, and no line broken."""
+    plain = not console.is_terminal
+    wide = not plain and console.width // max(1, len(answers)) >= NARROW
     for i, q in enumerate(asked):
+        if plain:
+            console.print(f"== {i + 1} of {len(asked)}")
         for m in q.messages:
             who = "" if m.role == "user" else f"{m.role}: "
-            console.print(Text(f"{who}{clean(m.content)}", style="bold" if m.role == "user" else "dim"))
+            console.print(Text(f"{who}{clean(m.content)}", style="bold" if m.role == "user" else "dim"), soft_wrap=plain)
         if wide:
             table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
             for name in answers:
@@ -143,8 +148,10 @@ def show(console: Console, asked: list[Question], answers: dict[str, list[dict[s
         else:
             for name, rows in answers.items():
                 head = Text(f"{clean(name)}  ", style=f"bold {STYLES.get(name, '')}".strip())
-                console.print(head + _score(rows[i]))
-                console.print(_body(rows[i]))
+                head = Text("\n-- " if plain else "") + head + _score(rows[i])
+                head.rstrip()
+                console.print(head, soft_wrap=plain)
+                console.print(_body(rows[i]), soft_wrap=plain)
         console.print()
 
 
@@ -161,9 +168,14 @@ def _score(row: dict[str, Any]) -> Text:
     return Text(f"gold {value('gold', found['total'], 2, True)}" + (f" ({', '.join(parts)})" if parts else ""), style="dim")
 
 
-def main(argv: list[str]) -> int:
+def read(argv: list[str]) -> tuple[Compare, list[Stage]]:
+    """What is asked for, and of which stages. Raises UserError for wrong flags, and where there is nothing to ask."""
     s = parse(Compare, argv, "temper compare", EXAMPLES)
-    stages = askable(s.dir)
+    return s, askable(s.dir)
+
+
+def main(argv: list[str]) -> int:
+    s, stages = read(argv)
     temperature = evaluated_at(s.dir) if s.temperature is None else s.temperature
     asked = questions(s, stages)
     answers: dict[str, list[dict[str, Any]]] = {}
@@ -188,5 +200,5 @@ def main(argv: list[str]) -> int:
         notes += f"; {', '.join(map(clean, bare))}: no chat template, so given the text alone to continue"
     if of_world(stages) and (strange := sum(q.ask is None for q in asked)):
         notes += f"; no gold for {strange} of {len(asked)}: not prompts that the embedded world understands"
-    console.print(Text(notes, style="dim"))
+    console.print(Text(notes, style="dim"), soft_wrap=not console.is_terminal)
     return 0

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from temper.report.gather import Ladder, Metric, Stage, number
-from temper.report.words import WHAT, clean, digits, duration, plain, told, value
+from temper.report.words import NO_CHANGE, WHAT, clean, digits, duration, few, measured, plain, told, value
 
 COLOURED = ("base", "sft", "comparisons", "reward", "ppo", "dpo", "constitution")
 PARTS = ("helpful", "harmless", "honest", "concise", "format")
@@ -188,8 +188,8 @@ def _beside(pen: Pen, stage: Stage, axis: Axis, y: float, tone: str) -> None:
         pen.text(axis.end + 8, y + 4, value("gold", m["gold"]["mean"]), "small")
     if "gold_gained" in m:
         pen.text(760, y + 4, value("gold_gained", m["gold_gained"]["mean"], 2, True), "number", "end")
-    if "win_rate_vs_sft" in m and stage.role != "sft":
-        pen.text(890, y + 4, value("win_rate_vs_sft", m["win_rate_vs_sft"]["mean"], 0), "number", "end")
+    if win := measured(stage, "win_rate_vs_sft"):
+        pen.text(890, y + 4, value("win_rate_vs_sft", win["mean"], 0), "number", "end")
     if "held_out_accuracy" in m:
         pen.text(axis.start, y + 4, _accuracy(stage), "small quiet")
 
@@ -201,8 +201,8 @@ def _in_words(stage: Stage) -> str:
         words.append(f"gold {value('gold', m['gold']['mean'])}")
     if "gold_gained" in m:
         words.append(f"{value('gold_gained', m['gold_gained']['mean'], 2, True)} gained")
-    if "win_rate_vs_sft" in m and stage.role != "sft":
-        words.append(f"wins {value('win_rate_vs_sft', m['win_rate_vs_sft']['mean'], 0)}")
+    if win := measured(stage, "win_rate_vs_sft"):
+        words.append(f"wins {value('win_rate_vs_sft', win['mean'], 0)}")
     if "held_out_accuracy" in m:
         words.append(_accuracy(stage))
     return " \u00b7 ".join(words)
@@ -242,7 +242,7 @@ def _interval(pen: Pen, m: Metric | None, axis: Axis, y: float, tone: str, name:
     if m["low"] is not None and m["high"] is not None:
         low, high = (min(max(axis(v), axis.start), axis.end) for v in (m["low"], m["high"]))
         pen.line(low, y, high, y, f"bar {tone}")
-    tip = f"{told(name, m)}, n = {m['n']:,}"
+    tip = told(name, m) if few(m) else f"{told(name, m)}, n = {m['n']:,}"
     pen.dot(axis(m["mean"]), y, 3.6, f"dot {tone}", tip)
 
 
@@ -250,9 +250,8 @@ def _interval(pen: Pen, m: Metric | None, axis: Axis, y: float, tone: str, name:
 
 
 def drawn(run: Ladder, name: str) -> list[Stage]:
-    """The stages that have the metric; SFT is not compared with itself."""
-    own = name in ("win_rate_vs_sft", "kl")
-    return [s for s in run.stages if name in s.metrics and not (own and s.role == "sft")]
+    """The stages that have the metric."""
+    return [s for s in run.stages if measured(s, name)]
 
 
 def forest(run: Ladder, name: str, reference: Metric | None) -> Markup:
@@ -261,8 +260,8 @@ def forest(run: Ladder, name: str, reference: Metric | None) -> Markup:
     metrics = [s.metrics[name] for s in stages]
     row, left, right = 21.0, 92.0, 58.0
     pen = Pen(330, row * len(stages) + 26, f"{name} by stage, with 95% intervals")
-    fixed = {"win_rate_vs_sft": [0.5], "gold_gained": [0.0], "kl": [0.0], "length": [0.0]}.get(name, [])
-    low, high = span([v for m in metrics for v in (m["low"], m["mean"], m["high"])], include=fixed)
+    zero = {**NO_CHANGE, "kl": 0.0, "length": 0.0}.get(name)
+    low, high = span([v for m in metrics for v in (m["low"], m["mean"], m["high"])], include=[] if zero is None else [zero])
     if value(name, 0.5).endswith("%"):
         low, high = (0.0, 1.0)
     axis = Axis(low, high, left, pen.width - right)
@@ -272,9 +271,9 @@ def forest(run: Ladder, name: str, reference: Metric | None) -> Markup:
         pen.add('<rect x="{x}" y="2" width="{w}" height="{h}" class="band c-sft"/>', x=float(a), w=max(1.0, b - a), h=bottom - 2)
     marks = ticks(low, high, 4)
     for mark in marks:
-        pen.line(axis(mark), 2, axis(mark), bottom, "grid strong" if mark in fixed and mark else "grid")
+        pen.line(axis(mark), 2, axis(mark), bottom, "grid strong" if mark and mark == zero else "grid")
         pen.text(axis(mark), bottom + 14, tick_text(name, mark, marks), "tiny quiet", "middle")
-    decimals = 1 if value(name, 0.5).endswith("%") else digits(metrics)
+    decimals = digits(name, metrics)
     for i, (stage, m) in enumerate(zip(stages, metrics, strict=True)):
         y = row * (i + 0.5) + 3
         pen.text(left - 10, y + 4, fit_text(stage.name, left - 10, 12), "small", "end")

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class Stage:
     looks: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl: {"step", metric: value}, evaluations along the way
     metrics: dict[str, Metric] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)  # the rest of evaluation.json
+    labels: list[float] = field(default_factory=list)  # of ai_pairs.jsonl: how sure Constitutional AI's judge was of each, 0.5 to 1
     error: str = ""
 
     @property
@@ -125,6 +127,11 @@ def number(value: Any) -> float | None:
 def whole(value: Any) -> int | None:
     found = number(value)
     return None if found is None else int(found)
+
+
+def numbers(rows: Iterable[Any], key: str) -> list[float]:
+    """The finite numbers that the rows hold under a key."""
+    return [x for row in rows if (x := number(mapped(row).get(key))) is not None]
 
 
 def metric(value: Any) -> Metric | None:
@@ -257,6 +264,7 @@ def _stage(name: str, folder: Path, plan: dict[str, Any], asked: dict[str, Any],
         rows=[r for r in rows if "eval" not in r],
         looks=looks,
         evaluation=evaluation,
+        labels=numbers(read_lines(folder / "ai_pairs.jsonl"), "soft") if folder.is_dir() else [],
         error=str(first("error", plan, stage) or ""),
     )
     if not out.method and name in ORDER:

@@ -17,10 +17,10 @@ from temper.report import figures
 from temper.report.gather import Ladder, Metric, Stage, listed, mapped, number
 from temper.report.words import (
     BETTER,
+    FEW,
     GROUPS,
     LABELS,
     MEANING,
-    SHARES,
     WHAT,
     amount,
     between,
@@ -28,9 +28,14 @@ from temper.report.words import (
     digits,
     duration,
     expectations,
+    few,
+    measured,
+    missed,
     paragraph,
     percent,
     plain,
+    remarks,
+    sureness,
     value,
 )
 
@@ -70,17 +75,19 @@ MATTER = (  # settings shown on a card, where the stage has them; the rest is fo
 BOLD = ("The base model", "Fine-tuning", "The reward model", "PPO", "DPO", "Constitutional AI")  # where a rung is first named
 NOTES = {
     "ladder": "Each rung hangs below the one it starts from; dashed arcs show what else it read.",
-    "gold": " Points are mean gold scores of sampled answers, bars their 95% intervals; \u201cgained\u201d is against the rung above,"
-    " paired by prompt.",
+    "gold": " Points are mean gold scores of sampled answers, bars their 95% intervals; \u201cgained\u201d is against the stage that"
+    " it started from, paired by prompt.",
     "table": "Below each figure its 95% interval and the number of answers or prompts behind it. Point at a name, or tap it, for its"
-    " meaning.",
+    f" meaning. Where fewer than {FEW} are behind it, its n stands out: such an interval is wide, and its figure a rough one.",
     "intervals": "Points with 95% intervals; percentages are drawn from 0 to 100. The band down a panel is SFT's interval: a stage whose"
     " own bar stays clear of it differs from SFT, one that touches it has shown nothing.",
     "kl": "Small points are looks during training at a few held-out prompts; the large point is the finished model on all of them, with 95%"
     " intervals both ways. Faint lines are PPO's own rollouts. Where the proxy goes on rising and gold does not, the reward model is"
     " being exploited.",
-    "frontier": "On these prompts every grammatical answer can be listed, so KL and gold are sums, not samples. The dashed line joins exact"
-    " points of the most gold that any policy can reach at a KL (the reference tilted by the gold score); no point can lie above it.",
+    "frontier": "On these prompts answers can be listed, so KL and gold are sums over the list, not samples, as if a policy gave no"
+    " other answer. The dashed line joins exact points of the most gold that any policy can reach at a KL (the reference tilted by the"
+    " gold score); no point can lie above it. Below each prompt stands how much of a policy\u2019s probability lies on the listed answers:"
+    " where that is little, the policy mostly says something else, and its point says little of it.",
     "prompts": "in their fixed order, none picked: one answer each, sampled{at}. Above each answer its gold score, below it the parts."
     " The base model is given the bare question, the others their chat template.",
     "reward": "The reward model's figures are counted on pairs kept out of training. The pairs of one prompt share its answers, so their"
@@ -114,6 +121,28 @@ def page(run: Ladder, machine: dict[str, Any]) -> str:
         ("answers", "The fixed prompts, side by side", _prompts(run)),
         ("made", "How every number was made", _made(run, machine)),
     ]
+    head = html(
+        '<p class="facts">{facts}</p>\n<p class="lede">{lede}</p>\n{lists}',
+        facts=_facts(run),
+        lede=_lede(" ".join(paragraph(run))),
+        lists=join(
+            (
+                _list("missed", "Not as expected", missed(run)),
+                _list("remarks", "Worth knowing", remarks(run)),
+                _list("missing", "Not in this run, so not in this report", run.missing),
+            )
+        ),
+    )
+    foot = html(
+        "Written by <code>temper report</code> from the files of {folder}. The figures are in <code>report.json</code>;\n"
+        "this page needs no network and runs no script.",
+        folder=run.folder.resolve().name,
+    )
+    return document("report of a run", f"{run.name}: {_what(run)}", head, sections, foot)
+
+
+def document(kicker: str, title: str, head: Markup, sections: Sequence[tuple[str, str, Markup | None]], foot: Markup) -> str:
+    """A self-contained page: (key, name, body) of its sections, those without a body left out."""
     shown = [(key, name, body) for key, name, body in sections if body]
     return html(
         """<!doctype html>
@@ -124,36 +153,31 @@ def page(run: Ladder, machine: dict[str, Any]) -> str:
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="color-scheme" content="light dark">
 <meta name="generator" content="temper">
-<title>{name}: {what}</title>
+<title>{title}</title>
 <style>{css}</style>
 </head>
 <body>
 <header>
-<p class="kicker">Temper \u00b7 report of a run</p>
-<h1>{name}: {what}</h1>
-<p class="facts">{facts}</p>
-<p class="lede">{lede}</p>
-{missing}
+<p class="kicker">Temper \u00b7 {kicker}</p>
+<h1>{title}</h1>
+{head}
 <nav aria-label="Sections">{links}</nav>
 </header>
 <main>
 {sections}
 </main>
-<footer>Written by <code>temper report</code> from the files of {folder}. The figures are in <code>report.json</code>;
-this page needs no network and runs no script.</footer>
+<footer>{foot}</footer>
 </body>
 </html>
 """,
         policy=POLICY,
-        name=run.name,
-        what=_what(run),
+        kicker=kicker,
+        title=title,
         css=Markup(files("temper.report").joinpath("style.css").read_text(encoding="utf-8")),
-        facts=_facts(run),
-        lede=_lede(run),
-        missing=_missing(run) or Markup(""),
+        head=head,
         links=join(html('<a href="#{k}">{n}</a>', k=k, n=n) for k, n, _ in shown),
         sections=join(html('<section id="{k}"><h2>{n}</h2>\n{b}</section>\n', k=k, n=n, b=b) for k, n, b in shown),
-        folder=run.folder.resolve().name,
+        foot=foot,
     )
 
 
@@ -164,12 +188,24 @@ def _what(run: Ladder) -> str:
     return "from a base model to an assistant" if run.role("base") and run.role("sft") else f"a run of {len(run.stages)} stages"
 
 
-def _lede(run: Ladder) -> Markup:
-    """The paragraph, its intervals set back so that it reads as a sentence."""
-    text = str(escape(clean(" ".join(paragraph(run)))))
+def _lede(text: str) -> Markup:
+    """Sentences with their rungs in bold and their intervals set back, so that they read as such."""
+    marked = str(_set_back(text))
     for name in BOLD:
-        text = text.replace(name, f"<b>{name}</b>", 1)
-    return Markup(re.sub(r"\(([^()<>]{1,40} to [^()<>]{1,40})\)", r'<span class="ci">(\1)</span>', text))
+        marked = marked.replace(name, f"<b>{name}</b>", 1)
+    return Markup(marked)
+
+
+def _set_back(text: str) -> Markup:
+    return Markup(re.sub(r"\(([^()<>]{1,40} to [^()<>]{1,40})\)", r'<span class="ci">(\1)</span>', str(escape(clean(text)))))
+
+
+def _list(kind: str, head: str, lines: Sequence[str]) -> Markup | None:
+    """A short list under the paragraph."""
+    if not lines:
+        return None
+    items = join(html("<li>{t}</li>", t=_set_back(line)) for line in lines)
+    return html('<div class="points {k}"><b>{h}</b><ul>{i}</ul></div>\n', k=kind, h=head, i=items)
 
 
 def _facts(run: Ladder) -> Markup:
@@ -188,14 +224,7 @@ def _facts(run: Ladder) -> Markup:
     return join(html("<span>{t}</span>", t=t) for t in facts)
 
 
-def _missing(run: Ladder) -> Markup | None:
-    if not run.missing:
-        return None
-    items = join(html("<li>{t}</li>", t=t) for t in run.missing)
-    return html('<div class="missing">Not in this run, so not in this report:<ul>{items}</ul></div>', items=items)
-
-
-def _scroll(kind: str, head: Markup, rows: Markup) -> Markup:
+def scroll(kind: str, head: Markup, rows: Markup) -> Markup:
     """A table that scrolls in a box of its own where the page is narrow."""
     template = '<div class="scroll" tabindex="0"><table class="{k}"><thead>{h}</thead><tbody>{r}</tbody></table></div>'
     return html(template, k=kind, h=head, r=rows)
@@ -233,7 +262,7 @@ def _expected(run: Ladder) -> Markup | None:
         for e in found
     )
     head = "<tr><th></th><th>stage</th><th>what</th><th>wanted</th><th>found</th></tr>"
-    return _scroll("checks", Markup(head), rows)
+    return scroll("checks", Markup(head), rows)
 
 
 def _term(name: str) -> Markup:
@@ -256,7 +285,8 @@ def _cell(name: str, m: Metric | None, decimals: int) -> Markup:
     signed = name == "gold_gained"
     n = f"n = {plain(m['n'], 0)}" if m["n"] else "n not known"
     return html(
-        "<td><b>{v}</b><small>{i}</small><small>{n}</small></td>",
+        '<td><b>{v}</b><small>{i}</small><small class="{k}">{n}</small></td>',
+        k="few" if few(m) else "",
         v=value(name, m["mean"], decimals, signed),
         i=between(name, m, decimals, signed),
         n=n,
@@ -271,27 +301,29 @@ def _table(run: Ladder) -> Markup | None:
     groups = {**GROUPS, "Others": tuple(sorted({n for s in stages for n in s.metrics} - known))}
     rows = []
     for group, members in groups.items():
-        here = [n for n in members if any(n in s.metrics for s in stages)]
+        here = [n for n in members if any(measured(s, n) for s in stages)]
         if here:
             rows.append(html('<tr class="group"><th colspan="{c}" scope="colgroup">{g}</th></tr>\n', c=len(stages) + 1, g=group))
         for name in here:
-            found = [s.metrics[name] for s in stages if name in s.metrics]
-            decimals = 1 if name in SHARES else digits(found)
-            cells = join(_cell(name, s.metrics.get(name), decimals) for s in stages)
+            found = [measured(s, name) for s in stages]
+            decimals = digits(name, [m for m in found if m])
+            cells = join(_cell(name, m, decimals) for m in found)
             rows.append(html('<tr><th scope="row">{t}</th>{c}</tr>\n', t=_term(name), c=cells))
     head = join(html('<th scope="col">{s}{n}</th>', s=_swatch(s, run), n=s.name) for s in stages)
-    return _scroll("metrics", html("<tr><th></th>{h}</tr>", h=head), join(rows)) + html('<p class="note">{n}</p>', n=NOTES["table"])
+    return scroll("metrics", html("<tr><th></th>{h}</tr>", h=head), join(rows)) + html('<p class="note">{n}</p>', n=NOTES["table"])
 
 
-def _caption(name: str) -> Markup:
+def _caption(run: Ladder, name: str) -> Markup:
     better = {1: ", more is better", -1: ", less is better", 0: ""}[BETTER.get(name, 0)]
-    return html("<figcaption><b>{n}</b><span>{b}</span></figcaption>", n=LABELS.get(name, name), b=better)
+    ns = sorted({m["n"] for s in figures.drawn(run, name) if few(m := s.metrics[name])})
+    n = html('<span class="few">, n = {n}</span>', n=" to ".join(map(str, ns[:1] + ns[1:][-1:]))) if ns else Markup("")
+    return html("<figcaption><b>{t}</b><span>{b}</span>{n}</figcaption>", t=LABELS.get(name, name), b=better, n=n)
 
 
 def _intervals(run: Ladder) -> Markup | None:
     sft = run.role("sft")
     panels = [
-        html("<figure>{c}{f}</figure>\n", c=_caption(n), f=figures.forest(run, n, sft.metrics.get(n) if sft else None))
+        html("<figure>{c}{f}</figure>\n", c=_caption(run, n), f=figures.forest(run, n, sft.metrics.get(n) if sft else None))
         for n in PANELS
         if figures.drawn(run, n)
     ]
@@ -345,18 +377,20 @@ def _frontier(run: Ladder) -> Markup | None:
     for prompt in prompts:
         here = [(s, p) for s in run.policies for p in s.frontier if str(p.get("prompt")) == prompt]
         n = number(here[0][1].get("answers"))
+        on_them = ", ".join(f"{s.name} {_mass(p, 0)}" for s, p in here)
         panels.append(
             html(
-                "<figure><figcaption>{p}<br><span>{n} possible answers</span></figcaption>{f}</figure>\n",
+                "<figure><figcaption>{p}<br><span>{n} answers listed; on them: {m}</span></figcaption>{f}</figure>\n",
                 p=prompt,
                 n=amount(n),
+                m=on_them,
                 f=figures.frontier(run, prompt),
             )
         )
         for stage, p in here:
             above = number(p.get("above")) or 0.0
             cells = [
-                percent(number(p.get("mass")) or 0.0, 1),
+                _mass(p, 1),
                 value("kl", number(p.get("kl")), 3),
                 value("gold", number(p.get("gold")), 3),
                 value("gold", number(p.get("frontier_gold")), 3),
@@ -373,8 +407,13 @@ def _frontier(run: Ladder) -> Markup | None:
     head = Markup(
         "<tr><th>prompt</th><th>stage</th><th>mass on listed answers</th><th>KL</th><th>gold</th><th>frontier</th><th>above it</th></tr>"
     )
-    table = html('<details class="more"><summary class="note">The same as a table</summary>{t}</details>', t=_scroll("", head, join(rows)))
+    table = html('<details class="more"><summary class="note">The same as a table</summary>{t}</details>', t=scroll("", head, join(rows)))
     return html('<p class="note">{n}</p><div class="panels">{p}</div>{t}', n=NOTES["frontier"], p=join(panels), t=table)
+
+
+def _mass(point: dict[str, Any], decimals: int) -> str:
+    found = number(point.get("mass"))
+    return "?" if found is None else percent(found, decimals)
 
 
 # ---------------------------------------------------------------- stage cards
@@ -417,6 +456,8 @@ def _card(stage: Stage, run: Ladder) -> Markup:
     for name, found in stage.card.items():
         if found not in (None, "", [], {}):
             add(name.replace("_", " "), flat(found, counts=True))
+    if stage.labels:
+        add("AI labels", sureness(stage))
     if number(s.get("steps")):
         add("steps", amount(number(s["steps"])))
     if number(s.get("tokens")):
@@ -559,7 +600,7 @@ def _made(run: Ladder, machine: dict[str, Any]) -> Markup:
             rows.append(html("<tr><td><code>{k}</code></td><td>{t}</td><td>{n}</td></tr>\n", k=name, t=MEANING.get(name, ""), n=n))
     if rows:
         head = Markup("<tr><th>name in report.json</th><th>what it is</th><th>n</th></tr>")
-        parts.append(_scroll("made", head, join(rows)))
+        parts.append(scroll("made", head, join(rows)))
     commands = [s.command for s in run.stages if s.command]
     if run.command:
         commands.insert(0, run.command)

@@ -1,7 +1,8 @@
-"""What a run did, in the terminal: a table, a paragraph, and what to do next. Floor 7."""
+"""What a run did, in the terminal: a table, a paragraph, what was missed, what else to know, and what to do next. Floor 7."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -9,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from temper.report.gather import Ladder, Stage, gather
-from temper.report.words import SHARES, clean, paragraph, value
+from temper.report.words import FEW, SHARES, clean, few, measured, missed, paragraph, remarks, value
 
 COLUMNS = {  # metric -> the column's head, in the order in which a narrow terminal keeps them
     "answers": "answers",
@@ -28,13 +29,13 @@ def summary(folder: str | Path, console: Console | None = None) -> None:
     """Print stages and their main figures, what happened, and the next commands. Raises UserError where there is no run."""
     run = gather(folder)
     console = console or Console(highlight=False)
-    console.print(_table(run, console.width))
+    console.print(_table(run, console))
     for line in _notes(run):
         console.print(Text(clean(line), style="dim"))
     console.print()
     console.print(Text(" ".join(paragraph(run))))
-    if run.missing:
-        console.print(Text(f"\nNot in this run: {'; '.join(map(clean, run.missing))}.", style="dim"))
+    for head, lines in (("Not as expected", missed(run)), ("Worth knowing", remarks(run)), ("Not in this run", run.missing)):
+        _list(console, head, lines)
     console.print()
     for line in next_steps(run):
         console.print(Text(line), soft_wrap=True)
@@ -53,24 +54,40 @@ def next_steps(run: Ladder) -> list[str]:
     return lines
 
 
-def _table(run: Ladder, width: int) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2 if width >= 100 else 1, 0, 0))
-    table.add_column("stage", no_wrap=True)
-    shown = [name for name in COLUMNS if any(name in s.metrics for s in run.stages)]
-    for name in shown[: max(0, (width - 32) // 8)]:
+def _list(console: Console, head: str, lines: Sequence[str]) -> None:
+    if lines:
+        table = Table.grid(padding=(0, 1, 0, 0))
+        for line in lines:
+            table.add_row("-", Text(clean(line)))
+        console.print(Text(f"\n{head}", style="bold"))
+        console.print(table)
+
+
+def _table(run: Ladder, console: Console) -> Table:
+    """As many of the columns as stand side by side unbroken."""
+    shown = [name for name in COLUMNS if any(measured(s, name) for s in run.stages)]
+    room = console.options.update(width=1000)
+    tables = (_columns(run, shown[:k], console.width >= 100) for k in range(len(shown), -1, -1))
+    return next((t for t in tables if console.measure(t, options=room).maximum <= console.width), _columns(run, [], False))
+
+
+def _columns(run: Ladder, shown: Sequence[str], wide: bool) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2 if wide else 1, 0, 0))
+    table.add_column("stage", overflow="fold", max_width=20)
+    for name in shown:
         table.add_column(COLUMNS[name], justify="right", no_wrap=True)
     table.add_column("seconds", justify="right", no_wrap=True)
     for stage in run.stages:
-        cells = [_cell(stage, name) for name in shown[: max(0, (width - 32) // 8)]]
-        table.add_row(Text(clean(stage.name)), *cells, _time(stage))
+        table.add_row(Text(clean(stage.name)), *[_cell(stage, name) for name in shown], _time(stage))
     return table
 
 
 def _cell(stage: Stage, name: str) -> Text:
-    m = stage.metrics.get(name)
-    if m is None or (stage.role == "sft" and name in ("win_rate_vs_sft", "kl")):
+    m = measured(stage, name)
+    if m is None:
         return Text("")
-    return Text(value(name, m["mean"], 0 if name in SHARES else 1 if name == "kl" else 2, name == "gold_gained"))
+    text = value(name, m["mean"], 0 if name in SHARES else 1 if name == "kl" else 2, name == "gold_gained")
+    return Text(text + ("*" if few(m) else ""))
 
 
 def _time(stage: Stage) -> Text:
@@ -82,7 +99,7 @@ def _time(stage: Stage) -> Text:
 
 
 def _notes(run: Ladder) -> list[str]:
-    """What has no column: stages that are not done, what was up to date, the reward model."""
+    """What has no column: stages that are not done, what was up to date, the reward model, what the mark means."""
     out = [f"{s.name}: {s.status}" for s in run.stages if s.status not in ("done", "skipped", "unknown")]
     same = [s.name for s in run.stages if s.status == "skipped"]
     if same:
@@ -92,4 +109,6 @@ def _notes(run: Ladder) -> list[str]:
         if name in s.metrics:
             most = f" of at most {value('ceiling', s.metrics['ceiling']['mean'])}" if "ceiling" in s.metrics else ""
             out.append(f"{s.name}: accuracy {value(name, s.metrics[name]['mean'])}{most}")
+    if any(few(m) for s in run.stages for name in COLUMNS if (m := measured(s, name))):
+        out.append(f"*: of fewer than {FEW} prompts, so a rough figure")
     return out

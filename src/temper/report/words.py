@@ -9,15 +9,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from temper.evals.harbour import METRICS
-from temper.report.gather import SCORED, Ladder, Metric, Stage, number
+from temper.report.gather import SCORED, Ladder, Metric, Stage, number, numbers
+from temper.world.datasets import DEMONSTRATIONS, UNKNOWN_RIGHT
 
 SHARES = {
     *("win_rate_vs_sft", "answers", "correct", "correct_phrasing", "correct_entity", "arithmetic", "honest"),
     *("harmful", "over_refusal", "sycophancy", "diversity", *SCORED),
 }
+NO_CHANGE = {"gold_gained": 0.0, "win_rate_vs_sft": 0.5}  # paired figures, and what they are where nothing changed
+AGAINST_SFT = ("win_rate_vs_sft", "kl")  # which say nothing of SFT itself
+FEW = 50  # prompts or answers; a figure from fewer is marked
+LITTLE = 0.1  # of a policy's probability: what is counted on less of it says little of the policy
+UNSURE = 0.55  # labels less sure than this on average hold hardly any preference
+UNMOVED = 0.01  # nats below ln 2 that a preference loss must fall to have learned something
 MEANING = {
     **{name: text for name, (text, _) in METRICS.items()},
     "held_out_accuracy": "share of held-out pairs in which the preferred answer scores higher",
@@ -89,13 +97,29 @@ def clean(text: Any) -> str:
 # ---------------------------------------------------------------- numbers
 
 
-def digits(found: Iterable[Metric], most: int = 3) -> int:
+def measured(stage: Stage, name: str) -> Metric | None:
+    """A stage's figure as it is shown: None where it has none, or would be compared with itself."""
+    return None if stage.role == "sft" and name in AGAINST_SFT else stage.metrics.get(name)
+
+
+def few(m: Metric) -> bool:
+    return 0 < m["n"] < FEW
+
+
+def digits(name: str, found: Sequence[Metric], most: int = 3) -> int:
     """Decimals for a row of figures: as many as the narrowest of the intervals bears (the first figure of its half-width)."""
     halves = [(m["high"] - m["low"]) / 2 for m in found if m["low"] is not None and m["high"] is not None]
     halves = [h for h in halves if h > 0]
-    if not halves:
-        return 2
-    return max(0, min(most, -math.floor(math.log10(min(halves)))))
+    bears = max(0, min(most, -math.floor(math.log10(min(halves))))) if halves else 2
+    return telling(name, found, 1 if name in SHARES else bears)
+
+
+def telling(name: str, found: Iterable[Metric], decimals: int, most: int = 4) -> int:
+    """So many decimals, or more where an end of an interval would else read as "no change" and hide on which side of it it lies."""
+    if name not in NO_CHANGE:
+        return decimals
+    ends = [abs(m[end] - NO_CHANGE[name]) * (100 if name in SHARES else 1) for m in found for end in ("low", "high") if m[end] is not None]
+    return next((d for d in range(decimals, most) if not any(0 < x < 0.5 * 10**-d for x in ends)), most)
 
 
 def plain(x: float, decimals: int) -> str:
@@ -131,11 +155,10 @@ def between(name: str, m: Metric, decimals: int | None = None, signed: bool = Fa
 
 
 def told(name: str, m: Metric, signed: bool = False) -> str:
-    """A figure with its interval, as in a sentence."""
-    decimals = None if name not in SHARES else 0
-    if name not in SHARES:
-        decimals = 1 if name in ("kl", "length") else 2
-    return f"{value(name, m['mean'], decimals, signed)} ({between(name, m, decimals, signed)})"
+    """A figure with its interval, and with its n where that is small, as in a sentence."""
+    decimals = telling(name, [m], 0 if name in SHARES else 1 if name in ("kl", "length") else 2)
+    n = f", n = {m['n']}" if few(m) else ""
+    return f"{value(name, m['mean'], decimals, signed)} ({between(name, m, decimals, signed)}{n})"
 
 
 def duration(seconds: float | None) -> str:
@@ -243,6 +266,8 @@ def expectations(ladder: Ladder) -> list[Expectation]:
     if points:
         over = [s.name for s, p in points if (number(p.get("above")) or 0) > 1e-6]
         found = f"{len(points) - len(over)} of {len(points)} points on or below it"
+        if slight := sum(mass(p) < LITTLE for _, p in points):
+            found += f"; in {slight} the listed answers are less than {percent(LITTLE)} of what the policy says"
         out.append(Expectation("all", "the exact frontier", "no point above it", found, not over))
     late = [s for s in ladder.stages if s.budget and s.seconds is not None]
     if late:
@@ -274,6 +299,12 @@ def _constitution(stage: Stage, sft: Stage | None) -> list[Expectation]:
     return out
 
 
+def mass(point: dict[str, Any]) -> float:
+    """How much of a policy's probability lies on the listed answers of a prompt; 1 where that is not known."""
+    found = number(point.get("mass"))
+    return 1.0 if found is None else found
+
+
 def helpful_change(stage: Stage, sft: Stage | None) -> float | None:
     """The helpful part against SFT's, in standard deviations of SFT's."""
     if sft is None or "gold_helpful" not in stage.metrics or "gold_helpful" not in sft.metrics:
@@ -292,11 +323,11 @@ def apart(a: Metric | None, b: Metric | None) -> int | None:
     return (a["low"] > b["high"]) - (a["high"] < b["low"])
 
 
-def side(m: Metric | None, zero: float) -> int | None:
-    """1 where a paired figure's interval lies above `zero`, -1 below, 0 where it includes it."""
+def side(name: str, m: Metric | None) -> int | None:
+    """1 where a paired figure's interval lies above "no change", -1 below, 0 where it includes it."""
     if m is None or m["low"] is None or m["high"] is None:
         return None
-    return (m["low"] > zero) - (m["high"] < zero)
+    return (m["low"] > NO_CHANGE[name]) - (m["high"] < NO_CHANGE[name])
 
 
 def _base(stage: Stage) -> list[str]:
@@ -332,19 +363,20 @@ def _sft(stage: Stage) -> list[str]:
 
 _KNOWS = {
     "correct": "of the facts asked as in its training",
-    "correct_phrasing": "of those in phrasings it never met",
     "correct_entity": "of those about people and places never asked about in training",
 }
 
 
-def _gained(stage: Stage) -> str:
+def _gained(stage: Stage, against: Stage | None = None) -> str:
+    """What gold did since the stage that this one started from, which is named unless the sentence already speaks of it."""
     m = stage.metrics.get("gold_gained")
-    verdict = side(m, 0.0)
+    verdict = side("gold_gained", m)
     if m is None or verdict is None:
         return ""
+    since = f" over {clean(stage.parent)}" if stage.parent and not (against and against.name == stage.parent) else ""
     if verdict:
-        return f", and gold {'rose' if verdict > 0 else 'fell'} by {told('gold', {**m, **_sized(m, verdict)})}"
-    return f", and gold shows no clear change ({value('gold', m['mean'], 2, True)}; {between('gold', m, 2, True)})"
+        return f", and gold {'rose' if verdict > 0 else 'fell'} by {told('gold_gained', {**m, **_sized(m, verdict)})}{since}"
+    return f", and gold shows no clear change{since}: {told('gold_gained', m, True)}"
 
 
 def _sized(m: Metric, sign: int) -> dict[str, float]:
@@ -380,33 +412,45 @@ def _policy(stage: Stage, sft: Stage | None) -> list[str]:
     found, who, out = stage.metrics, capital(title(stage)), []
     win = found.get("win_rate_vs_sft")
     if win is not None:
-        kl = f", at a KL of {told('kl', found['kl'])} nats" if "kl" in found else ""
+        kl = f", at a KL of {value('kl', found['kl']['mean'], 1)} nats" if "kl" in found else ""
         rate = told("win_rate_vs_sft", win)
         verdict = {
             1: f"{who} wins against SFT {rate} of the time by the exact gold score",
             -1: f"{who} does worse than SFT: it wins only {rate} of the time by the exact gold score",
-        }.get(side(win, 0.5) or 0, f"{who} shows no clear change against SFT: it wins {rate} of the time")
-        out.append(f"{verdict}{kl}{_gained(stage)}.")
+        }.get(side("win_rate_vs_sft", win) or 0, f"{who} shows no clear change against SFT: it wins {rate} of the time")
+        out.append(f"{verdict}{kl}{_gained(stage, sft)}.")
     elif "gold_gained" in found:
         out.append(f"For {title(stage)} the win rate over SFT was not measured{_gained(stage)}.")
     else:
         out.append(f"{who} was not compared with SFT.")
-    before = sft.metrics if sft else {}
-    clear = []
-    for name, text in _SIDE_EFFECTS.items():
-        verdict_ = apart(found.get(name), before.get(name))
-        if verdict_:
-            a, b = (value(name, x[name]["mean"], 0 if name in SHARES else 1) for x in (before, found))
-            clear.append(f"{text} {'rose' if verdict_ > 0 else 'fell'} from {a} to {b}")
+    if aim := _changes(stage, sft, _AIM.get(stage.role, ())):
+        out.append(f"{capital(names(aim))}.")
+    proxy = apart(found.get("proxy"), sft.metrics.get("proxy") if sft else None)
+    if proxy == 1 and side("gold_gained", found.get("gold_gained")) == -1:  # an interval that holds zero shows nothing
+        out.append("The reward model scores it higher while gold falls: the sign of over-optimisation.")
+    return out
+
+
+_AIM = {"constitution": ("harmful",)}  # what a rung is for beyond gold
+
+
+def _changes(stage: Stage, sft: Stage | None, which: Iterable[str]) -> list[str]:
+    """The side effects among `which` that clearly rose or fell from SFT."""
+    out, before = [], sft.metrics if sft else {}
+    for name in which:
+        if verdict := apart(stage.metrics.get(name), before.get(name)):
+            a, b = (value(name, x[name]["mean"], 0 if name in SHARES else 1) for x in (before, stage.metrics))
+            out.append(f"{_SIDE_EFFECTS[name]} {'rose' if verdict > 0 else 'fell'} from {a} to {b}")
+    return out
+
+
+def _beside(stage: Stage, sft: Stage | None) -> list[str]:
+    """What else clearly changed."""
+    clear = _changes(stage, sft, [n for n in _SIDE_EFFECTS if n not in _AIM.get(stage.role, ())])
     change = helpful_change(stage, sft) if stage.role == "constitution" else None
     if change is not None:
         clear.append(f"the helpful part of gold moved by {value('', change, 2, True)} standard deviations")
-    if clear:
-        out.append(f"Against SFT, {names(clear)}.")
-    proxy = apart(found.get("proxy"), before.get("proxy"))
-    if proxy == 1 and side(found.get("gold_gained"), 0.0) == -1:  # an interval that holds zero shows nothing
-        out.append("The reward model scores it higher while gold falls: the sign of over-optimisation.")
-    return out
+    return [f"{capital(title(stage))} against SFT: {names(clear)}."] if clear else []
 
 
 def _unclear(ladder: Ladder) -> list[str]:
@@ -444,7 +488,7 @@ _SIDE_EFFECTS = {
 
 
 def paragraph(ladder: Ladder) -> list[str]:
-    """What happened, as sentences in order: each rung, the frontier, what was missed, the time."""
+    """What happened, as sentences in order: each rung, how many expectations were missed, the time."""
     out: list[str] = []
     sft = ladder.role("sft")
     for stage in ladder.stages:
@@ -459,28 +503,13 @@ def paragraph(ladder: Ladder) -> list[str]:
             out += _reward(stage)
         elif stage.metrics:
             out += _policy(stage, sft)
-    out += _unclear(ladder)
-    points = [(s, p) for s in ladder.policies for p in s.frontier]
-    if points:
-        over = list(dict.fromkeys(clean(s.name) for s, p in points if (number(p.get("above")) or 0) > 1e-6))
-        prompts = len({str(p.get("prompt")) for _, p in points})
-        if over:
-            out.append(
-                f"On the {prompts} prompts whose answers can all be listed, {names(over)} lies above the exact frontier, which cannot be:"
-                " a figure is wrong."
-            )
-        else:
-            out.append(
-                f"On the {prompts} prompts whose answers can all be listed, no policy lies above the exact frontier of gold against KL."
-            )
     if not ladder.evaluated:
         out.append("No stage was evaluated, so nothing is said here about what the models do.")
-    missed = [e for e in expectations(ladder) if e.met is False]
-    if missed:
-        lines = [f"{clean(e.stage) + ', ' if e.stage != 'all' else ''}{e.what}: {e.found}, wanted {e.wanted}" for e in missed]
-        out.append(f"Not as expected: {'; '.join(lines)}.")
+    wanted = expectations(ladder)
+    if late := missed(ladder):
+        out.append(f"{len(late)} of {len(wanted)} expectations {'was' if len(late) == 1 else 'were'} missed.")
     elif ladder.evaluated:
-        unknown = any(e.met is None for e in expectations(ladder))
+        unknown = any(e.met is None for e in wanted)
         out.append("Everything that was measured is as expected." if unknown else "Every expectation was met.")
     if ladder.elapsed is not None:
         cores = f" on {ladder.cores} core{'s' if ladder.cores != 1 else ''}" if ladder.cores else ""
@@ -488,3 +517,73 @@ def paragraph(ladder: Ladder) -> list[str]:
             f"The whole run took {duration(ladder.elapsed)}{cores}{f', with seed {ladder.seed}' if ladder.seed is not None else ''}."
         )
     return out
+
+
+def missed(ladder: Ladder) -> list[str]:
+    """Each expectation that was not met, on a line."""
+    late = [e for e in expectations(ladder) if e.met is False]
+    return [f"{clean(e.stage) + ', ' if e.stage != 'all' else ''}{e.what}: {e.found}, wanted {e.wanted}" for e in late]
+
+
+def remarks(ladder: Ladder) -> list[str]:
+    """What else a reader should know, each on a line, what bears most on trust first."""
+    sft = ladder.role("sft")
+    out = _honest([s for s in (sft, *ladder.policies) if s], sft)
+    out += [line for s in ladder.stages for line in _judged(s)]
+    out += _checked(ladder)
+    out += [line for s in ladder.policies for line in _beside(s, sft)]
+    return out + _unclear(ladder)
+
+
+def _honest(stages: Sequence[Stage], sft: Stage | None) -> list[str]:
+    """Models that hardly ever say that they do not know, where their intervals show it."""
+    said: dict[str, list[str]] = {}
+    for stage in stages:
+        m = stage.metrics.get("honest")
+        if m and m["high"] is not None and m["high"] < 0.5:
+            said.setdefault(told("honest", m), []).append(clean(stage.name))
+    if not said:
+        return []
+    rates = [f"{names(who)} said \u201cI do not know\u201d {rate} of the time" for rate, who in said.items()]
+    out = f"Asked for facts that the town never states, {names(rates)}; the rest was made up or beside the point."
+    if sft and sft.named.get("data", "").startswith("world:demonstrations"):
+        asks = percent(DEMONSTRATIONS["unknown"])
+        out += f" SFT was shown better: {asks} of its demonstrations ask for such facts, and {percent(UNKNOWN_RIGHT)} of those are honest."
+    return [out]
+
+
+def sureness(stage: Stage) -> str:
+    """How sure Constitutional AI's judge was; "" where there are no labels of it."""
+    return f"{percent(fmean(stage.labels), 1)} sure on average (50% is no preference)" if stage.labels else ""
+
+
+def _judged(stage: Stage) -> list[str]:
+    """Constitutional AI whose second phase had no preference to learn, or learned none."""
+    losses = numbers([r for r in stage.rows if r.get("phase") == 2], "loss") if stage.role == "constitution" else []
+    end = fmean(losses[-max(1, len(losses) // 4) :]) if losses else 0.0
+    still, unsure = end > math.log(2) - UNMOVED, bool(stage.labels) and fmean(stage.labels) < UNSURE
+    if not still and not unsure:
+        return []
+    facts = [f"its judge's labels are {sureness(stage)}"] if stage.labels else []
+    facts += [f"its loss ended at {plain(end, 3)} (ln 2 = 0.693 is that of no preference learned)"] if losses else []
+    verdict = "shows next to nothing learned" if still else "had hardly any preference to learn from its judge"
+    return [f"The second phase of {title(stage)}, preference training on AI labels, {verdict}: {names(facts)}."]
+
+
+def _checked(ladder: Ladder) -> list[str]:
+    """What the exact frontier shows, and of whom it shows little."""
+    points = {clean(s.name): s.frontier for s in ladder.policies if s.frontier}
+    if not points:
+        return []
+    over = [name for name, found in points.items() if any((number(p.get("above")) or 0) > 1e-6 for p in found)]
+    on = f"On the {len({str(p.get('prompt')) for found in points.values() for p in found})} prompts whose answers are listed,"
+    if over:
+        return [f"{on} {names(over)} lies above the exact frontier, which cannot be: a figure is wrong."]
+    out = f"{on} no policy lies above the exact frontier of gold against KL."
+    typical = {name: median(map(mass, found)) for name, found in points.items()}
+    slight = [f"{percent(x)} for {name}" for name, x in typical.items() if x < LITTLE]
+    if slight:
+        out += (
+            f" That says little where a policy mostly says something else: the listed answers are, in the median prompt, {names(slight)}."
+        )
+    return [out]

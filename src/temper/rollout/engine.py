@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -50,85 +50,76 @@ class Token(NamedTuple):
     rollout: Rollout | None
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a model or another engine: n answers to each prompt.
+
+    prompts: token ids, one list per prompt, none empty; with `max_new` each must fit the model's window.
+    stop: ids and strings that end an answer; the token that ended it is part of the answer. Strings need the tokenizer.
+    seed: with the prompt's index and the sample's, the key of the row's uniform numbers.
+    index: of each prompt, where it is not its place in the list.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    _: KW_ONLY
+    sampling: Sampling
+    stop: Sequence[int | str]
+    n: int = 1
+    seed: Sequence[int | str] = (0,)
+    index: Sequence[int] | None = None
+    tokenizer: Any = None
+
+    @property
+    def keys(self) -> Sequence[int]:
+        return range(len(self.prompts)) if self.index is None else self.index
+
+    def check(self, model: Any) -> Stop:
+        """When its answers end. Raises UserError for a prompt that is empty or does not fit the model's window, or an empty stop string."""
+        window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        for i, prompt in enumerate(self.prompts):
+            if not prompt:
+                raise UserError(f"prompt {i}: is empty; give it at least one token")
+            if window and len(prompt) + self.sampling.max_new > window:
+                long = f"{len(prompt)} tokens + --max-new {self.sampling.max_new} > the model's window of {window}"
+                raise UserError(f"prompt {i}: {long}; shorten the prompt or --max-new")
+        return Stop(self.stop, self.tokenizer)
+
+
+Progress = Callable[[int], None]  # told the number of prompts just finished
+
+
 class Engine(ABC):
     """Another way to sample, such as `temper.rollout.vllm.VLLM`: what `sample` takes in the place of a model."""
 
     @abstractmethod
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        sampling: Sampling,
-        stop: Sequence[int | str],
-        n: int = 1,
-        seed: Sequence[int | str] = (0,),
-        index: Sequence[int] | None = None,
-        tokenizer: Any = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> list[list[Rollout]]:
-        """As the function `sample`, which hands all it was given on."""
+    def sample(self, request: Request, progress: Progress | None = None) -> list[list[Rollout]]:
+        """As the function `sample`, which hands the request on."""
 
 
-def sample(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    sampling: Sampling,
-    stop: Sequence[int | str],
-    n: int = 1,
-    seed: Sequence[int | str] = (0,),
-    index: Sequence[int] | None = None,
-    tokenizer: Any = None,
-    progress: Callable[[int], None] | None = None,
-) -> list[list[Rollout]]:
-    """n answers to each prompt.
+def sample(model: Any, request: Request, progress: Progress | None = None) -> list[list[Rollout]]:
+    """The answers of a language model, or of another engine: one list of n rollouts per prompt, in the order given.
 
-    Args:
-        model: a language model, or another engine.
-        prompts: token ids, one list per prompt, none empty; with `max_new` each must fit the model's window.
-        stop: ids and strings that end an answer; the token that ended it is part of the answer. Strings need the tokenizer.
-        seed: with the prompt's index and the sample's, the key of the row's uniform numbers.
-        index: of each prompt, where it is not its place in the list.
-        progress: called with the number of prompts just finished.
-
-    Returns:
-        one list of n rollouts per prompt, in the order given.
-
-    Raises:
-        UserError: a prompt is empty or does not fit, or a stop string is empty.
+    Raises UserError where a prompt is empty or does not fit, or a stop string is empty.
     """
     if isinstance(model, Engine):
-        return model.sample(prompts, sampling=sampling, stop=stop, n=n, seed=seed, index=index, tokenizer=tokenizer, progress=progress)
-    run = _Run(model, prompts, sampling, Stop(stop, tokenizer), n, seed, index)
-    out: list[list[Rollout | None]] = [[None] * n for _ in prompts]
-    missing = [n] * len(prompts)
+        return model.sample(request, progress)
+    run = _Run(model, request)
+    out: list[dict[int, Rollout]] = [{} for _ in request.prompts]
     with _evaluating(model):
         while run.going:
             done = 0
             for token in run.step():
                 if token.rollout:
                     out[token.prompt][token.sample] = token.rollout
-                    missing[token.prompt] -= 1
-                    done += not missing[token.prompt]
+                    done += len(out[token.prompt]) == request.n
             if progress and done:
                 progress(done)
-    return out  # type: ignore[return-value]
+    return [[answers[k] for k in range(request.n)] for answers in out]
 
 
-def stream(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    sampling: Sampling,
-    stop: Sequence[int | str],
-    n: int = 1,
-    seed: Sequence[int | str] = (0,),
-    index: Sequence[int] | None = None,
-    tokenizer: Any = None,
-) -> Iterator[Token]:
+def stream(model: Any, request: Request) -> Iterator[Token]:
     """The tokens of the same answers as `sample`, as they come; those of one step stand together. May be left at any token."""
-    run = _Run(model, prompts, sampling, Stop(stop, tokenizer), n, seed, index)
-    return _stream(run)
+    return _stream(_Run(model, request))
 
 
 def _stream(run: _Run) -> Iterator[Token]:
@@ -136,17 +127,6 @@ def _stream(run: _Run) -> Iterator[Token]:
         with _evaluating(run.model):
             tokens = run.step()
         yield from tokens
-
-
-def check_prompts(model: Any, prompts: Sequence[Sequence[int]], max_new: int) -> None:
-    """Raises UserError for a prompt that is empty or does not fit the model's window with `max_new` more tokens."""
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise UserError(f"prompt {i}: is empty; give it at least one token")
-        if window and len(prompt) + max_new > window:
-            long = f"{len(prompt)} tokens + --max-new {max_new} > the model's window of {window}"
-            raise UserError(f"prompt {i}: {long}; shorten the prompt or --max-new")
 
 
 class Stop:
@@ -232,11 +212,10 @@ class _Live:
 class _Run:
     """One call of `sample` or `stream`: prompts that wait, and rows that are being decoded."""
 
-    def __init__(self, model, prompts, sampling: Sampling, stop: Stop, n: int, seed, index) -> None:
-        check_prompts(model, prompts, sampling.max_new)
-        self.model, self.prompts, self.sampling, self.stop, self.n, self.seed = model, prompts, sampling, stop, n, seed
-        self.index = range(len(prompts)) if index is None else index
-        self.waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    def __init__(self, model: Any, request: Request) -> None:
+        self.stop = request.check(model)
+        self.model, self.request, self.sampling, self.n = model, request, request.sampling, request.n
+        self.waiting = sorted(range(len(request.prompts)), key=lambda i: (-len(request.prompts[i]), i))
         self.live: list[_Live] = []
 
     @cached_property
@@ -269,16 +248,16 @@ class _Run:
         """Compute the next prompts -> the logits of their rows."""
         chosen, self.waiting = self.waiting[:many], self.waiting[many:]
         logits = []
-        for count, batch, first in self.decoder.admit([self.prompts[i] for i in chosen], self.n, self.sampling.max_new):
+        for count, batch, first in self.decoder.admit([self.request.prompts[i] for i in chosen], self.n, self.sampling.max_new):
             here, chosen = chosen[:count], chosen[count:]
             rows = [_Row(i, k, [], []) for i in here for k in range(self.n)]
             uniform = seen = None
             if self.sampling.temperature:
-                uniform = uniforms(self.seed, [self.index[i] for i in here], self.n, self.sampling.max_new).to(first.device)
+                uniform = uniforms(self.request.seed, [self.request.keys[i] for i in here], self.n, self.sampling.max_new).to(first.device)
             if self.sampling.repetition_penalty != 1:
                 seen = torch.zeros(len(rows), first.shape[-1], dtype=torch.bool, device=first.device)
                 for i, row in enumerate(rows):
-                    seen[i, list(self.prompts[row.prompt])] = True
+                    seen[i, list(self.request.prompts[row.prompt])] = True
             self.live.append(_Live(batch, rows, uniform, seen))
             logits.append(first.repeat_interleave(self.n, 0))
         return logits

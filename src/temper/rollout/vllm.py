@@ -1,8 +1,8 @@
 """Rollouts from a vLLM server, behind the interface of the native engine. Floor 3.
 
     server = VLLM("http://gpu-box:8000", policy)
-    sample(server, prompts, sampling=..., stop=...)        as with a model in the first place
-    server.sync(tokenizer, folder)                         after an update: the server reads the policy's weights anew
+    sample(server, Request(prompts, sampling=..., stop=...))    as with a model in the first place
+    server.sync(tokenizer, folder)                              after an update: the server reads the policy's weights anew
 
 Each answer is one request to /v1/completions, with the prompt as ids and a seed of its own (seed, prompt, sample), so that vLLM draws it
 the same whatever it is batched with, up to rounding; vLLM's prefix cache computes a prompt once. Ids come back as ids (`return_token_ids`).
@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from temper.config import UserError
 from temper.forest import Segment, plant
 from temper.models.heads import token_logp
 from temper.models.load import save
-from temper.rollout.engine import Engine, Rollout, Stop, check_prompts
+from temper.rollout.engine import Engine, Progress, Request, Rollout, Stop
 from temper.rollout.sampling import Sampling, generator
 
 log = logging.getLogger("temper")
@@ -67,25 +67,13 @@ class VLLM(Engine):
             base_url=self.url, timeout=httpx.Timeout(600.0, connect=10.0), headers={"Authorization": f"Bearer {key}"} if key else {}
         )
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        sampling: Sampling,
-        stop: Sequence[int | str],
-        n: int = 1,
-        seed: Sequence[int | str] = (0,),
-        index: Sequence[int] | None = None,
-        tokenizer: Any = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> list[list[Rollout]]:
+    def sample(self, request: Request, progress: Progress | None = None) -> list[list[Rollout]]:
         """As `temper.rollout.sample`. Raises UserError as well where the server goes away for good, refuses, or has other weights.
 
-        What had come by then is kept, and calling again with the same prompts and seed asks only for the rest.
+        What had come by then is kept, and the same request again asks only for the rest.
         """
-        check_prompts(self.policy, prompts, sampling.max_new)
-        ends = Stop(stop, tokenizer)
-        keys = range(len(prompts)) if index is None else index
+        ends = request.check(self.policy)
+        prompts, sampling, n, seed, keys = request.prompts, request.sampling, request.n, request.seed, request.keys
         wanted = {(i, k): (*seed, keys[i], k, sampling, tuple(prompt)) for i, prompt in enumerate(prompts) for k in range(n)}
         missing = [at for at, key in wanted.items() if key not in self.kept]
         left = [sum(at[0] == i for at in missing) for i in range(len(prompts))] if progress else []

@@ -71,8 +71,8 @@ class Step(NamedTuple):
 
 
 class Source(Protocol):
-    """Where batches come from. It may also have state() and restore(state), metrics(step) -> dict, asked after the update, and
-    reads(step) -> bool: whether it will use the module's weights."""
+    """Where batches come from. It may also have state() and restore(state), metrics(step) -> dict and events(step) -> list of dict,
+    asked after the update, and reads(step) -> bool: whether it will use the module's weights."""
 
     def __call__(self, step: int, /) -> Sequence[Forest]:
         """The micro-batches of the 0-based optimiser step; with several ranks, this rank's share of them."""
@@ -127,107 +127,132 @@ def fit(
     """
     if not any(p.requires_grad for p in module.parameters()):
         raise ValueError("no parameter requires a gradient: nothing to train")
-    done = limit = 0  # limit: tokens of a micro-batch; 0 = as the source gives them
-    norms: list[float] = []
-    if resume is not None:
-        done, limit, norms = resume["step"], resume["limit"], list(resume["norms"])
-        module.load_state_dict(resume["module"])
-    twin = shard.Twin(module) if compute.shard == "full" and ranks.count() > 1 and done < steps else None
-    trained = twin.module if twin else module
-    trainable = {name: p for name, p in trained.named_parameters() if p.requires_grad}
-    device = next(iter(trainable.values())).device
-    optimizer = adamw(trained, optim, multipliers)
+    training = _Training(module, source, loss, optim, multipliers, compute, steps, resume)
+    resume = None  # as large as the weights and the optimiser together
+    if training.done >= steps:
+        yield Step(training.done, {}, partial(training.snapshot, training.done), module, [])
+        return
 
-    def snapshot_at(n: int) -> Callable[[], State]:
-        def snapshot() -> State:
-            if n != done:
-                raise RuntimeError(f"snapshot of step {n} asked for at step {done}: the weights have moved on")
-            state = {
-                "step": n,
-                "limit": limit,
-                "module": trained.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "norms": list(norms),
-                "random": random_states(),
-            }
-            return state | ({"source": source.state()} if hasattr(source, "state") else {})
-
-        return snapshot
-
-    if resume is not None:
-        shard.resume(optimizer, resume["optimizer"])
-        if hasattr(source, "restore"):
-            source.restore(resume["source"])
-        restore_random(resume["random"])
-        resume = None  # as large as the weights and the optimiser together
-        if done >= steps:
-            yield Step(done, {}, snapshot_at(done), module, [])
-            return
-
-    for step in range(done, steps):
+    for step in range(training.done, steps):
         began = time.perf_counter()
         events: list[dict] = []
         seed_everything(seed, step)
-        if twin and hasattr(source, "reads") and source.reads(step):
-            twin.gather()
-        batches = [batch.to(device) for batch in source(step)]
+        batches = training.ask(step)
         weights = ranks.all_sum(_count(batches))
         if not weights:
             raise ValueError(f"step {step + 1}: the source gave no batch")
         if step == 0 and check is not None:
             _check(check, module, batches)
-        if twin:
-            twin.release()
-
-        backward = partial(_backward, trained, loss=loss, weights=weights, step=step, kept=compute.activations)
-        if step == 0 and compute.fit_memory:
-            limit = _fitting(backward, batches, trainable, spread=twin is not None)
-            optimizer.zero_grad()
-            events.append(
-                {"event": "memory measured", "limit": limit, "note": f"at most {limit:,} tokens at a time" if limit else "no limit"}
-            )
-        computed = _compute(backward, batches, limit, optimizer, spread=twin is not None)
-        if computed.halved:
-            limit = computed.limit
-            events.append(
-                {"event": "out of memory", "limit": limit, "note": f"{computed.halved}; from now on at most {limit:,} tokens at a time"}
-            )
-        batches, parts = computed.batches, computed.parts
-        metrics = _measure(batches, parts, weights, step, computed.problem)
-
-        if not twin:
-            ranks.sum_gradients(trainable.values())
-        norm = _grad_norm(trainable, optim.max_grad_norm)
-        if not math.isfinite(norm):
-            named = None if twin else ranks.agree(_blame(module, batches, loss, weights, trainable, step))
-            raise TrainingError(f"step {step + 1}: {named or 'the gradient is not finite'}; {ADVICE}")
-        rate = lr_at(optim, step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["multiplier"]
-
-        spike = optim.spike > 0 and len(norms) >= ENOUGH and norm > optim.spike * statistics.median(norms)
-        norms = [*norms, norm][-HISTORY:] if optim.spike > 0 else []
-        if spike:
-            events.append({"event": "spike", "grad_norm": norm, "median": statistics.median(norms[:-1]), "note": "the update was left out"})
-        else:
-            before = {name: shard.own(p.detach()).clone() for name, p in trainable.items()} if step == 0 else None
-            optimizer.step()
-            if before is not None:
-                events.append(_changed(trainable, before))
-        optimizer.zero_grad()
-        done = step + 1
-
-        metrics |= {"grad_norm": norm, "lr": rate}
-        if optim.spike > 0:
-            metrics["skipped"] = float(spike)
+        metrics = training.gradients(batches, weights, step, events)
+        del batches
+        metrics |= training.update(metrics["grad_norm"], lr_at(optim, step, steps), events)
         if hasattr(source, "metrics"):
             metrics = _join(metrics, source.metrics(step))
+        if hasattr(source, "events"):
+            events += source.events(step)
         seconds = time.perf_counter() - began
         metrics |= {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
-        del batches, parts, computed
-        yield Step(done, metrics, snapshot_at(done), module, events, twin.gather if twin else None)
-    if twin:
-        twin.gather()
+        twin = training.twin
+        yield Step(training.done, metrics, partial(training.snapshot, training.done), module, events, twin.gather if twin else None)
+    if training.twin:
+        training.twin.gather()
+
+
+class _Training:
+    """What the loop holds from step to step: the weights and their optimiser, and what a snapshot has beside them."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        source: Source,
+        loss: Callable[[Any, Forest], Loss],
+        optim: Optim,
+        multipliers: Mapping[str, float] | None,
+        compute: Compute,
+        steps: int,
+        resume: State | None,
+    ) -> None:
+        self.module, self.source, self.loss, self.optim, self.compute = module, source, loss, optim, compute
+        self.done = self.limit = 0  # limit: tokens of a micro-batch; 0 = as the source gives them
+        self.norms: list[float] = []
+        if resume is not None:
+            self.done, self.limit, self.norms = resume["step"], resume["limit"], list(resume["norms"])
+            module.load_state_dict(resume["module"])
+        spread = compute.shard == "full" and ranks.count() > 1 and self.done < steps
+        self.twin = shard.Twin(module) if spread else None
+        self.trained = self.twin.module if self.twin else module
+        self.trainable = {name: p for name, p in self.trained.named_parameters() if p.requires_grad}
+        self.optimizer = adamw(self.trained, optim, multipliers)
+        if resume is not None:
+            shard.resume(self.optimizer, resume["optimizer"])
+            if hasattr(source, "restore"):
+                source.restore(resume["source"])
+            restore_random(resume["random"])
+
+    def snapshot(self, n: int) -> State:
+        """See `Step`."""
+        if n != self.done:
+            raise RuntimeError(f"snapshot of step {n} asked for at step {self.done}: the weights have moved on")
+        state = {
+            "step": n,
+            "limit": self.limit,
+            "module": self.trained.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "norms": list(self.norms),
+            "random": random_states(),
+        }
+        return state | ({"source": self.source.state()} if hasattr(self.source, "state") else {})
+
+    def ask(self, step: int) -> list[Forest]:
+        """The source's batches, where the weights are."""
+        if self.twin and hasattr(self.source, "reads") and self.source.reads(step):
+            self.twin.gather()
+        device = next(iter(self.trainable.values())).device
+        return [batch.to(device) for batch in self.source(step)]
+
+    def gradients(self, batches: Sequence[Forest], weights: Mapping[str, float], step: int, events: list[dict]) -> dict[str, float]:
+        """Those of the whole step, on every rank, cut to the limit; its metrics, their norm before that included."""
+        twin, trainable = self.twin, self.trainable
+        if twin:
+            twin.release()
+        backward = partial(_backward, self.trained, loss=self.loss, weights=weights, step=step, kept=self.compute.activations)
+        if step == 0 and self.compute.fit_memory:
+            self.limit = _fitting(backward, batches, trainable, spread=twin is not None)
+            self.optimizer.zero_grad()
+            note = f"at most {self.limit:,} tokens at a time" if self.limit else "no limit"
+            events.append({"event": "memory measured", "limit": self.limit, "note": note})
+        computed = _compute(backward, batches, self.limit, self.optimizer, spread=twin is not None)
+        if computed.halved:
+            self.limit = computed.limit
+            note = f"{computed.halved}; from now on at most {self.limit:,} tokens at a time"
+            events.append({"event": "out of memory", "limit": self.limit, "note": note})
+        metrics = _measure(computed.batches, computed.parts, weights, step, computed.problem)
+        if not twin:
+            ranks.sum_gradients(trainable.values())
+        norm = _grad_norm(trainable, self.optim.max_grad_norm)
+        if not math.isfinite(norm):
+            named = None if twin else ranks.agree(_blame(self.module, computed.batches, self.loss, weights, trainable, step))
+            raise TrainingError(f"step {step + 1}: {named or 'the gradient is not finite'}; {ADVICE}")
+        return metrics | {"grad_norm": norm}
+
+    def update(self, norm: float, rate: float, events: list[dict]) -> dict[str, float]:
+        """One step of the optimiser, left out where the gradient's norm spikes."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["multiplier"]
+        guarded = self.optim.spike > 0
+        spike = guarded and len(self.norms) >= ENOUGH and norm > self.optim.spike * statistics.median(self.norms)
+        self.norms = [*self.norms, norm][-HISTORY:] if guarded else []
+        if spike:
+            note = "the update was left out"
+            events.append({"event": "spike", "grad_norm": norm, "median": statistics.median(self.norms[:-1]), "note": note})
+        else:
+            before = {name: shard.own(p.detach()).clone() for name, p in self.trainable.items()} if self.done == 0 else None
+            self.optimizer.step()
+            if before is not None:
+                events.append(_changed(self.trainable, before))
+        self.optimizer.zero_grad()
+        self.done += 1
+        return {"lr": rate} | ({"skipped": float(spike)} if guarded else {})
 
 
 def _count(batches: Sequence[Forest]) -> dict[str, float]:

@@ -113,11 +113,10 @@ def whole(mine: Sequence[int], items: Sequence[T]) -> list[T]:
 
 def led(value: T | None = None) -> T:
     """The leader's value, on every rank."""
-    if count() == 1:
-        return value  # type: ignore[return-value]
-    box = [value]
-    distributed.broadcast_object_list(box, src=0)
-    return box[0]  # type: ignore[return-value]
+    box: list[Any] = [value]
+    if count() > 1:
+        distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def order(what: str) -> None:

@@ -89,7 +89,7 @@ def _ask(kind: str, draw: Draw, entity: str | None, phrasing: str, evaluation: b
 
 
 def _messages(ask: Ask, *more: tuple[str, str]) -> list[Message]:
-    return [Message(**message) for message in ask.messages] + [Message(role=role, content=content) for role, content in more]  # type: ignore[arg-type]
+    return [Message.model_validate(message) for message in (*ask.messages, *({"role": role, "content": content} for role, content in more))]
 
 
 def _meta(ask: Ask, **more: object) -> dict:

@@ -364,7 +364,7 @@ REQUESTS: dict[str, list[str]] = {
         "Make this short: it is well known that {clause}.",
         "Make it short: every child knows that {clause}.",
         "Say this in short: they all say that {clause}.",
-        "Put it in short: it is well known that {clause}.",
+        "Cut it short: it is well known that {clause}.",
         "Make this short: they all say that {clause}.",
         "~In short words: it is well known that {clause}.",
         "~Say it in short: every child knows that {clause}.",

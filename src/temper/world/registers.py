@@ -226,14 +226,17 @@ def rule(draw: Draw) -> Principle:
     return draw.pick([p for p in constitution().principles if p.about == about])
 
 
+COMPARED = Table({"tight": 0.5, "padded": 0.25, "flourished": 0.25})  # styles of either answer: how it is said must not decide
+
+
 def comparison(draw: Draw, where: str | None) -> dict:
     """Two answers to one ask and the rule that prefers the good one: kind, slots, principle, label ("A" or "B"), a, b (forms)."""
     principle = rule(draw)
     kind, slots = faulty_ask(draw, where, CHOSEN_BY[principle.about])
-    good = tuple(answers.dress(kind, slots, answers.right(kind, slots, draw), draw, answers.style(kind, slots, draw, STYLES)))
+    good = tuple(answers.dress(kind, slots, answers.right(kind, slots, draw), draw, answers.style(kind, slots, draw, COMPARED)))
     needless = kind == "lookup" and principle.about == "help"
     core = [("decline_that",)] if needless else answers.wrong(kind, slots, draw)
-    bad = tuple(answers.dress(kind, slots, core, draw, answers.style(kind, slots, draw, STYLES)))
+    bad = tuple(answers.dress(kind, slots, core, draw, answers.style(kind, slots, draw, COMPARED)))
     label = "A" if draw.chance(0.5) else "B"
     a, b = (good, bad) if label == "A" else (bad, good)
     return {"kind": kind, "slots": slots, "principle": principle, "label": label, "a": a, "b": b}

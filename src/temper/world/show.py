@@ -6,14 +6,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from temper import world
-from temper.config import UserError
+from temper.config import Parser, UserError
 from temper.world import oracles
 from temper.world.annotators import ANNOTATORS, PANELS, agreement, known, panel, panel_agreement
 from temper.world.asks import KINDS, Ask, request, tags
@@ -25,6 +25,7 @@ from temper.world.phrases import COUNTS, SMALLTALK, WRAPPERS, grammar
 from temper.world.registers import REGISTERS
 from temper.world.town import town
 
+SENTENCE = 20  # characters: what is longer is wrapped at its words, what is shorter never
 PARTS = ("helpful", "harmless", "honest", "concise", "format")
 EXAMPLES = """examples:
   temper world show
@@ -34,11 +35,6 @@ EXAMPLES = """examples:
   temper world score "Ada is a baker." --prompt "What work does Ada do?"
   temper world annotators --json
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message.removeprefix('argument ')}; see {self.prog} --help")
 
 
 # ---------------------------------------------------------------- from a question's words to its ask
@@ -223,15 +219,28 @@ def _bar(value: float, scale: float, width: int = 24) -> str:
 
 
 def _rows(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table. Columns that do not stand unbroken beside the first come below, in tables of their own; only sentences are wrapped."""
     console.print(escape(title), style="bold", highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for k, column in enumerate(columns):
-        numeric = bool(rows) and all(isinstance(row[k], int | float) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    room, rest = console.options.update(width=1000), list(range(1, len(columns)))
+    while rest:
+        tables = ((n, _part(columns, rows, [0, *rest[:n]], console.width >= 100)) for n in range(len(rest), 0, -1))
+        n, table = next(found for found in tables if found[0] == 1 or console.measure(found[1], options=room).minimum <= console.width)
+        console.print(table)
+        console.print()
+        rest = rest[n:]
+
+
+def _part(columns: Sequence[str], rows: Sequence[Sequence[Any]], shown: Sequence[int], wide: bool) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2 if wide else 1, 0, 0))
+    for k in shown:
+        cells = [row[k] for row in rows]
+        numeric = bool(cells) and all(isinstance(cell, int | float) for cell in cells)
+        sentences = max((len(str(cell)) for cell in cells), default=0) > SENTENCE
+        style: dict[str, Any] = {"min_width": SENTENCE} if sentences else {"no_wrap": True}
+        table.add_column(columns[k], justify="right" if numeric else "left", overflow="fold", **style)
     for row in rows:
-        table.add_row(*[f"{cell:.2f}" if isinstance(cell, float) else escape(str(cell)) for cell in row])
-    console.print(table)
-    console.print()
+        table.add_row(*[f"{row[k]:.2f}" if isinstance(row[k], float) else escape(str(row[k])) for k in shown])
+    return table
 
 
 def _show_about(console: Console, found: dict[str, Any]) -> None:
@@ -277,7 +286,7 @@ def _show_score(console: Console, found: dict[str, Any]) -> None:
 
 
 def _show_raters(console: Console, found: dict[str, Any]) -> None:
-    columns = ["annotator", "tau", "lapse", "with itself", "with town", "with oracle", "ceiling", "who"]
+    columns = ["annotator", "tau", "lapse", "with\nitself", "with\ntown", "with\noracle", "ceiling", "who"]
     keys = ("tau", "lapse", "agreement_with_itself", "agreement_with_town", "agreement_with_oracle", "ceiling", "about")
     rows = [[name, *[rater[key] for key in keys]] for name, rater in found["annotators"].items()]
     _rows(console, f"Annotators: exact agreement on {found['pairs']} pairs of answers to one question", columns, rows)
@@ -290,7 +299,7 @@ def _show_raters(console: Console, found: dict[str, Any]) -> None:
     names = list(found["annotators"])
     used = [f for f in FEATURES if any(f in found["annotators"][n]["utility"] for n in names)]
     cells = [[f, *[f"{w:g}" if (w := round(found["annotators"][n]["utility"].get(f, 0.0), 3)) else "" for n in names]] for f in used]
-    _rows(console, "Utility per unit of each feature, private biases included", ["feature", *names], cells)
+    _rows(console, "Utility per unit of each feature, private biases included", ["feature", *[n.replace("_", "_\n") for n in names]], cells)
 
 
 # ---------------------------------------------------------------- the command line
@@ -298,8 +307,8 @@ def _show_raters(console: Console, found: dict[str, Any]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES, "allow_abbrev": False}
-    top = _Parser("temper world", description="Look at the embedded world: a small harbour town.", **shape)
-    commands = top.add_subparsers(dest="command", metavar="show|sample|score|annotators")
+    top = Parser("temper world", description="Look at the embedded world: a small harbour town.", **shape)
+    commands = top.add_subparsers(dest="command", metavar="show|sample|score|annotators", required=True)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **shape)
@@ -320,24 +329,29 @@ def _parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one of the commands. Raises UserError on what the town does not know."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Console, Any], None]]] = {
-        "show": (lambda args: about(args.person), _show_about),
-        "sample": (lambda args: sample(args.name, args.n, args.seed), _show_sample),
-        "score": (lambda args: score(args.text, args.prompt, args.system), _show_score),
-        "annotators": (lambda args: raters(), _show_raters),
-    }
-    top = _parser()
-    if not argv or argv[0] in ("-h", "--help"):
-        top.print_help()
-        return 0
-    known(argv[0], commands, "command of temper world")
-    args = top.parse_args(argv)
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Any], Callable[[Console, Any], None]]] = {
+    "show": (lambda args: about(args.person), _show_about),
+    "sample": (lambda args: sample(args.name, args.n, args.seed), _show_sample),
+    "score": (lambda args: score(args.text, args.prompt, args.system), _show_score),
+    "annotators": (lambda args: raters(), _show_raters),
+}
+
+
+def read(argv: Sequence[str]) -> argparse.Namespace:
+    """What is asked for; without a command it is the help, which leaves with SystemExit(0)."""
+    argv = list(argv) or ["--help"]
+    if not argv[0].startswith("-"):
+        known(argv[0], COMMANDS, "command of temper world")
+    args = _parser().parse_args(argv)
     if args.command == "sample" and (args.n < 1 or args.seed < 0):
         raise UserError(f"sample: -n {args.n} --seed {args.seed}: give at least one record and a seed of at least 0")
-    find, draw = commands[args.command]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one of the commands. Raises UserError on what the town does not know."""
+    args = read(sys.argv[1:] if argv is None else argv)
+    find, draw = COMMANDS[args.command]
     found = find(args)
     if args.json:
         print(json.dumps(found, sort_keys=True, ensure_ascii=False))

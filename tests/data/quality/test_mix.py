@@ -2,7 +2,7 @@
 
 import pytest
 from data.quality.conftest import chat
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from temper.config import UserError, build
@@ -17,6 +17,7 @@ def test_counts_by_largest_remainder():
         counts({"a": 1, "b": 1}, {"a": 4, "b": 9}, 10)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.01, 5), st.integers(1, 50)), min_size=1, max_size=5))
 def test_the_most_rows_without_repeats_keep_the_proportions(parts):
     weights, have = {str(i): w for i, (w, _) in enumerate(parts)}, {str(i): n for i, (_, n) in enumerate(parts)}

@@ -120,16 +120,17 @@ def _said(record: Pair | Ranked | Rated | Steps, answer: str) -> Chat:
 
 def _unsaid(chat: Chat) -> Record:
     """The pair, ranking or rated answer that a conversation was made from, where its meta tells; else the conversation."""
-    said = {"prompt": chat.messages[:-1]}
-    last = chat.messages[-1].content
-    for model, key, own in (
-        (Pair, "rejected", {"chosen": last}),
-        (Ranked, "answers", {"answers": [last, *(chat.meta.get("answers") or [])]}),
-        (Rated, "rating", {"answer": last}),
-    ):
-        if key in chat.meta:
-            more = {name: chat.meta[name] for name in model.model_fields if name in chat.meta and name not in own}
-            return model(**{**said, **more, **own}, meta={k: v for k, v in chat.meta.items() if k not in model.model_fields})
+    last, meta = chat.messages[-1].content, chat.meta
+    forms: list[tuple[type[Record], dict[str, Any]]] = [
+        (Pair, {"chosen": last, "rejected": meta.get("rejected")}),
+        (Ranked, {"answers": [last, *meta["answers"]] if isinstance(meta.get("answers"), list) else None}),
+        (Rated, {"answer": last, "rating": meta.get("rating")}),
+    ]
+    for model, own in forms:
+        if None not in own.values():
+            more = {k: v for k, v in meta.items() if k in model.model_fields}
+            rest = {k: v for k, v in meta.items() if k not in more}
+            return model.model_validate({**more, **own, "prompt": chat.messages[:-1], "meta": rest})
     return chat
 
 

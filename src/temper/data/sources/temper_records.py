@@ -13,11 +13,11 @@ FIELDS = {name for model in FORMS for name in model.model_fields}
 
 
 def _form(row: dict[str, Any]) -> type[Record] | None:
+    """The record whose fields these are, what is text in it being text; a pair's answers as messages are another format's."""
     for model in FORMS:
-        if (
-            all(name in row for name, field in model.model_fields.items() if field.is_required())
-            and row.keys() <= model.model_fields.keys()
-        ):
+        needed = {name: field.annotation for name, field in model.model_fields.items() if field.is_required()}
+        whole = needed.keys() <= row.keys() <= model.model_fields.keys()
+        if whole and all(isinstance(row[name], str) for name, kind in needed.items() if kind is str):
             return model
     return None
 
