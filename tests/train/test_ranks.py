@@ -159,6 +159,8 @@ def short(method, toy, folder):
         rows = [{"prompt": user(q.format(i)), "answers": answers[i % 3 :], "meta": {}} for i in range(6) for q in QUESTIONS]
         data = str(write(folder / "rankings.jsonl", rows))
         return "reward", {"model": toy.sft, "data": data, "batch": 5, "epochs": 1, "held_out": 0}
+    if method == "muon":
+        return "sft", values_of("sft", toy) | {"lr": 1e-3, "epochs": 0.25, "optimizer": "muon"}
     more = {
         "sft": {"epochs": 0.25},
         "dpo": {"epochs": 1.5},
@@ -190,7 +192,7 @@ def same_answers(rollouts, others):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "reward", "rankings", "ppo"])
+@pytest.mark.parametrize("method", ["sft", "muon", "dpo", "reward", "rankings", "ppo"])
 def test_two_ranks_train_what_one_does(two, toy, tmp_path, method):
     name, values = short(method, toy, tmp_path)
     (rows, weights, _, rollouts), (theirs, own, _, _) = two(play, name, values)
@@ -225,7 +227,7 @@ def test_a_snapshot_of_two_ranks_goes_on_with_one_and_one_of_one_with_two(two, t
 FULL = {"shard": "full"}
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "reward", "ppo"])
+@pytest.mark.parametrize("method", ["sft", "muon", "dpo", "reward", "ppo"])
 def test_spread_over_two_ranks_what_one_does(two, toy, tmp_path, method):
     """Unequal numbers of micro-batches too: a rank that has fewer makes passes without effect."""
     name, values = short(method, toy, tmp_path)

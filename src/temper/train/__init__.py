@@ -2,6 +2,6 @@
 
 from temper.train.compute import Compute
 from temper.train.fit import Loss, State, Step, Term, TrainingError, fit
-from temper.train.optim import Optim, adamw, lr_at
+from temper.train.optim import Optim, lr_at, optimizer
 
-__all__ = ["Compute", "Loss", "Optim", "State", "Step", "Term", "TrainingError", "adamw", "fit", "lr_at"]
+__all__ = ["Compute", "Loss", "Optim", "State", "Step", "Term", "TrainingError", "fit", "lr_at", "optimizer"]

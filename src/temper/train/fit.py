@@ -23,7 +23,7 @@ from temper.forest import Forest, divide
 from temper.runs import State
 from temper.train import machine, ranks, shard
 from temper.train.compute import Compute, activations
-from temper.train.optim import Optim, adamw, lr_at
+from temper.train.optim import Optim, lr_at, optimizer
 
 TIMINGS = ("seconds", "tokens_per_second")  # the only metrics that differ between two runs of the same seed
 HISTORY = 50  # gradient norms that the spike guard looks back on
@@ -117,7 +117,7 @@ def fit(
     weights. resume: a snapshot; the steps after it are bit-identical to those of the run it was taken from. A run resumed
     after its last step yields that step once more, without metrics, so that its module can be had. check: run without
     gradients on the first step's batches of a fresh run, before the first update; raises when something is wrong.
-    multipliers: see `adamw`. Dropout and train/eval modes are the caller's.
+    multipliers: see `optimizer`. Dropout and train/eval modes are the caller's.
 
     The micro-batches are computed longest first, so that the most memory is asked for at once. One that does not fit is halved
     between its trees, with all that are as long from then on, and the step is computed again from its beginning: the update is that
@@ -182,7 +182,7 @@ class _Training:
         self.twin = shard.Twin(module) if spread else None
         self.trained = self.twin.module if self.twin else module
         self.trainable = {name: p for name, p in self.trained.named_parameters() if p.requires_grad}
-        self.optimizer = adamw(self.trained, optim, multipliers)
+        self.optimizer = optimizer(self.trained, optim, multipliers)
         if resume is not None:
             shard.resume(self.optimizer, resume["optimizer"])
             if hasattr(source, "restore"):

@@ -73,6 +73,12 @@ def all_sum(values: Mapping[K, float]) -> dict[K, float]:
     return total
 
 
+def sum_tensor(x: torch.Tensor) -> None:
+    """In place, over the ranks."""
+    if count() > 1:
+        distributed.all_reduce(x)
+
+
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Every parameter's gradient becomes the sum over the ranks; one that no rank has stays None."""
     if count() == 1:
