@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 from temper.checks import CHECKS, Case, examine_stage, run_checks
 from temper.checks.machine import arithmetic
+from temper.checks.registry import listed
 from temper.checks.rows import mojibake
 from temper.checks.tokens import histogram
 from temper.cli import main
@@ -119,6 +122,37 @@ def test_a_spoiled_target(chatml, name, how, severity):
     assert [(f[0], f[1]) for f in bad] == [(severity, ("f:7",))]
 
 
+def test_a_question_that_is_learned_too(chatml):
+    """Not every token is learned: the template's marks are not. It is the user's words that give it away."""
+
+    def asked(target):
+        return [0.0, *[1.0] * (len(target) - 1)]
+
+    ((severity, rows, what),) = found("mask-place", CHATS, chatml, planted=spoil_target(6, asked))
+    assert (severity, rows) == ("error", ("f:7",))
+    assert "the question is learned too" in what
+
+
+def test_rows_that_the_template_refuses(chatml):
+    no_eels = "{% if 'eel' in messages[0].content %}{{ raise_exception('no eels') }}{% endif %}"
+    picky = make_tokenizer(["<|im_start|>", "<|im_end|>"], no_eels + CHATML, eos="<|im_end|>")
+    ((severity, rows, what),) = found("template", CHATS, picky)
+    assert (severity, rows) == ("error", ("f:3", "f:15", "f:27", "f:39"))
+    assert what.startswith("4 rows that cannot be rendered: ")
+    assert "no eels" in what
+
+
+def test_two_templates_in_a_folder(chatml, tmp_path):
+    chatml.save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    case = case_of(CHATS, AutoTokenizer.from_pretrained(tmp_path))
+    assert run_checks(case, ["template"]) == []
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": CHATML.replace("<|im_end|>", "<|im_end|> ")}))
+    (differing,) = run_checks(case, ["template"])
+    assert differing.severity == "warning"
+    assert "two chat templates that differ" in differing.what
+
+
 def test_pad_that_is_the_end_token_is_harmless_where_it_is_learned(chatml):
     ((severity, _, what),) = found("pad", CHATS, chatml)
     assert severity == "note"
@@ -128,7 +162,7 @@ def test_pad_that_is_the_end_token_is_harmless_where_it_is_learned(chatml):
 @pytest.mark.parametrize(("how", "what"), [(lambda t: [t[0], *t], "two beginning tokens"), (lambda t: t[1:], "no beginning token")])
 def test_the_beginning_token(with_bos, how, what):
     assert found("beginning", CHATS, with_bos) == []
-    assert found("beginning", CHATS, with_bos, planted=spoil_tokens(4, how)) == [("error", ("f:5",), f"1 rows with {what}")]
+    assert found("beginning", CHATS, with_bos, planted=spoil_tokens(4, how)) == [("error", ("f:5",), f"1 row with {what}")]
 
 
 def test_a_template_that_doubles_the_beginning(with_bos):
@@ -139,18 +173,28 @@ def test_a_template_that_doubles_the_beginning(with_bos):
 
 
 @pytest.mark.parametrize(
-    ("name", "why", "severity"),
+    ("name", "why", "rows"),
     [
-        ("unreadable-row", "not JSON (column 3)", "error"),
-        ("empty-answer", "message 2 (assistant) is empty", "error"),
-        ("equal-answers", "the rejected answer is the same as the chosen answer", "error"),
-        ("swapped-roles", "message 1 (assistant) opens the conversation", "error"),
-        ("shifted-column", "the prompts of chosen and rejected differ from turn 1 on", "error"),
+        ("unreadable-row", "not JSON (column 3)", ["f:9"]),
+        ("unreadable-row", "message 3 (assistant) follows an assistant turn", ["f:9"]),
+        ("unreadable-row", "the prompts of chosen and rejected differ from turn 1 on", ["f:9"]),  # one alone is no shifted column
+        ("empty-answer", "message 2 (assistant) is empty", ["f:9"]),
+        ("equal-answers", "the rejected answer is the same as the chosen answer", ["f:9"]),
+        ("swapped-roles", "message 1 (assistant) opens the conversation", ["f:9"]),
+        ("shifted-column", "the prompts of chosen and rejected differ from turn 1 on", [f"f:{i}" for i in range(20, 30)]),
     ],
 )
-def test_rows_that_could_not_be_read(name, why, severity):
-    assert [f[:2] for f in found(name, CHATS, unread=[("f:9", why)])] == [(severity, ("f:9",))]
-    assert [f[:2] for f in found(name, CHATS, unread=[("f:9", why)], settings={"skip_bad": True})] == [("note", ("f:9",))]
+def test_rows_that_could_not_be_read(name, why, rows):
+    unread = [(at, why) for at in rows]
+    assert [f[:2] for f in found(name, CHATS, unread=unread)] == [("error", tuple(rows))]
+    assert [f[:2] for f in found(name, CHATS, unread=unread, settings={"skip_bad": True})] == [("note", tuple(rows))]
+    assert [other for other in CHECKS if found(other, CHATS, unread=unread)] == [name]
+
+
+def test_rows_of_one_file_name_it_once():
+    assert listed(["a/b.json:3", "a/b.json:7 = a/b.json:5", "c.json:1"]) == "a/b.json:3, 7 = 5, c.json:1"
+    assert listed([f"b:{i}" for i in range(9)]) == "b:0, 1, 2, 3, 4, ... (9 in all)"
+    assert listed(["window 1", "window 2"]) == "window 1, window 2"
 
 
 def at(name, records, **more):
@@ -175,6 +219,16 @@ def test_a_leaked_question(tmp_path):
     sets = [str(tmp_path / "boats.jsonl")]
     assert at("overlap", rows, evaluation_sets=sets) == ["f:41"]
     assert at("overlap", CHATS, evaluation_sets=sets) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "test"),
+    [("gsm8k-test.jsonl", True), ("mt_bench.jsonl", True), ("hh.eval.jsonl.gz", True), ("contest.jsonl", False), ("latest.jsonl", False)],
+)
+def test_a_test_set_by_its_name(name, test):
+    case = case_of(CHATS)
+    case.spec = f"data/{name}"
+    assert [f.severity for f in run_checks(case, ["overlap"])] == ["warning"] * test
 
 
 def test_pairs():
@@ -238,12 +292,14 @@ def test_sizes_and_cuts():
 
 def test_rows_that_do_not_fit(chatml):
     case = case_of(CHATS, chatml)
-    kept = trees.Report(rows=40, limit=9, dropped={3: "f:4: 12 tokens"}, cut={5: "f:6: 12 tokens, 3 cut"})
+    kept = trees.Report(rows=40, limit=9, dropped={3: "f:4: 12 tokens"}, cut={5: "f:6: 12 tokens, 3 cut"}, long={3: 12, 5: 12})
     whole = case.prepared.corpus
     case.prepared.corpus = whole._replace(kept=kept, trees=whole.trees[:-1])
     found = run_checks(case, ["length"])
     assert [(f.severity, f.rows) for f in found[:2]] == [("error", ("f:4",)), ("note", ("f:6",))]
-    assert histogram([1, 2, 3, 9])[1].split() == ["2-3", "#" * 30, "2"]
+    assert "1 row of more than 9 tokens, the longest 12: refused by --too-long error" in found[0].what
+    assert histogram([1, 2, 3, 9], [9])[1].split() == ["2-3", "#" * 30, "2"]
+    assert histogram([1, 2, 3, 9], [9])[3].split(None, 2) == ["8-15", "x" * 15, "1, 1 beyond the limit"]
 
 
 def test_batch_arithmetic_in_words(chatml):
@@ -264,8 +320,9 @@ def test_the_command_and_training_refuse(toy, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": rows[4]["messages"][0]["content"]}) + "\n")
     own = ["sft", "--model", toy.base, "--data", str(tmp_path / "rows.jsonl"), "--held-out", "0", "--epochs", "0.1", "--threads", "1"]
+    own += ["--tokens-per-microbatch", "512"]
     sets = ["--evaluation-sets", str(tmp_path / "test.jsonl")]
-    assert main(["doctor", *own]) == 0
+    assert main(["doctor", *own, "--checks", "overlap"]) == 0
     capsys.readouterr()
     assert main(["doctor", *own, *sets, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
@@ -276,16 +333,26 @@ def test_the_command_and_training_refuse(toy, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     assert main([*own, *sets, *out]) == 1
     err = capsys.readouterr().err
-    assert "1 rows hold something of test" in err
-    assert "optimiser steps in all" in err
+    assert "1 row with something of test" in err
+    assert "1 optimiser step in all (" in err
     assert not (tmp_path / "out").exists()
     assert main([*own, *sets, *out, "--doctor", "warn"]) == 0
-    assert "doctor: 1 error" in json.loads((tmp_path / "out" / "stage.json").read_text())["card"]["doctor"][0]
+    assert "1 error" in json.loads((tmp_path / "out" / "stage.json").read_text())["card"]["doctor"][0]
 
 
 def test_what_the_command_cannot_use(capsys):
     assert main(["doctor", "sff"]) == 2
     assert "neither a recipe nor a method" in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_fit_is_not_loaded(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("temper.train.machine.free_memory", lambda device: 1000)
+    monkeypatch.setattr("temper.methods.sft.load_policy", lambda *a, **k: pytest.fail("loaded"))
+    own = ["sft", "--model", toy.base, "--data", toy.chats]
+    assert main(["doctor", *own]) == 1
+    assert "are free: not loaded" in capsys.readouterr().out
+    assert main([*own, "--out", str(tmp_path / "out")]) == 1
+    assert "are free: not loaded" in capsys.readouterr().err
 
 
 def test_a_policy_that_is_not_its_reference(toy, tmp_path):
@@ -300,6 +367,18 @@ def test_a_policy_that_is_not_its_reference(toy, tmp_path):
     (found,) = run_checks(case, ["reference"])
     assert found.severity == "error"
     assert "must be the same model" in found.what
+
+
+def test_a_policy_of_ppo_that_is_not_its_reference(toy, tmp_path):
+    values = {"model": toy.sft, "reward": toy.reward, "prompts": toy.prompts, "max_new": 8, "tokens_per_microbatch": 256}
+    job = load("ppo").prepare(build(load("ppo").settings("ppo"), values), Run(tmp_path / "run"))
+    case = Case("ppo", values, "f", job.prepared.corpus.records, (), job.prepared)
+    assert [f.severity for f in run_checks(case, ["reference"])] == ["note"]
+    with torch.no_grad():
+        next(job.prepared.module["policy"].parameters()).mul_(1.5)
+    (found,) = run_checks(case, ["reference"])
+    assert found.severity == "error"
+    assert "the policy is not the reference" in found.what
 
 
 def test_a_recipe_is_looked_at_as_far_as_it_is_made(toy, tmp_path, capsys):

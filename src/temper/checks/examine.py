@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from temper.checks.registry import Case, Finding, run_checks
+from temper.checks import machine
+from temper.checks.registry import CHECKS, Case, Finding, findings, run_checks
 from temper.config import Settings, UserError, build, dump
 from temper.data.sources import Kind, read
 from temper.methods import load
@@ -16,6 +17,11 @@ from temper.runs import Run
 KINDS: dict[str, Kind] = {"pretrain": "text", "sft": "chat", "reward": "comparisons"}  # what `data` holds; pairs for the others
 INPUTS: dict[str, Kind] = {"prompts": "prompts", "red_team": "prompts", "helpful": "prompts", "helpful_pairs": "pairs"}
 SAMPLES = ("collect", "constitution")  # methods whose preparation samples from the model: their rows are looked at, not what they make
+
+
+def foresee(method: str, values: Mapping[str, Any]) -> list[Finding]:
+    """What can be known to be wrong before the model is loaded: that it does not fit. Raises UserError where there is no model."""
+    return findings(CHECKS["memory"], machine.foresee(method, values))
 
 
 def examine(method: str, values: Mapping[str, Any], prepared: Prepared, steps: int, sets: Sequence[str] = ()) -> list[Finding]:
@@ -38,11 +44,13 @@ def examine_stage(
     values = dump(settings)
     lenient = {**values, **{name: how for name, how in (("skip_bad", True), ("too_long", _lenient(values))) if name in values}}
     problem: list[Finding] = []
-    if method not in SAMPLES and not waits:
+    if not waits:
         try:
-            job = load(method).prepare(build(type(settings), lenient), Run(folder))
-            assert job.prepared is not None
-            return run_checks(_case(method, values, job.prepared, job.total, sets, thorough=True), names)
+            problem = foresee(method, values)
+            if method not in SAMPLES and not problem:
+                job = load(method).prepare(build(type(settings), lenient), Run(folder))
+                assert job.prepared is not None
+                return run_checks(_case(method, values, job.prepared, job.total, sets, thorough=True), names)
         except UserError as error:
             why = "training would stop here"
             problem = [Finding("prepare", "error", str(error), (), why, "correct this first; the checks below saw the rows alone")]

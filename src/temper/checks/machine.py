@@ -7,16 +7,19 @@ from typing import Any
 
 import torch
 
-from temper.checks.registry import Case, Found, check
+from temper.checks.registry import Case, Found, check, many
 from temper.config import UserError
 from temper.data.packing import pack
 from temper.forest import Forest, Tree, divide, plant
 from temper.methods.base import Prepared
+from temper.models.load import parameters_in
 from temper.train import Compute, TrainingError, machine, ranks
 from temper.train.compute import activations
 
 BESIDE = 16  # bytes a trainable parameter takes beside its weight: gradient, AdamW's two moments, the first step's copy
 MB = 1e6
+LOADED = {"ppo": ("model", "model", "reward", "reward"), "constitution": ("model", "model")}  # others: the model once
+TRAINED: dict[str, Sequence[str]] = {"ppo": ("model", "reward"), "collect": ()}
 
 
 def _sizes(trees: Sequence[Tree]) -> list[int]:
@@ -48,7 +51,7 @@ def batch(case: Case) -> Iterator[Found]:
         yield Found("note", line)
         rows, n = case.settings.get("batch"), len(case.prepared.corpus.trees)
         if rows and n < rows:
-            yield Found("warning", f"{n} rows are fewer than --batch {rows}: every step is all of them")
+            yield Found("warning", f"{many(n, 'row')} in all, fewer than --batch {rows}: every step is all of them")
 
 
 def arithmetic(case: Case) -> str:
@@ -60,21 +63,26 @@ def arithmetic(case: Case) -> str:
     if "rollouts" in s:
         prompts, each, passes, parts = (s[k] for k in ("prompts_per_step", "samples_per_prompt", "epochs_per_batch", "minibatches"))
         return (
-            f"{s['rollouts']} rollouts, each {prompts} of {n:,} prompts x {each} answers = {prompts * each} answers of at most"
-            f" {s['max_new']} tokens; each is gone over {passes} times in {parts} parts: {passes * parts} optimiser steps a rollout,"
-            f" {s['rollouts'] * passes * parts:,} in all; {s['rollouts'] * prompts / n:.2g} passes over the prompts"
+            f"{many(s['rollouts'], 'rollout')}, each {prompts} of {n:,} prompts x {many(each, 'answer')} = {prompts * each} answers"
+            f" of at most {s['max_new']} tokens; each is gone over {many(passes, 'time')} in {many(parts, 'part')}:"
+            f" {many(passes * parts, 'optimiser step')} a rollout, {s['rollouts'] * passes * parts:,} in all;"
+            f" {_passes(s['rollouts'] * prompts / n)} over the prompts"
         )
     if "batch" not in s:
         return ""
-    rows = min(s["batch"], n)
+    rows, what = min(s["batch"], n), "row" if case.rows else "window"
     parts = max(1, round(rows * mean / micro + 0.5))
     steps = case.steps or 0
     per = f" on {ranks.count()} ranks" if ranks.count() > 1 else ""
     return (
-        f"{n:,} rows; each optimiser step reads {rows} of them{per}, about {rows * mean:,.0f} tokens in {parts} micro-batch"
-        f"{'es' if parts > 1 else ''} of at most {micro:,}; {n / rows:.1f} steps are a pass over the rows, {steps:,} optimiser steps in all"
-        f" ({steps * rows / n:.2g} passes)"
+        f"{many(n, what)}; each optimiser step reads {rows} of them{per}, about {rows * mean:,.0f} tokens in"
+        f" {'1 micro-batch' if parts == 1 else f'{parts} micro-batches'} of at most {micro:,}; {n / rows:.1f} steps are a pass over the"
+        f" {what}s, {many(steps, 'optimiser step')} in all ({_passes(steps * rows / n)})"
     )
+
+
+def _passes(n: float) -> str:
+    return f"{n:.2g} pass{'' if f'{n:.2g}' == '1' else 'es'}"
 
 
 def parameters(p: Prepared) -> tuple[int, int]:
@@ -86,6 +94,20 @@ def parameters(p: Prepared) -> tuple[int, int]:
 def needed(p: Prepared) -> float:
     """Bytes that training takes beside the activations and the weights that are loaded: gradients, optimiser, the first step's copy."""
     return parameters(p)[1] * BESIDE
+
+
+def foresee(method: str, values: Mapping[str, Any]) -> Iterator[Found]:
+    """Before anything is loaded: whether the weights, gradients and optimiser alone are more than is free."""
+    device = values.get("device", "cpu")
+    if values.get("shard", "none") != "none" or (device != "cpu" and not getattr(torch, device).is_available()):
+        return
+    size = {name: parameters_in(values[name]) for name in ("model", "reward") if values.get(name)}
+    loaded = sum(size.get(name, 0) for name in LOADED.get(method, ("model",)))
+    trained = sum(size.get(name, 0) for name in TRAINED.get(method, ("model",)))
+    free = machine.free_memory(torch.device(device))
+    if free is not None and (need := loaded * 4 + trained * BESIDE) > free:
+        what = f"{loaded / 1e6:.3g} million parameters take {loaded * 4 / MB:,.0f} MB of weights and {trained * BESIDE / MB:,.0f} MB of"
+        yield Found("error", f"{what} gradients and optimiser, {need / MB:,.0f} MB in all; {free / MB:,.0f} MB are free: not loaded")
 
 
 @check(
@@ -104,7 +126,7 @@ def memory(case: Case) -> Iterator[Found]:
     each = _per_token(case, trees) if case.thorough else None
     tokens = sum(_sizes(trees))
     most = states + (each or 0.0) * tokens
-    what = f"{every / 1e6:.1f} million parameters, {trained / 1e6:.1f} trained: {every * 4 / MB:,.0f} MB of weights"
+    what = f"{every / 1e6:.3g} million parameters, {trained / 1e6:.3g} trained: {every * 4 / MB:,.0f} MB of weights"
     what += f", {states / MB:,.0f} MB of gradients and optimiser"
     what += f", about {each * tokens / MB:,.0f} MB of activations for {tokens:,} tokens" if each else ""
     room = f"; {free / MB:,.0f} MB are free" if free is not None else ""
@@ -113,7 +135,14 @@ def memory(case: Case) -> Iterator[Found]:
 
 
 def _per_token(case: Case, trees: Sequence[Tree]) -> float | None:
-    """Bytes of activations per token, by running two small parts of the longest micro-batch: a straight line through their peaks."""
+    """Bytes of activations per token, measured once."""
+    if "per token" not in case.measured:
+        case.measured["per token"] = _measured(case, trees)
+    return case.measured["per token"]
+
+
+def _measured(case: Case, trees: Sequence[Tree]) -> float | None:
+    """By running two small parts of the longest micro-batch: a straight line through their peaks."""
     p = case.prepared
     if p is None or p.loss is None or not trees:
         return None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from temper.config import UserError
 from temper.data.quality import rows as quality
 from temper.data.trees import where
+from temper.forest import Tree
 from temper.methods.base import Prepared
 from temper.records import Prompt, Record
 
@@ -42,12 +43,25 @@ class Finding:
 
     def lines(self) -> list[str]:
         """For the terminal: what and where; for more than a note, also why and what to do."""
-        more = f", ... ({len(self.rows)} in all)" if len(self.rows) > SHOWN else ""
-        at = f" [{', '.join(self.rows[:SHOWN])}{more}]" if self.rows else ""
+        at = f" [{listed(self.rows)}]" if self.rows else ""
         out = [f"{self.severity}: {self.check}: {self.what}{at}", *(f"    {line}" for line in self.detail)]
         if self.severity != "note":
             out += [f"    why: {self.why}", f"    do:  {self.do}"]
         return out
+
+
+def listed(rows: Sequence[str]) -> str:
+    """The first rows, their file named once: `chats.jsonl:3, 7 = 5, ... (9 in all)`."""
+    file = next(iter(rows), "").split(" ")[0].rpartition(":")[0] + ":"
+    first, *others = rows[:SHOWN]
+    start, ours, rest = first.partition(file) if len(file) > 1 else ("", "", first)
+    shown = [start + ours + rest.replace(file, ""), *(row.replace(file, "") for row in others)]
+    return ", ".join(shown) + (f", ... ({len(rows):,} in all)" if len(rows) > SHOWN else "")
+
+
+def many(n: int, what: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 @dataclass
@@ -63,6 +77,7 @@ class Case:
     steps: int = 0  # optimiser steps in all
     thorough: bool = True  # False: right before training, where a check may look at LOOK rows and measures no memory
     evaluation_sets: Sequence[str] = ()  # files of test questions
+    measured: dict[str, Any] = field(default_factory=dict)  # by one check, for another
 
     @property
     def some(self) -> Sequence[Record]:
@@ -113,6 +128,11 @@ def check(name: str, *, why: str, do: str) -> Callable:
     return register
 
 
+def findings(one: Check, found: Iterable[Found]) -> list[Finding]:
+    """What a check yields, with what it means."""
+    return [Finding(one.name, f.severity, f.what, tuple(f.rows), one.why, f.do or one.do, tuple(f.detail)) for f in found]
+
+
 def run_checks(case: Case, names: Sequence[str] = ()) -> list[Finding]:
     """What the checks (all, or those named) find, the worst first. A check whose subject raises UserError finds that."""
     out = []
@@ -121,11 +141,19 @@ def run_checks(case: Case, names: Sequence[str] = ()) -> list[Finding]:
             found = list(one.run(case))
         except UserError as error:
             found = [Found("error", str(error))]
-        out += [Finding(one.name, f.severity, f.what, tuple(f.rows), one.why, f.do or one.do, tuple(f.detail)) for f in found]
+        out += findings(one, found)
     return sorted(out, key=lambda f: ("error", "warning", "note").index(f.severity))
 
 
-# ---------------------------------------------------------------- what a record says
+# ---------------------------------------------------------------- what a record says, and how long it is
+
+
+def lengths(tree: Tree) -> list[int]:
+    """Tokens along the path to the end of each segment."""
+    out: list[int] = []
+    for s in tree:
+        out.append(len(s.tokens) + (out[s.parent] if s.parent >= 0 else 0))
+    return out
 
 
 def answers(record: Record) -> list[str]:

@@ -8,22 +8,26 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
-from temper.checks.registry import Case, Found, answers, check, said
+from temper.checks.registry import Case, Found, answers, check, lengths, many, said
 from temper.data.quality import decontaminate, dedup
 from temper.data.quality.rows import Item, named, prompt
 from temper.data.quality.words import words
 from temper.records import Chat, Pair, Ranked, Rated, Text
 
+TESTS = re.compile(  # in the name of a file: a split that is not for training, or a benchmark
+    r"(?<![a-z])(?:test|eval|evaluation|benchmark)(?![a-z])|mt[-_]bench|arena[-_]hard|alpaca[-_]?eval|xstest|truthfulqa|humaneval|mmlu"
+)
 HUGE = 100_000  # characters: some 25,000 tokens
 SHIFT = 8  # rows by which another row's answers must fit better
 ROLES = 12.0  # nats by which two turns must look like each other's role, both of them like the wrong one
-CLAIMED = {  # what the reader says of a row that it refuses -> the check that names it
+CLAIMED = {  # check -> what the reader says of a row that it refuses and that check names
     "empty-answer": r"\bis empty",
     "equal-answers": "is the same as",
     "shifted-column": "the prompts of chosen and rejected differ",
-    "swapped-roles": r"opens the conversation|\) follows an? \w+ turn",
+    "swapped-roles": r"\(assistant\) opens the conversation",
 }
 MARKS = re.compile(  # of the common templates: ChatML, Llama 2 and 3, Zephyr, Gemma, Alpaca, Vicuna
     r"<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|<\|eot_id\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
@@ -55,17 +59,20 @@ def _some(case: Case) -> str:
     do="correct the rows, or leave them out with --skip-bad",
 )
 def unreadable(case: Case) -> Iterator[Found]:
-    kinds: dict[str, list[str]] = defaultdict(list)
+    claimed = {at for name in CLAIMED for at in _unread(case, name)}
+    kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for at, why in case.unread:
-        if not any(re.search(pattern, why) for pattern in CLAIMED.values()):
-            kinds[why].append(at)
-    for reason, lines in kinds.items():
-        yield Found(_by_policy(case), reason, lines)
+        if at not in claimed:
+            kinds[re.sub(r"\d+", "", why)].append((at, why))
+    for same in kinds.values():
+        yield Found(_by_policy(case), f"{many(len(same), 'row')}: {same[0][1]}", [at for at, _ in same])
 
 
 def _unread(case: Case, name: str) -> list[str]:
-    """Rows that could not be used for a reason that this check names."""
-    return [at for at, why in case.unread if re.search(CLAIMED[name], why)]
+    """Rows that could not be used for a reason that this check names. A few pairs with two prompts are no shifted column."""
+    found = [at for at, why in case.unread if re.search(CLAIMED[name], why)]
+    some = len(found) >= max(SHIFT, 0.1 * (len(case.records) + len(case.unread)))
+    return found if some or name != "shifted-column" else []
 
 
 def _by_policy(case: Case) -> Any:
@@ -79,13 +86,13 @@ def _by_policy(case: Case) -> Any:
 )
 def empty(case: Case) -> Iterator[Found]:
     if at := _unread(case, "empty-answer"):
-        yield Found(_by_policy(case), f"{len(at)} rows with an empty turn", at)
+        yield Found(_by_policy(case), f"{many(len(at), 'row')} with an empty turn", at)
     bare = [case.at(i) for i, r in enumerate(case.records) if not all(text.strip() for text in answers(r))]
     if bare:
-        yield Found("error", f"{len(bare)} rows whose answer is empty", bare)
+        yield Found("error", f"{many(len(bare), 'row')} whose answer is empty", bare)
     mute = [case.at(i) for i, r in enumerate(case.records) if not isinstance(r, Text) and not any(text.strip() for text in prompt(r))]
     if mute:
-        yield Found("warning", f"{len(mute)} rows that ask nothing", mute)
+        yield Found("warning", f"{many(len(mute), 'row')} without a question", mute)
 
 
 @check(
@@ -95,7 +102,7 @@ def empty(case: Case) -> Iterator[Found]:
 )
 def equal(case: Case) -> Iterator[Found]:
     if at := _unread(case, "equal-answers"):
-        yield Found(_by_policy(case), f"{len(at)} pairs of equal answers", at)
+        yield Found(_by_policy(case), f"{many(len(at), 'pair')} of equal answers", at)
     alike = []
     for i, record in enumerate(case.records):
         if isinstance(record, Pair | Ranked):
@@ -103,7 +110,7 @@ def equal(case: Case) -> Iterator[Found]:
             if len(set(plain)) < len(plain):
                 alike.append(case.at(i))
     if alike:
-        yield Found("warning", f"{len(alike)} pairs of answers that differ in case, blanks or marks only", alike)
+        yield Found("warning", f"{many(len(alike), 'pair')} of answers that differ in case, blanks or marks only", alike)
 
 
 @check(
@@ -127,7 +134,7 @@ def contradiction(case: Case) -> Iterator[Found]:
             if before[0] != way:
                 rows_.append(f"{case.at(i)} against {case.at(before[1])}")
     if rows_:
-        yield Found("warning", f"{len(rows_)} labels that contradict an earlier one", rows_)
+        yield Found("warning", f"{many(len(rows_), 'label')} against an earlier one", rows_)
 
 
 def _items(case: Case) -> Any:
@@ -145,7 +152,7 @@ def duplicates(case: Case) -> Iterator[Found]:
     for i, verdict in sorted(dedup.run(options, _items(case), dedup.Report("dedup")).items()):
         kinds[verdict.reason].append(f"{case.at(i)} = {verdict.of}")
     for reason, at in kinds.items():
-        yield Found("warning", f"{len(at)} of {len(case.records):,} rows are {reason}s of an earlier one", at)
+        yield Found("warning", f"{many(len(at), reason)} of earlier rows, of {many(len(case.records), 'row')}", at)
 
 
 @check(
@@ -156,12 +163,14 @@ def duplicates(case: Case) -> Iterator[Found]:
 def overlap(case: Case) -> Iterator[Found]:
     if "split=test" in case.spec:
         yield Found("error", f"{case.spec} is the split that evaluations read", do="train on split=train")
+    elif hit := TESTS.search(Path(case.spec).name.lower()):
+        yield Found("warning", f"{Path(case.spec).name} is a test set by its name ({hit[0]!r})", do="train on another split, or rename it")
     if case.evaluation_sets:
         options = decontaminate.Options(against=list(case.evaluation_sets))
         found = decontaminate.run(options, _items(case), decontaminate.Report("decontaminate"))
         at = [f"{case.at(i)} = {verdict.of}" for i, verdict in sorted(found.items())]
         if at:
-            yield Found("error", f"{len(at)} rows hold something of {', '.join(named(case.evaluation_sets))}", at)
+            yield Found("error", f"{many(len(at), 'row')} with something of {', '.join(named(case.evaluation_sets))}", at)
 
 
 @check(
@@ -171,7 +180,7 @@ def overlap(case: Case) -> Iterator[Found]:
 )
 def shifted(case: Case) -> Iterator[Found]:
     if at := _unread(case, "shifted-column"):
-        yield Found(_by_policy(case), f"{len(at)} pairs whose chosen and rejected answer different prompts", at)
+        yield Found(_by_policy(case), f"{many(len(at), 'pair')} whose chosen and rejected answer different prompts", at)
     some = case.some
     if len(some) < 3 * SHIFT or not isinstance(some[0], Chat | Pair | Rated | Ranked):
         return
@@ -253,14 +262,15 @@ def _odds(features: Sequence[set[str]], label: Sequence[bool]) -> list[float]:
 )
 def roles(case: Case) -> Iterator[Found]:
     if at := _unread(case, "swapped-roles"):
-        yield Found(_by_policy(case), f"{len(at)} conversations whose roles are out of order", at)
+        yield Found(_by_policy(case), f"{many(len(at), 'conversation')} that the assistant opens", at)
     chats = [(i, r) for i, r in enumerate(case.some) if isinstance(r, Chat)]
     early = [case.at(i) for i, r in chats if next(m.role for m in r.messages if m.role != "system") == "assistant"]
     if early:
-        yield Found("error" if len(early) > len(chats) / 2 else "warning", f"{len(early)} conversations begin with the assistant", early)
+        most = len(early) > len(chats) / 2
+        yield Found("error" if most else "warning", f"{many(len(early), 'conversation')} that the assistant opens", early)
     twice = [case.at(i) for i, r in chats if any(a.role == b.role != "tool" for a, b in zip(r.messages, r.messages[1:], strict=False))]
     if twice:
-        yield Found("warning", f"{len(twice)} conversations in which one role speaks twice in a row", twice)
+        yield Found("warning", f"{many(len(twice), 'conversation')} in which one role speaks twice in a row", twice)
     firsts = [(i, *two) for i, r in chats if (two := _exchange(r))]
     if len(firsts) < 20:
         return
@@ -276,7 +286,8 @@ def roles(case: Case) -> Iterator[Found]:
         return  # in this file questions and answers cannot be told apart
     at = [case.at(f[0]) for f, u, a in zip(firsts, user, answer, strict=True) if a - u > ROLES and min(a, -u) > 2]
     if at:
-        yield Found("warning", f"{len(at)} rows whose question looks like an answer and whose answer like a question{_some(case)}", at)
+        what = f"{many(len(at), 'row')} whose question looks like an answer and whose answer like a question{_some(case)}"
+        yield Found("warning", what, at)
 
 
 def _exchange(record: Chat) -> tuple[str, str] | None:
@@ -308,7 +319,7 @@ def encoding(case: Case) -> Iterator[Found]:
     at = [case.at(i) for i, r in enumerate(case.records) if not (text := said(r)).isascii() and mojibake(text)]
     if at:
         i = next(i for i in range(len(case.records)) if case.at(i) == at[0])
-        yield Found("warning", f"{len(at)} rows with text in a broken encoding, such as {mojibake(said(case.records[i]))!r}", at)
+        yield Found("warning", f"{many(len(at), 'row')} with text in a broken encoding, such as {mojibake(said(case.records[i]))!r}", at)
 
 
 def mojibake(text: str) -> str:
@@ -335,9 +346,8 @@ def huge(case: Case) -> Iterator[Found]:
     sizes = [(len(said(r)), i) for i, r in enumerate(case.records) if not isinstance(r, Text)]
     large = sorted(((n, i) for n, i in sizes if n >= HUGE), reverse=True)
     if large:
-        yield Found(
-            "warning", f"{len(large)} rows of {HUGE:,} characters or more, the largest {large[0][0]:,}", [case.at(i) for _, i in large]
-        )
+        what = f"{many(len(large), 'row')} of {HUGE:,} characters or more, the largest {large[0][0]:,}"
+        yield Found("warning", what, [case.at(i) for _, i in large])
 
 
 @check(
@@ -358,27 +368,18 @@ def cut(case: Case) -> Iterator[Found]:
     full = {
         case.rows[k]
         for k, tree in enumerate(case.prepared.corpus.trees if case.prepared and case.rows and limit else [])
-        if any(_path(tree, s) >= limit - 2 for s in range(len(tree)))
+        if max(lengths(tree)) >= limit - 2
     }
     full &= {i for at in open_.values() for i in at}
     if piled | full:
         where_ = [case.at(i) for i in sorted(piled | full)]
-        yield Found("warning", f"{len(where_)} answers that break off in the middle of a sentence at the limit of some window", where_)
+        yield Found("warning", f"{many(len(where_), 'answer')} ending within a sentence, where some window ended", where_)
 
 
 def _expected(open_: Mapping[int, Sequence[int]], n: int) -> float:
     """How many break off after exactly n characters where none was cut: the mean over the lengths within a tenth of n."""
     around = range(n - n // 10, n + n // 10 + 1)
     return sum(len(open_.get(m, ())) for m in around if m != n) / len(around)
-
-
-def _path(tree: Any, s: int) -> int:
-    """Tokens from the root to the end of a segment."""
-    n = 0
-    while s >= 0:
-        n += len(tree[s].tokens)
-        s = tree[s].parent
-    return n
 
 
 @check(
@@ -392,5 +393,6 @@ def marks(case: Case) -> Iterator[Found]:
         if not isinstance(record, Text) and (hit := MARKS.search(said(record))):
             found[hit[0].strip()].append(case.at(i))
     for mark, at in found.items():
-        many = len(at) > 0.5 * len(case.records)
-        yield Found("error" if many else "warning", f"{json.dumps(mark, ensure_ascii=False)} stands in the text of {len(at)} rows", at)
+        most = len(at) > 0.5 * len(case.records)
+        what = f"{json.dumps(mark, ensure_ascii=False)} stands in the text of {many(len(at), 'row')}"
+        yield Found("error" if most else "warning", what, at)

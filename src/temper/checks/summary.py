@@ -16,7 +16,7 @@ def counted(findings: Sequence[Finding]) -> str:
 def headline(findings: Sequence[Finding]) -> list[str]:
     """A line of counts, one per error and warning, and the plan: what training says at its start."""
     worse = [f for f in findings if f.severity != "note"]
-    return [f"doctor: {counted(findings)}", *(f"  {f.lines()[0]}" for f in worse), *(f"  {line}" for line in plan(findings))]
+    return [counted(findings), *(f"  {f.lines()[0]}" for f in worse), *(f"  {line}" for line in plan(findings))]
 
 
 def plan(findings: Sequence[Finding]) -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from temper.checks.registry import Case, Found, answers, check
+from temper.checks.registry import Case, Found, answers, check, lengths, many
 from temper.config import UserError
 from temper.data.template import DEFAULT_TEMPLATE, bos_id, render_prompt, stop_ids
 from temper.forest import Tree
@@ -14,6 +17,8 @@ from temper.records import Chat, Message, Prompt, Record, Text
 
 DECODED = 300  # rows whose learned tokens are compared with their answers
 RENDERED = 20  # rows that are rendered by the tokenizer's own means too
+ASK = [Message(role="user", content="a")]
+SHORT = 8  # characters; so short a question may well stand in its answer
 SPELLED = "mostly special tokens spelled in the text: Temper reads them as letters, other programs do not"
 BAR = 30  # characters of the longest bar of a histogram
 
@@ -47,9 +52,9 @@ def mask(case: Case) -> Iterator[Found]:
         elif sum(some) == sum(len(s.tokens) for s in tree):
             everything.append(case.tree_at(k))
     if nothing:
-        yield Found("error", f"{len(nothing)} rows in which no token of an answer is learned", nothing)
+        yield Found("error", f"{many(len(nothing), 'row')} in which no token of an answer is learned", nothing)
     if everything:
-        yield Found("error", f"{len(everything)} rows in which every token is learned", everything)
+        yield Found("error", f"{many(len(everything), 'row')} in which every token is learned", everything)
     if total:
         yield Found("note", f"{learned / total:.0%} of {total:,} tokens are learned")
 
@@ -71,7 +76,7 @@ def end_of_turn(case: Case) -> Iterator[Found]:
                 wrong.append(case.tree_at(k))
                 break
     if wrong:
-        yield Found("error", f"{len(wrong)} of {len(trees):,} rows whose last learned token is not the end of turn", wrong)
+        yield Found("error", f"{many(len(wrong), 'row')} of {len(trees):,} whose last learned token is not the end of turn", wrong)
 
 
 @check(
@@ -83,10 +88,14 @@ def beginning(case: Case) -> Iterator[Found]:
     if case.prepared is None or (bos := bos_id(case.prepared.tokenizer)) is None:
         return
     tokenizer = case.prepared.tokenizer
-    if tokenizer.chat_template and (count := _own(tokenizer, [Message(role="user", content="a")]).count(bos)) != 1:
+    if tokenizer.chat_template and (count := _own(tokenizer, ASK).count(bos)) != 1:
         name = tokenizer.convert_ids_to_tokens(bos)
         severity, what = ("error", "doubled") if count > 1 else ("note", "left out (Temper adds it; other programs may not)")
         yield Found(severity, f"{name!r} is {what}: the template and tokenizer write it {count} times")  # type: ignore[arg-type]
+    if tokenizer.chat_template and tokenizer("a", verbose=False)["input_ids"][:1] == [bos] == _own(tokenizer, ASK)[:1]:
+        name = tokenizer.convert_ids_to_tokens(bos)
+        what = f"template and tokenizer both write {name!r}: a program that tokenises rendered text gets two"
+        yield Found("note", what)
     missing, double = [], []
     for k, tree in enumerate(case.prepared.corpus.trees):
         tokens = tree[0].tokens
@@ -96,7 +105,12 @@ def beginning(case: Case) -> Iterator[Found]:
             missing.append(case.tree_at(k))
     for name, at in (("two beginning tokens", double), ("no beginning token", missing)):
         if at:
-            yield Found("error", f"{len(at)} rows with {name}", at)
+            yield Found("error", f"{many(len(at), 'row')} with {name}", at)
+
+
+def _bare(text: str) -> str:
+    """Without blanks, which templates strip, and as a tokenizer may have normalised it."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 def _own(tokenizer: Any, messages: Sequence[Message], ask: bool = True) -> list[int]:
@@ -113,23 +127,30 @@ def _own(tokenizer: Any, messages: Sequence[Message], ask: bool = True) -> list[
 
 @check(
     "mask-place",
-    why="a target that stands a token too early or too late learns the template instead of the answer",
-    do="this is a fault of the tokens, not of the text: report the row, with the model's template",
+    why="a target in the wrong place learns the template or the question instead of the answer",
+    do="look at the template's generation blocks: they should hold the assistant's words and their end, and nothing else",
 )
 def mask_place(case: Case) -> Iterator[Found]:
     if _text(case) or not case.rows or case.prepared is None:
         return
     tokenizer = case.prepared.tokenizer
-    stops, wrong = set(stop_ids(tokenizer)), []
+    stops, wrong, asked = set(stop_ids(tokenizer)), [], []
     for k, tree in list(enumerate(_learned(case)))[:DECODED]:
-        for s, answer in zip(_segments(tree), answers(case.records[case.rows[k]]), strict=False):
-            learned = [t for t, weight in zip(s.tokens, s.target or (), strict=False) if weight and t not in stops]
-            said = "".join(tokenizer.decode(learned).split())
-            if "".join(answer.split()) not in said:
+        record = case.records[case.rows[k]]
+        turns = [(m.role, _bare(m.content)) for m in getattr(record, "messages", ())]
+        question = next((text for role, text in reversed(turns) if role == "user"), "")
+        for s, answer in zip(_segments(tree), answers(record), strict=False):
+            said = _bare(tokenizer.decode([t for t, weight in zip(s.tokens, s.target or (), strict=False) if weight and t not in stops]))
+            if _bare(answer) not in said:
                 wrong.append(case.tree_at(k))
                 break
+            if len(question) > SHORT and question in said and not any(question in text for role, text in turns if role == "assistant"):
+                asked.append(case.tree_at(k))
+                break
+    if asked:
+        yield Found("error", f"{many(len(asked), 'row')} in which the question is learned too", asked)
     if wrong:
-        yield Found("error", f"{len(wrong)} rows whose learned tokens are not their answer", wrong)
+        yield Found("error", f"{many(len(wrong), 'row')} whose learned tokens are not their answer", wrong)
 
 
 @check(
@@ -144,7 +165,10 @@ def template(case: Case) -> Iterator[Found]:
     if tokenizer.chat_template == DEFAULT_TEMPLATE:
         yield Found("note", "Temper's default template; it is saved with the model")
     differing = []
+    kept = case.prepared.corpus.kept
     for i, record in enumerate(case.records[:RENDERED]):
+        if i in kept.dropped:
+            continue
         messages = _ask(record)
         if messages and tokenizer.chat_template:
             ours, theirs = render_prompt(tokenizer, messages), _own(tokenizer, messages)
@@ -152,12 +176,29 @@ def template(case: Case) -> Iterator[Found]:
             if ours != theirs and ours[1:] != theirs and [t for t in theirs if t != bos] != [t for t in ours if t != bos]:
                 differing.append(case.at(i))
     if differing:
-        what = (
-            f"{len(differing)} of {min(RENDERED, len(case.records))} prompts have other tokens by the tokenizer's own apply_chat_template"
-        )
+        looked = many(min(RENDERED, len(case.records)), "prompt")
+        what = f"{len(differing)} of {looked} with other tokens by the tokenizer's own apply_chat_template"
         yield Found("warning", what, differing, SPELLED)
     if other := _of_reward(case):
         yield Found("warning", f"the reward model was trained with another template than {case.settings['model']} has: {other}")
+    folder = Path(tokenizer.name_or_path)
+    if _second(folder) not in ("", tokenizer.chat_template):
+        what = f"{folder} holds two chat templates that differ: chat_template.jinja (used here) and the one in tokenizer_config.json"
+        yield Found("warning", what, (), "remove the one that the model was not trained with: which is read depends on the program")
+    if refused := [i for i in kept.dropped if i not in kept.long]:
+        what = f"{many(len(refused), 'row')} that cannot be rendered: {kept.dropped[refused[0]].removeprefix(case.at(refused[0]) + ': ')}"
+        yield Found("note" if case.settings.get("skip_bad") else "error", what, [case.at(i) for i in refused], "correct or remove the rows")
+
+
+def _second(folder: Path) -> str:
+    """The template in tokenizer_config.json, where there is one beside chat_template.jinja."""
+    if not (folder / "chat_template.jinja").is_file():
+        return ""
+    try:
+        found = json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("chat_template", "")
+    except (OSError, ValueError):
+        return ""
+    return found if isinstance(found, str) else ""
 
 
 def _ask(record: Record) -> list[Message]:
@@ -173,8 +214,8 @@ def _of_reward(case: Case) -> str:
         return ""
     from temper.models.load import load_tokenizer
 
-    judge, ask = load_tokenizer(case.settings["reward"]), [Message(role="user", content="a")]
-    mine, theirs = (render_prompt(t, ask) for t in (case.prepared.tokenizer, judge))  # type: ignore[union-attr]
+    judge = load_tokenizer(case.settings["reward"])
+    mine, theirs = (render_prompt(t, ASK) for t in (case.prepared.tokenizer, judge))  # type: ignore[union-attr]
     return "" if mine == theirs else f"{judge.decode(theirs)!r}"
 
 
@@ -193,9 +234,29 @@ def pad(case: Case) -> Iterator[Found]:
     masked = [s for s in ends if s.tokens[-1] == token and not (s.target or [0])[-1]]
     if masked and not _text(case):
         rows = [case.tree_at(k) for k, tree in enumerate(_learned(case)) if any(s in masked for s in _segments(tree))]
-        yield Found("error", f"pad = end token ({tokenizer.pad_token!r}), and it is masked away in {len(rows)} rows", rows)
+        yield Found("error", f"pad = end token ({tokenizer.pad_token!r}), and it is masked away in {many(len(rows), 'row')}", rows)
     else:
         yield Found("note", f"pad = end token ({tokenizer.pad_token!r}); it is learned all the same, for masks come from lengths here")
+
+
+def quantiles(sizes: Sequence[int], limit: int | None) -> str:
+    """How long rows are, in one line."""
+    ordered = sorted(sizes)
+    half, most, nearly = (ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.5, 0.9, 0.99))
+    room = f", {limit:,} allowed" if limit else ""
+    return f"tokens per row: half have up to {half:,}, 90% {most:,}, 99% {nearly:,}, the longest {ordered[-1]:,}{room}"
+
+
+def histogram(sizes: Sequence[int], long: Sequence[int] = ()) -> list[str]:
+    """Rows by tokens, in powers of two: a line with a bar each, those beyond the limit (also in `sizes`) as x."""
+    bins, beyond = Counter(n.bit_length() for n in sizes), Counter(n.bit_length() for n in long)
+    largest, lines = max(bins.values()), []
+    for b in range(min(bins), max(bins) + 1):
+        counts = (("#", bins[b] - beyond[b]), ("x", beyond[b]))
+        bar = "".join(mark * (n and max(1, round(BAR * n / largest))) for mark, n in counts)
+        cut = f", {beyond[b]:,} beyond the limit" if beyond[b] else ""
+        lines.append(f"{1 << (b - 1):>6}-{(1 << b) - 1:<6} {bar:<{BAR}} {bins[b]:,}{cut}")
+    return lines
 
 
 @check(
@@ -204,55 +265,25 @@ def pad(case: Case) -> Iterator[Found]:
     do="choose --too-long drop or cut-prompt knowingly, or a larger --max-length where the model has room",
 )
 def length(case: Case) -> Iterator[Found]:
-    if case.prepared is None:
+    if case.prepared is None or _text(case):
         return
     kept, policy = case.prepared.corpus.kept, case.settings.get("too_long", "error")
-    gone = [(i, text) for i, text in kept.dropped.items() if "tokens" in text]
-    refused = [(i, text) for i, text in kept.dropped.items() if "tokens" not in text]
-    if refused:
-        first = refused[0][1].partition(": ")[2]
-        yield Found(_lost(case), f"{len(refused)} rows that the template refuses: {first}", [case.at(i) for i, _ in refused])
+    gone = [i for i in kept.long if i not in kept.cut]
     if gone:
-        severity, will = ("error", "are too long and will be refused") if policy == "error" else ("warning", "are too long and left out")
-        yield Found(severity, f"{len(gone)} rows {will} ({gone[0][1].partition(': ')[2]})", [case.at(i) for i, _ in gone])  # type: ignore[arg-type]
+        will = "refused" if policy == "error" else "left out"
+        room = f" beside {case.settings['max_new']} of answer" if case.prepared.answered else ""
+        most = max(kept.long[i] for i in gone)
+        what = f"{many(len(gone), 'row')} of more than {kept.limit:,} tokens{room}, the longest {most:,}: {will} by --too-long {policy}"
+        yield Found("error" if policy == "error" else "warning", what, [case.at(i) for i in gone])
     if kept.cut:
         share = len(kept.cut) / max(1, kept.rows)
-        what = f"{len(kept.cut)} prompts ({share:.0%}) lose their start"
+        what = f"{many(len(kept.cut), 'prompt')} ({share:.0%}) without their start, by --too-long {policy}"
         yield Found("warning" if share > 0.05 else "note", what, [case.at(i) for i in kept.cut])
-    sizes = [max(_lengths(tree)) for tree in case.prepared.corpus.trees]
-    if sizes and not _text(case):
-        longest = max(range(len(sizes)), key=sizes.__getitem__)
-        yield Found("note", f"{quantiles(sizes, kept.limit)}; the longest is", [case.tree_at(longest)], detail=histogram(sizes))
-
-
-def _lost(case: Case) -> Any:
-    return "note" if case.settings.get("skip_bad") else "error"
-
-
-def _lengths(tree: Tree) -> list[int]:
-    """Tokens along the path to the end of each segment."""
-    out: list[int] = []
-    for s in tree:
-        out.append(len(s.tokens) + (out[s.parent] if s.parent >= 0 else 0))
-    return out
-
-
-def quantiles(sizes: Sequence[int], limit: int | None) -> str:
-    """How long rows are, in one line."""
-    ordered = sorted(sizes)
-    half, most, nearly = (ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.5, 0.9, 0.99))
-    room = f" of {limit} allowed" if limit else ""
-    return f"tokens per row: half have up to {half}, 90% {most}, 99% {nearly}, the longest {ordered[-1]}{room}"
-
-
-def histogram(sizes: Sequence[int]) -> list[str]:
-    """Rows by tokens, in powers of two: a line with a bar each."""
-    bins = Counter(n.bit_length() for n in sizes)
-    longest = max(bins.values())
-    return [
-        f"{1 << (b - 1):>6}-{(1 << b) - 1:<6} {'#' * (bins[b] and max(1, round(BAR * bins[b] / longest))):<{BAR}} {bins[b]:,}"
-        for b in range(min(bins), max(bins) + 1)
-    ]
+    sizes = {i: max(lengths(tree)) for i, tree in zip(case.rows, case.prepared.corpus.trees, strict=False)} | kept.long
+    if sizes:
+        longest = max(sizes, key=sizes.__getitem__)
+        what = f"{quantiles([*sizes.values()], kept.limit)}; the longest is"
+        yield Found("note", what, [case.at(longest)], detail=histogram([*sizes.values()], [*kept.long.values()]))
 
 
 @check(
@@ -263,9 +294,9 @@ def histogram(sizes: Sequence[int]) -> list[str]:
 def ends(case: Case) -> Iterator[Found]:
     at = [case.at(i) for i, r in enumerate(case.records) if isinstance(r, Chat) and r.messages[-1].role != "assistant"]
     if at:
-        yield Found("warning", f"{len(at)} conversations that end with a turn nobody answers", at)
+        yield Found("warning", f"{many(len(at), 'conversation')} ending with a turn nobody answers", at)
     bare = [
         case.at(i) for i, r in enumerate(case.records) if isinstance(r, Chat | Prompt) and not any(m.role == "user" for m in r.messages)
     ]
     if bare:
-        yield Found("warning", f"{len(bare)} conversations without a user's turn", bare)
+        yield Found("warning", f"{many(len(bare), 'conversation')} without a user's turn", bare)

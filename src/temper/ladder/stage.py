@@ -2,12 +2,12 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from temper.checks import examine, headline
+from temper.checks import Finding, examine, foresee, headline
 from temper.config import Settings, UserError, build, dump, opt
 from temper.data import hub
 from temper.data.sources import _files
@@ -128,8 +128,7 @@ def _follow(method: str, settings: Settings, place: Place) -> dict[str, Any]:
     if ranks.led(True):
         return {}
     run = Run(place.out)
-    job = load(method).prepare(settings, run)
-    _doctor(method, settings, place, job, run)
+    job = _prepare(method, settings, place, run)
     if job.make:
         job.make(Path(place.out) / job.artefact, lambda done, of: None)
         peak_mb()
@@ -164,8 +163,7 @@ def absent(values: Mapping[str, Any]) -> str | None:
 def _train(method: str, settings: Settings, place: Place, context: Context, run: Run) -> dict[str, Any]:
     """Prepare, then train or make; the run is done after it."""
     run.set_status(phase="prepare", now=True)
-    job = load(method).prepare(settings, run)
-    _doctor(method, settings, place, job, run)
+    job = _prepare(method, settings, place, run)
     if job.notes:
         job.card["notes"] = list(job.notes)  # a stage of a recipe has no other way to say them
     run.update(card=job.card, artefact=job.artefact)
@@ -203,23 +201,30 @@ def _train(method: str, settings: Settings, place: Place, context: Context, run:
     )
 
 
-def _doctor(method: str, settings: Settings, place: Place, job: Job, run: Run) -> None:
-    """Look at what is about to be trained, unless a checkpoint says that it went well before. All ranks refuse together."""
+def _prepare(method: str, settings: Settings, place: Place, run: Run) -> Job:
+    """The job; on its card what the checks say of it. They look before the model is loaded and again at what was made of the data, unless a
+    checkpoint says that it went well before. All ranks refuse together.
+    """
+    looks = place.doctor != "off" and ranks.rank() == 0 and not any(run.checkpoints.glob("*"))
+    values = dump(settings)
+    _heed(foresee(method, values) if looks else [], method, place)
+    job = load(method).prepare(settings, run)
     prepared, job.prepared = job.prepared, None
-    if place.doctor == "off" or prepared is None:
-        return
-    wrong = None
-    if ranks.rank() == 0 and not any(run.checkpoints.glob("*")):
-        found = examine(method, dump(settings), prepared, job.total, place.evaluation_sets)
-        lines = headline(found)
-        job.card["doctor"] = lines
-        if not place.quiet:
-            print("\n".join(lines), file=sys.stderr)
-        errors = [f.lines()[0].removeprefix("error: ") for f in found if f.severity == "error"]
-        if errors and place.doctor == "refuse":
-            more = f" (and {len(errors) - 1} more errors)" if len(errors) > 1 else ""
-            wrong = f"{errors[0]}{more}; `temper doctor {method} ...` says more, --doctor warn trains all the same"
-    if wrong := ranks.agree(wrong):
+    found = examine(method, values, prepared, job.total, place.evaluation_sets) if looks and prepared else []
+    if found:
+        job.card["doctor"] = [line.strip() for line in headline(found)]
+    _heed(found, method, place)
+    return job
+
+
+def _heed(found: Sequence[Finding], method: str, place: Place) -> None:
+    """Tell what was found. Raises Refused on errors, if that is asked for."""
+    if found and not place.quiet:
+        print("doctor:", "\n".join(headline(found)), file=sys.stderr)
+    errors = [f.lines()[0].removeprefix("error: ") for f in found if f.severity == "error"]
+    more = f" (and {len(errors) - 1} more errors)" if len(errors) > 1 else ""
+    wrong = f"{errors[0]}{more}; `temper doctor {method} ...` says more, --doctor warn trains all the same" if errors else None
+    if wrong := ranks.agree(wrong if place.doctor == "refuse" else None):
         raise Refused(wrong)
 
 

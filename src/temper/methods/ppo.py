@@ -290,6 +290,19 @@ def longest_answer(s: PPO, tree: Tree) -> Tree:
     return [*tree, Segment([tree[0].tokens[-1]] * n, [1.0] * n, 0, zeros)]
 
 
+def check_reference(s: PPO, reference: Any):
+    """Before anything is learned the policy is the reference."""
+
+    def check(module: Any, batches: Sequence[Forest]) -> None:
+        with torch.no_grad():
+            for batch in batches:
+                mine, theirs = (token_logp(model, batch, temperature=s.sampling.temperature) for model in (module["policy"], reference))
+                if (gap := float((mine - theirs).abs().max())) > slack(module["policy"], 1e-4, 0.2):
+                    raise AssertionError(f"the policy is not the reference: log-probs differ by up to {gap:.2g} nats")
+
+    return check
+
+
 def check_start(s: PPO):
     """At step 0 the ratio is 1 and the KL to the reference 0."""
 
@@ -357,6 +370,7 @@ def prepare(settings: PPO, run: Run) -> Job:
             tokenizer,
             module,
             make_loss(s),
+            check=check_reference(s, reference),
             answered=partial(longest_answer, s),
         ),
     )
