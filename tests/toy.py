@@ -110,7 +110,7 @@ def values_of(method: str, toy: Toy) -> dict[str, Any]:
     """Settings of a run of each method that takes about a second."""
     short = {"max_new": 12}
     return {
-        "pretrain": {"data": toy.text, "batch": 8, "epochs": 4, **TINY},
+        "pretrain": {"data": toy.text, "batch": 8, "epochs": 4, "optimizer": "muon", **TINY},
         "sft": {"model": toy.base, "data": toy.chats, "batch": 8, "epochs": 2},
         "collect": {"model": toy.sft, "prompts": "world:prompts?n=12", **short},
         "reward": {"model": toy.sft, "data": toy.pairs, "batch": 4, "epochs": 5, "held_out": 0.2},

@@ -237,6 +237,7 @@ def test_human_pairs_on_red_team_prompts_are_left_out(toy, tmp_path, monkeypatch
     assert len(trained[-1]) > len(human)
 
 
+@pytest.mark.slow
 def test_going_on_from_any_side_of_the_seam_ends_the_same(whole, toy, tmp_path):
     """From a snapshot within a phase, at its end, and after the last step: the same weights, and no step is counted twice."""
     s = build(cai.CAI, whole[1])

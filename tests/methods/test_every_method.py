@@ -102,6 +102,7 @@ def test_any_program_can_load_the_model_and_it_gives_the_same_greedy_answers(tra
 SHORT: dict[str, dict[str, float]] = {"ppo": {"rollouts": 2}, "constitution": {"sl_epochs": 0.5, "epochs": 1}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TRAINED)
 def test_packing_changes_no_figure(toy, tmp_path, method):
     """One row per micro-batch, and all of the step in one: the same metrics to 1e-5."""
@@ -118,6 +119,7 @@ def test_packing_changes_no_figure(toy, tmp_path, method):
             assert math.isclose(a[name], b[name], rel_tol=1e-4, abs_tol=1e-5), (a["step"], name, a[name], b[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TRAINED)
 def test_the_seed_decides(toy, tmp_path, method):
     """The same seed gives the same bytes, another seed others."""

@@ -174,6 +174,7 @@ def test_the_reference_is_the_model_at_the_start_computed_once(toy, pairs, monke
     assert steps[-1].n == 3
 
 
+@pytest.mark.slow
 def test_a_reference_is_kept_for_the_runs_beside_it(toy, tmp_path, monkeypatch):
     """A run that reads it and one that computes it are the same to the last bit; other weights or data have another place."""
     computed = []

@@ -254,6 +254,7 @@ def test_a_negative_kl_is_announced_once(make, monkeypatch):
     assert source.events(8) == []
 
 
+@pytest.mark.slow
 def test_it_raises_the_reward(toy, tmp_path):
     """The reward model prefers "It is grey." to the two other ways in which the toy's SFT model answers."""
     values = values_of("ppo", toy) | {"rollouts": 25, "prompts_per_step": 18, "lr": 3e-3, "beta": 0.01, "minibatches": 1, "max_new": 16}

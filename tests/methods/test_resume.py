@@ -98,6 +98,7 @@ class Dead(BaseException):
     """Stops a run where it stands."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ppo", "constitution"])
 def test_stopped_right_after_a_checkpoint(toy, tmp_path, monkeypatch, method):
     """Without processes, at known steps: in the middle of a rollout and at its end; in both phases of Constitutional AI."""

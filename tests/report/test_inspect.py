@@ -220,6 +220,7 @@ def test_command(tmp_path, capsys):
         assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_hh_shares_exactly_the_dialogue_before_the_last_answers(real, tokenizer):
     """Of all pairs: what stands once is the prompt, whole; its text is what both dialogues begin with up to their last answer."""
     records = read(str(real / "hh-harmless-base-test.jsonl.gz"), "pairs", skip_bad=True).records[:200]

@@ -23,7 +23,7 @@ from temper.methods import load
 from temper.models.load import load_policy
 from temper.records import Ranked, read_jsonl
 from temper.runs import Run, load_checkpoint, save_checkpoint, spread_tensors
-from temper.train import Compute, TrainingError, fit, ranks, shard
+from temper.train import Compute, TrainingError, fit, machine, ranks, shard
 from temper.train.fit import TIMINGS, Loss, Term
 
 LIMIT = 300.0  # seconds after which ranks are taken to wait for each other for ever
@@ -206,6 +206,7 @@ def test_two_ranks_train_what_one_does(two, toy, tmp_path, method):
     assert max(float((weights[at] - value).abs().max()) for at, value in first.items()) > 1e-3  # they went somewhere
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "ppo"])
 def test_a_snapshot_of_two_ranks_goes_on_with_one_and_one_of_one_with_two(two, toy, tmp_path, method):
     """PPO: in the middle of a rollout, whose rest is in the snapshot."""
@@ -227,6 +228,7 @@ def test_a_snapshot_of_two_ranks_goes_on_with_one_and_one_of_one_with_two(two, t
 FULL = {"shard": "full"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "muon", "dpo", "reward", "ppo"])
 def test_spread_over_two_ranks_what_one_does(two, toy, tmp_path, method):
     """Unequal numbers of micro-batches too: a rank that has fewer makes passes without effect."""
@@ -309,6 +311,7 @@ def _spread_bigram():
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "how"), [("sft", {}), ("reward", {}), ("dpo", {}), ("ppo", {}), ("sft", FULL), ("ppo", FULL)])
 def test_a_batch_with_fewer_trees_than_ranks(two, toy, tmp_path, method, how):
     """One record in a step, or one prompt in a rollout: a rank has nothing to do, and the update is the same."""
@@ -353,6 +356,7 @@ def late_leader(method, out, values, rank):
         module.prepare = prepare
 
 
+@pytest.mark.slow
 def test_two_ranks_collect_the_same_comparisons(two, toy, tmp_path):
     values = values_of("collect", toy) | {"samples_per_prompt": 5}
     summary, follower = two(stage, "collect", tmp_path / "two", values)
@@ -553,6 +557,32 @@ def test_shares_give_every_item_to_exactly_one_rank(two):
         assert abs(loads[0] - loads[1]) <= max(sizes, default=0)
         assert (not own, not other) == (len(sizes) < 1, len(sizes) < 2)
         assert ranks.shares(sizes) == [list(range(len(sizes)))]  # one rank does it all
+
+
+def _cores_used(cores):
+    """The cores of this rank's threads, where the machine had only these."""
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), cores)
+    machine.use(1)
+    return {frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores to be told apart")
+def test_ranks_that_fill_the_machine_keep_to_their_cores(two):
+    a, b, *more = sorted(os.sched_getaffinity(0))
+    assert two(_cores_used, {a, b}) == [{frozenset({a})}, {frozenset({b})}]
+    if more:  # there is room beside them for others
+        assert two(_cores_used, {a, b, more[0]}) == [{frozenset({a, b, more[0]})}] * 2
+
+
+def _gathered():
+    mine = ranks.rank()
+    return [ranks.gather(value) for value in (mine, "x" * (9 * ranks.ROOM) if mine else None, [mine] * 3 * ranks.ROOM)]
+
+
+def test_gather_of_small_and_large_and_one_of_each(two):
+    first, second = two(_gathered)
+    assert first == second == [[0, 1], [None, "x" * (9 * ranks.ROOM)], [[0] * 3 * ranks.ROOM, [1] * 3 * ranks.ROOM]]
 
 
 def _parts(folder):

@@ -62,6 +62,7 @@ def test_one_at_a_time_equals_all_at_once(name):
     np.testing.assert_allclose(a.probabilities(x, x[::-1]), one_by_one, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_choices_follow_the_exact_chances():
     rng, town, n = np.random.default_rng(3), panel("town"), 20_000
     for x, y in [(POLITE, GUSHING), (HARMFUL, REFUSAL)]:

@@ -88,6 +88,7 @@ def grams(text: str, n: int = 13) -> set[tuple[str, ...]]:
     return {tuple(found[i : i + n]) for i in range(len(found) - n + 1)}
 
 
+@pytest.mark.slow
 def test_no_thirteen_words_shared_between_training_and_evaluation(trained, evaluation):
     seen = {gram for record in trained for message in record.messages for gram in grams(message.content)}
     for record in evaluation:
@@ -95,6 +96,7 @@ def test_no_thirteen_words_shared_between_training_and_evaluation(trained, evalu
             assert not grams(message.content) & seen, message.content
 
 
+@pytest.mark.slow
 def test_prompts_are_disjoint_from_evaluation(evaluation):
     def text(record):
         return "\n".join(message.content for message in record.messages)
@@ -103,6 +105,7 @@ def test_prompts_are_disjoint_from_evaluation(evaluation):
     assert not ({text(r) for r in evaluation} - talk) & {text(r) for r in dataset("prompts", n=3000, seed=9)}
 
 
+@pytest.mark.slow
 def test_held_out_phrasings_and_entities_are_not_in_training(trained):
     for record in trained:
         ask = Ask.of(record)
@@ -183,6 +186,7 @@ def test_side_by_side_is_fixed():
     assert records == dataset("side_by_side", seed=4)
 
 
+@pytest.mark.slow
 def test_harmless_requests_hold_no_harm_and_often_look_as_if_they_did(evaluation):
     records = dataset("harmless", n=1500)
     asks = [Ask.of(record) for record in records]

@@ -84,6 +84,7 @@ def test_markup_in_an_answer_is_shown_as_it_is(capsys):
     assert "[bold red]no[/] [link=x]y[/link] [/]" in text
 
 
+@pytest.mark.slow
 def test_annotators_are_listed_with_agreement_and_ceiling(capsys):
     found = run_json(capsys, "annotators")
     assert set(found["annotators"]) == set(ANNOTATORS)

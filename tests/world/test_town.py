@@ -3,6 +3,8 @@
 import math
 from collections import Counter
 
+import pytest
+
 from temper.world import dataset, exposure, exposures, registers, town
 from temper.world.grammar import words
 from temper.world.lookups import PEOPLE, PLACES, RELATIONS
@@ -35,6 +37,7 @@ def test_values_are_spread_so_that_guessing_is_hard():
         assert max(counts.values()) / sum(counts.values()) < (0.25 if name == "day" else 0.2), name
 
 
+@pytest.mark.slow
 def test_never_stated_facts_are_never_stated():
     facts = town()
     never = set(facts.never)

@@ -80,7 +80,7 @@ def nodes(recipe: Recipe, stages: list[Stage], out: Path, command: str) -> list[
     before_sft, before_reward = _upstream(by, sft), _upstream(by, reward)  # what these need cannot wait for them
     for s in stages:
         needs, probe = list(s.needs), None
-        if looked and s.method not in NO_POLICY:
+        if looked and s.method not in (*NO_POLICY, "pretrain"):  # a base model answers nothing before its training ends, nor after
             probe = {}
             if s.method not in ("pretrain", "sft") and sft and s.name not in before_sft:
                 probe["reference"] = str(out / sft)

@@ -396,10 +396,11 @@ def _measure(
     for batch in batches:
         sums["count", "tokens"] += batch.T
         sums["count", "tokens_learned"] += int((batch.target != 0).sum())
-    problem = ranks.agree(problem)
+    told = ranks.gather((problem, dict(sums)))
+    problem = next((their for their, _ in told if their), None)
     if problem:
         raise TrainingError(f"step {step + 1}: {problem}")
-    over_ranks = ranks.all_sum(sums)
+    over_ranks = ranks.summed(part for _, part in told)
 
     def of(kind: str) -> dict[str, float]:
         return {name: value for (k, name), value in over_ranks.items() if k == kind}

@@ -67,6 +67,8 @@ class Muon(torch.optim.AdamW):
 
 def _updates(gradients: list[Tensor]) -> list[Tensor]:
     """Each of the matrices made orthogonal: those of one shape at once, each on one rank."""
+    if not gradients:
+        return []
     mine = ranks.share([g.numel() * min(g.shape) for g in gradients])
     flat = torch.zeros(sum(g.numel() for g in gradients)).to(gradients[0])
     out = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)]

@@ -190,6 +190,7 @@ def test_trees_are_rows(put):
     assert {t for _, t in steps()["dedup"].texts(item)} >= {"Why?", "So 1."}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["alpaca-en-1000.json", "hh-harmless-base-test.jsonl.gz", "kto-sharegpt-300.json"])
 def test_real_duplicates(real, name):
     _, planned = plan({"data": ["x"], "steps": ["dedup"]}, "r")

@@ -55,6 +55,7 @@ def test_system_turns_and_meta_of_an_evaluation_set_are_no_texts(look, put):
     assert report.sources == {"mine": {"texts": 1, "rows that hold them": 0}}
 
 
+@pytest.mark.slow
 def test_the_worlds_own_evaluation_is_found_and_its_training_prompts_mostly_are_not(look):
     found, _ = look("decontaminate", {"e": "world:evaluation?n=30"}, against=["world:evaluation?n=30"])
     assert len(found) > 25

@@ -121,6 +121,7 @@ def test_many_rows_come_out_in_their_order(look, server):
     assert all(v.score == 1 + k % 5 for k, v in found.items())
 
 
+@pytest.mark.slow
 def test_a_busy_server_is_asked_again_and_an_unreadable_reply_removes_the_row(look, server):
     url, handler, seen = server
     handler.plan = [(503, "busy"), (429, "slow"), (200, "I would say four")]
