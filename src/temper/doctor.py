@@ -49,6 +49,8 @@ class Stage(NamedTuple):
     method: str
     settings: Settings
     waits: Sequence[str] = ()
+    ranks: int = 1
+    sets: Sequence[str] = ()  # of the recipe
 
 
 def read(argv: list[str]) -> tuple[Look, list[Stage]]:
@@ -92,6 +94,8 @@ def _recipe(argv: Sequence[str]) -> tuple[Look, list[Stage]]:
             s.method,
             build(load(s.method).settings(s.method), s.resolved(out)),
             [need for need in s.needs if not Run(out / need).done],
+            s.ranks,
+            s.evaluation_sets,
         )
         for s in stages
         if settings.only in (None, s.name)
@@ -118,7 +122,8 @@ def _examined(stage: Stage, look: Look) -> list[Any]:
 
     print(f"{stage.name}: looking", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="temper-doctor-") as folder:
-        found = examine_stage(stage.method, stage.settings, Path(folder) / "stage", look.evaluation_sets, look.checks, waits=stage.waits)
+        own, sets = Path(folder) / "stage", [*look.evaluation_sets, *stage.sets]
+        found = examine_stage(stage.method, stage.settings, own, sets, look.checks, stage.waits, stage.ranks)
     if stage.waits:
         what = f"waits for {', '.join(stage.waits)}, not made yet: what can be read without is looked at"
         found.append(Finding("prepare", "note", what))

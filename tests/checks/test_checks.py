@@ -10,18 +10,20 @@ from transformers import AutoTokenizer
 
 from temper.checks import CHECKS, Case, examine_stage, run_checks
 from temper.checks.machine import arithmetic
-from temper.checks.registry import listed
+from temper.checks.registry import lengths, listed
 from temper.checks.rows import mojibake
 from temper.checks.tokens import histogram
 from temper.cli import main
-from temper.config import build
+from temper.config import UserError, build
 from temper.data import sources, trees
 from temper.data.trees import chat_trees, comparison_trees
 from temper.forest import Segment
+from temper.ladder.graph import make
+from temper.ladder.recipe import read_recipe
 from temper.methods import load
 from temper.methods.base import Batching, Corpus, Prepared, Window
 from temper.models.tokenizer import train_tokenizer
-from temper.records import Chat, Message, Pair, Rated
+from temper.records import Chat, Function, Message, Pair, Rated, ToolCall
 from temper.runs import Run
 
 FISH = ("herring", "cod", "eel", "pike", "perch", "carp", "bream", "trout", "salmon", "tench", "ruffe", "smelt")
@@ -142,6 +144,20 @@ def test_rows_that_the_template_refuses(chatml):
     assert "no eels" in what
 
 
+def test_calls_of_tools_are_answers():
+    mark = "{{ '<|im_end|>' + '\n' }}"
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function.name ~ (c.function.arguments | tojson) }}{% endfor %}"
+    listed_tools = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+    called = listed_tools + CHATML.replace(" + '<|im_end|>' + '\n' }}", " }}" + calls + mark)
+    tokenizer = make_tokenizer(["<|im_start|>", "<|im_end|>"], called, eos="<|im_end|>")
+    price = Message(role="assistant", content="", tool_calls=(ToolCall(function=Function(name="price", arguments={"of": "eel"})),))
+    tools = [{"type": "function", "function": {"name": "price", "parameters": {}}}]
+    talks = [c.model_copy(update={"messages": [c.messages[0], price, Message(role="tool", content="5"), c.messages[1]]}) for c in CHATS]
+    talks[7] = CHATS[7].model_copy(update={"messages": [CHATS[7].messages[0], price]})
+    rows = [c.model_copy(update={"tools": tools}) for c in talks]
+    assert {f.severity for f in run_checks(case_of(rows, tokenizer))} == {"note"}
+
+
 def test_two_templates_in_a_folder(chatml, tmp_path):
     chatml.save_pretrained(tmp_path)
     config = tmp_path / "tokenizer_config.json"
@@ -193,6 +209,7 @@ def test_rows_that_could_not_be_read(name, why, rows):
 
 def test_rows_of_one_file_name_it_once():
     assert listed(["a/b.json:3", "a/b.json:7 = a/b.json:5", "c.json:1"]) == "a/b.json:3, 7 = 5, c.json:1"
+    assert listed(["a:3 = t:1", "a:4 = t:2", "a:5 = u:2", "a:1:7 = u:3"]) == "a:3 = t:1, 4 = 2, 5 = u:2, 1:7 = 3"
     assert listed([f"b:{i}" for i in range(9)]) == "b:0, 1, 2, 3, 4, ... (9 in all)"
     assert listed(["window 1", "window 2"]) == "window 1, window 2"
 
@@ -290,6 +307,16 @@ def test_sizes_and_cuts():
     assert at("template-in-text", marked) == ["f:41"]
 
 
+def test_one_answer_that_ends_where_the_window_does(chatml):
+    cut = "This one was cut in the middle of a very long sentence about the fish of the harbour and their prices in wint"
+    case = case_of([*CHATS, chat(40, answer=cut)], chatml)
+    assert run_checks(case, ["cut-answer"]) == []
+    case.prepared.corpus.kept.limit = max(lengths(case.prepared.corpus.trees[-1]))
+    assert [f.rows for f in run_checks(case, ["cut-answer"])] == [("f:41",)]
+    case.prepared.corpus.kept.cut[40] = "f:41: its prompt was cut, so that it fills the window"
+    assert run_checks(case, ["cut-answer"]) == []
+
+
 def test_rows_that_do_not_fit(chatml):
     case = case_of(CHATS, chatml)
     kept = trees.Report(rows=40, limit=9, dropped={3: "f:4: 12 tokens"}, cut={5: "f:6: 12 tokens, 3 cut"}, long={3: 12, 5: 12})
@@ -309,6 +336,15 @@ def test_batch_arithmetic_in_words(chatml):
     tokens = round(sum(len(t[0].tokens) for t in case.prepared.corpus.trees) / 5)
     assert f"40 rows; each optimiser step reads 8 of them, about {tokens:,} tokens" in text
     assert "5.0 steps are a pass over the rows, 10 optimiser steps in all (2 passes)" in text
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "count", "severity"), [("adamw", 1, "warning"), ("adamw", 2, "error"), ("muon", 1, "error"), (None, 1, "warning")]
+)
+def test_memory_for_each_rank_and_by_the_optimiser(chatml, monkeypatch, optimizer, count, severity):
+    monkeypatch.setattr("temper.train.machine.free_memory", lambda device: 100)  # a layer of 6 parameters takes 96 or 168
+    settings = {"optimizer": optimizer} if optimizer else {}
+    assert [one[0] for one in found("memory", CHATS, chatml, ranks=count, settings=settings)] == [severity]
 
 
 # ---------------------------------------------------------------- as a command, and before training
@@ -390,3 +426,18 @@ def test_a_recipe_is_looked_at_as_far_as_it_is_made(toy, tmp_path, capsys):
     assert "longest-batch: " in out.split("sft:")[0]
     assert "waits for base, not made yet" in out.split("sft:")[1]
     assert not (tmp_path / "r").exists()
+
+
+def test_the_evaluation_sets_of_a_recipe(toy, tmp_path, capsys):
+    (tmp_path / "test.jsonl").write_text(Path(toy.text).read_text().splitlines()[0] + "\n")
+    stages = {"base": {"method": "pretrain", "data": toy.text, "width": 16, "layers": 1, "heads": 2, "context": 160, "vocab": 330}}
+    stages["base"] |= {"ranks": 2, "batch": 4}
+    whole = {"name": "r", "evaluation_sets": [str(tmp_path / "test.jsonl")], "stages": stages}
+    (tmp_path / "r.yaml").write_text(json.dumps(whole))
+    assert main(["doctor", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "r")]) == 1
+    out = capsys.readouterr().out
+    assert "with something of test" in out
+    assert "of them on 2 ranks" in out
+    _, (stage,) = read_recipe(str(tmp_path / "r.yaml"), None)
+    with pytest.raises(UserError, match="with something of test"):
+        make(stage, tmp_path / "r", "", None, None)

@@ -16,7 +16,10 @@ from temper.models.load import parameters_in
 from temper.train import Compute, TrainingError, machine, ranks
 from temper.train.compute import activations
 
-BESIDE = 16  # bytes a trainable parameter takes beside its weight: gradient, AdamW's two moments, the first step's copy
+BESIDE = {  # optimiser -> bytes that a trained parameter takes beside its weight
+    "adamw": 16,  # gradient, two moments, the first step's copy
+    "muon": 28,  # gradient, memory, copy; looking ahead, the updates, and what the iteration holds of matrices of one shape
+}
 MB = 1e6
 LOADED = {"ppo": ("model", "model", "reward", "reward"), "constitution": ("model", "model")}  # others: the model once
 TRAINED: dict[str, Sequence[str]] = {"ppo": ("model", "reward"), "collect": ()}
@@ -35,7 +38,8 @@ def longest(case: Case) -> tuple[list[Tree], list[str]]:
         [p.answered(tree) for tree in sorted(p.corpus.trees, key=lambda t: -_sizes([t])[0])[:64]] if p.answered else list(p.corpus.trees)
     )
     sizes = _sizes(trees)
-    order = sorted(range(len(trees)), key=lambda k: -sizes[k])[: min(len(trees), s.get("batch", s.get("prompts_per_step", 32)))]
+    rows = -(-s.get("batch", s.get("prompts_per_step", 32)) // case.ranks)
+    order = sorted(range(len(trees)), key=lambda k: -sizes[k])[: min(len(trees), rows)]
     group = max(pack([sizes[k] for k in order], s.get("tokens_per_microbatch", 8192)), key=lambda g: sum(sizes[order[i]] for i in g))
     chosen = [order[i] for i in group]
     return [trees[k] for k in chosen], [case.tree_at(k) for k in chosen] if not p.answered else []
@@ -73,7 +77,7 @@ def arithmetic(case: Case) -> str:
     rows, what = min(s["batch"], n), "row" if case.rows else "window"
     parts = max(1, round(rows * mean / micro + 0.5))
     steps = case.steps or 0
-    per = f" on {ranks.count()} ranks" if ranks.count() > 1 else ""
+    per = f" on {case.ranks} ranks" if case.ranks > 1 else ""
     return (
         f"{many(n, what)}; each optimiser step reads {rows} of them{per}, about {rows * mean:,.0f} tokens in"
         f" {'1 micro-batch' if parts == 1 else f'{parts} micro-batches'} of at most {micro:,}; {n / rows:.1f} steps are a pass over the"
@@ -91,12 +95,18 @@ def parameters(p: Prepared) -> tuple[int, int]:
     return sum(x.numel() for x in every), sum(x.numel() for x in every if x.requires_grad)
 
 
-def needed(p: Prepared) -> float:
-    """Bytes that training takes beside the activations and the weights that are loaded: gradients, optimiser, the first step's copy."""
-    return parameters(p)[1] * BESIDE
+def _beside(values: Mapping[str, Any]) -> int:
+    return BESIDE[values.get("optimizer", "adamw")]
 
 
-def foresee(method: str, values: Mapping[str, Any]) -> Iterator[Found]:
+def _free(device: torch.device, count: int) -> float | None:
+    """Bytes that each of so many ranks may take: they share a machine's memory."""
+    free = machine.free_memory(device)
+    here = ranks.beside() if ranks.count() > 1 else count
+    return free / here if free is not None and device.type == "cpu" else free
+
+
+def foresee(method: str, values: Mapping[str, Any], count: int) -> Iterator[Found]:
     """Before anything is loaded: whether the weights, gradients and optimiser alone are more than is free."""
     device = values.get("device", "cpu")
     if values.get("shard", "none") != "none" or (device != "cpu" and not getattr(torch, device).is_available()):
@@ -104,10 +114,11 @@ def foresee(method: str, values: Mapping[str, Any]) -> Iterator[Found]:
     size = {name: parameters_in(values[name]) for name in ("model", "reward") if values.get(name)}
     loaded = sum(size.get(name, 0) for name in LOADED.get(method, ("model",)))
     trained = sum(size.get(name, 0) for name in TRAINED.get(method, ("model",)))
-    free = machine.free_memory(torch.device(device))
-    if free is not None and (need := loaded * 4 + trained * BESIDE) > free:
-        what = f"{loaded / 1e6:.3g} million parameters take {loaded * 4 / MB:,.0f} MB of weights and {trained * BESIDE / MB:,.0f} MB of"
-        yield Found("error", f"{what} gradients and optimiser, {need / MB:,.0f} MB in all; {free / MB:,.0f} MB are free: not loaded")
+    free, states = _free(torch.device(device), count), trained * _beside(values)
+    if free is not None and (need := loaded * 4 + states) > free:
+        what = f"{loaded / 1e6:.3g} million parameters take {loaded * 4 / MB:,.0f} MB of weights and {states / MB:,.0f} MB of"
+        room = f"{free / MB:,.0f} MB are free{f' for each of {count} ranks' if count > 1 else ''}"
+        yield Found("error", f"{what} gradients and optimiser, {need / MB:,.0f} MB in all; {room}: not loaded")
 
 
 @check(
@@ -120,8 +131,8 @@ def memory(case: Case) -> Iterator[Found]:
     if p is None:
         return
     every, trained = parameters(p)
-    free = machine.free_memory(next(p.module.parameters()).device)
-    states = needed(p)
+    free = _free(next(p.module.parameters()).device, case.ranks)
+    states = trained * _beside(case.settings)
     trees, _ = longest(case)
     each = _per_token(case, trees) if case.thorough else None
     tokens = sum(_sizes(trees))
@@ -129,7 +140,7 @@ def memory(case: Case) -> Iterator[Found]:
     what = f"{every / 1e6:.3g} million parameters, {trained / 1e6:.3g} trained: {every * 4 / MB:,.0f} MB of weights"
     what += f", {states / MB:,.0f} MB of gradients and optimiser"
     what += f", about {each * tokens / MB:,.0f} MB of activations for {tokens:,} tokens" if each else ""
-    room = f"; {free / MB:,.0f} MB are free" if free is not None else ""
+    room = f"; {free / MB:,.0f} MB are free{f' for each of {case.ranks} ranks' if case.ranks > 1 else ''}" if free is not None else ""
     severity = "note" if free is None or most < 0.8 * free else "warning" if most < free else "error"
     yield Found(severity, what + room)  # type: ignore[arg-type]
 
@@ -192,7 +203,7 @@ def longest_batch(case: Case) -> Iterator[Found]:
     if not trees:
         return
     tokens = sum(_sizes(trees))
-    free = machine.free_memory(next(p.module.parameters()).device)
+    free = _free(next(p.module.parameters()).device, case.ranks)
     if case.thorough and free is not None and (each := _per_token(case, trees)) and each * tokens > 0.9 * free:
         what = f"{tokens:,} tokens would take {each * tokens / MB:,.0f} MB of {free / MB:,.0f} MB that are free: not tried"
         yield Found("error", what, rows)

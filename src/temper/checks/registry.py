@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,8 @@ from temper.records import Prompt, Record
 
 Severity = Literal["error", "warning", "note"]
 SHOWN = 5  # rows of a finding that are named in the terminal
+_BETWEEN = re.compile("( = | against )")
+_PLACE = re.compile(r"(?P<file>.+?):(?P<line>\d+(?::\d+)?)")
 LOOK = 2000  # rows that the slower checks look at before training; `temper doctor` looks at all
 
 
@@ -51,11 +54,17 @@ class Finding:
 
 
 def listed(rows: Sequence[str]) -> str:
-    """The first rows, their file named once: `chats.jsonl:3, 7 = 5, ... (9 in all)`."""
-    file = next(iter(rows), "").split(" ")[0].rpartition(":")[0] + ":"
-    first, *others = rows[:SHOWN]
-    start, ours, rest = first.partition(file) if len(file) > 1 else ("", "", first)
-    shown = [start + ours + rest.replace(file, ""), *(row.replace(file, "") for row in others)]
+    """The first rows, a file named once on each side: `chats.jsonl:3, 7 = 5, 9 = test.jsonl:2, 11 = 3, ... (9 in all)`."""
+    shown: list[str] = []
+    last: dict[int, str] = {}  # side -> the file named there
+    for row in rows[:SHOWN]:
+        sides = []
+        for side, place in enumerate(_BETWEEN.split(row)):
+            if found := _PLACE.fullmatch(place):
+                known = last.get(side, last.get(0)) == found["file"]
+                last[side], place = found["file"], found["line"] if known else place
+            sides.append(place)
+        shown.append("".join(sides))
     return ", ".join(shown) + (f", ... ({len(rows):,} in all)" if len(rows) > SHOWN else "")
 
 
@@ -77,6 +86,7 @@ class Case:
     steps: int = 0  # optimiser steps in all
     thorough: bool = True  # False: right before training, where a check may look at LOOK rows and measures no memory
     evaluation_sets: Sequence[str] = ()  # files of test questions
+    ranks: int = 1  # processes that train together
     measured: dict[str, Any] = field(default_factory=dict)  # by one check, for another
 
     @property

@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from temper.checks.registry import Case, Found, answers, check, lengths, many, s
 from temper.data.quality import decontaminate, dedup
 from temper.data.quality.rows import Item, named, prompt
 from temper.data.quality.words import words
-from temper.records import Chat, Pair, Ranked, Rated, Text
+from temper.records import Chat, Pair, Ranked, Rated, Record, Text
 
 TESTS = re.compile(  # in the name of a file: a split that is not for training, or a benchmark
     r"(?<![a-z])(?:test|eval|evaluation|benchmark)(?![a-z])|mt[-_]bench|arena[-_]hard|alpaca[-_]?eval|xstest|truthfulqa|humaneval|mmlu"
@@ -87,12 +87,17 @@ def _by_policy(case: Case) -> Any:
 def empty(case: Case) -> Iterator[Found]:
     if at := _unread(case, "empty-answer"):
         yield Found(_by_policy(case), f"{many(len(at), 'row')} with an empty turn", at)
-    bare = [case.at(i) for i, r in enumerate(case.records) if not all(text.strip() for text in answers(r))]
+    bare = [case.at(i) for i, r in enumerate(case.records) if not all(text.strip() for text in answers(r)) and not _calls(r)]
     if bare:
         yield Found("error", f"{many(len(bare), 'row')} whose answer is empty", bare)
     mute = [case.at(i) for i, r in enumerate(case.records) if not isinstance(r, Text) and not any(text.strip() for text in prompt(r))]
     if mute:
         yield Found("warning", f"{many(len(mute), 'row')} without a question", mute)
+
+
+def _calls(record: Record) -> bool:
+    """Whether an answer is a call of a tool, which needs no words."""
+    return isinstance(record, Chat) and any(m.tool_calls for m in record.messages)
 
 
 @check(
@@ -268,32 +273,33 @@ def roles(case: Case) -> Iterator[Found]:
     if early:
         most = len(early) > len(chats) / 2
         yield Found("error" if most else "warning", f"{many(len(early), 'conversation')} that the assistant opens", early)
-    twice = [case.at(i) for i, r in chats if any(a.role == b.role != "tool" for a, b in zip(r.messages, r.messages[1:], strict=False))]
+    twice = [case.at(i) for i, r in chats if any(a.role == b.role != "tool" for a, b in pairwise(r.messages))]
     if twice:
         yield Found("warning", f"{many(len(twice), 'conversation')} in which one role speaks twice in a row", twice)
-    firsts = [(i, *two) for i, r in chats if (two := _exchange(r))]
-    if len(firsts) < 20:
+    each = [(i, *two) for i, r in chats for two in _exchanges(r)]
+    if len(each) < 20:
         return
-    questions, replies = [u for _, u, _ in firsts], [a for _, _, a in firsts]
-    asking = [sum(map(_asks, side)) / len(firsts) for side in (questions, replies)]
+    questions, replies = [u for _, u, _ in each], [a for _, _, a in each]
+    asking = [sum(map(_asks, side)) / len(each) for side in (questions, replies)]
     if asking[1] > asking[0] + 0.2:
         what = f"{asking[1]:.0%} of the answers look like requests, {asking[0]:.0%} of the questions: the roles are swapped throughout"
-        yield Found("error", what, [case.at(firsts[0][0]), case.at(firsts[-1][0])])
+        yield Found("error", what, [case.at(each[0][0]), case.at(each[-1][0])])
         return
-    odds = _odds([_style(t) for t in [*questions, *replies]], [True] * len(firsts) + [False] * len(firsts))
-    user, answer = odds[: len(firsts)], odds[len(firsts) :]
+    odds = _odds([_style(t) for t in [*questions, *replies]], [True] * len(each) + [False] * len(each))
+    user, answer = odds[: len(each)], odds[len(each) :]
     if sum(u > 0 for u in user) + sum(a < 0 for a in answer) < 0.85 * len(odds):
         return  # in this file questions and answers cannot be told apart
-    at = [case.at(f[0]) for f, u, a in zip(firsts, user, answer, strict=True) if a - u > ROLES and min(a, -u) > 2]
-    if at:
+    wrong: dict[bool, set[int]] = {True: set(), False: set()}  # whether an exchange of the row looks so
+    for (i, _, _), u, a in zip(each, user, answer, strict=True):
+        wrong[a - u > ROLES and min(a, -u) > 2].add(i)
+    if at := [case.at(i) for i in sorted(wrong[True] - wrong[False])]:
         what = f"{many(len(at), 'row')} whose question looks like an answer and whose answer like a question{_some(case)}"
         yield Found("warning", what, at)
 
 
-def _exchange(record: Chat) -> tuple[str, str] | None:
-    """The first question and its answer."""
-    spoken = [m for m in record.messages if m.role != "system"]
-    return (spoken[0].content, spoken[1].content) if len(spoken) > 1 and [m.role for m in spoken[:2]] == ["user", "assistant"] else None
+def _exchanges(record: Chat) -> list[tuple[str, str]]:
+    """Questions and their answers."""
+    return [(a.content, b.content) for a, b in pairwise(record.messages) if (a.role, b.role) == ("user", "assistant") and b.content]
 
 
 def _asks(text: str) -> bool:
@@ -368,7 +374,7 @@ def cut(case: Case) -> Iterator[Found]:
     full = {
         case.rows[k]
         for k, tree in enumerate(case.prepared.corpus.trees if case.prepared and case.rows and limit else [])
-        if max(lengths(tree)) >= limit - 2
+        if max(lengths(tree)) >= limit - 2 and case.rows[k] not in case.prepared.corpus.kept.cut
     }
     full &= {i for at in open_.values() for i in at}
     if piled | full:

@@ -55,7 +55,7 @@ def mask(case: Case) -> Iterator[Found]:
         yield Found("error", f"{many(len(nothing), 'row')} in which no token of an answer is learned", nothing)
     if everything:
         yield Found("error", f"{many(len(everything), 'row')} in which every token is learned", everything)
-    if total:
+    if total and case.method != "reward":  # there a score is learned
         yield Found("note", f"{learned / total:.0%} of {total:,} tokens are learned")
 
 
@@ -113,12 +113,12 @@ def _bare(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).split())
 
 
-def _own(tokenizer: Any, messages: Sequence[Message], ask: bool = True) -> list[int]:
+def _own(tokenizer: Any, messages: Sequence[Message], tools: Any = None) -> list[int]:
     """The ids by the tokenizer's own `apply_chat_template`, then tokenised as a server would: what others will give the model."""
-    turns = [{"role": m.role, "content": m.content} for m in messages]
+    turns = [m.model_dump(mode="json") for m in messages]
     try:
         found = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=ask, tokenize=True, return_dict=False, tokenizer_kwargs={"verbose": False}
+            turns, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False, tokenizer_kwargs={"verbose": False}
         )
     except Exception as error:  # whatever a template raises
         raise UserError(f"the chat template fails: {' '.join(str(error).split())[:200]}") from None
@@ -171,7 +171,8 @@ def template(case: Case) -> Iterator[Found]:
             continue
         messages = _ask(record)
         if messages and tokenizer.chat_template:
-            ours, theirs = render_prompt(tokenizer, messages), _own(tokenizer, messages)
+            tools = getattr(record, "tools", None)
+            ours, theirs = render_prompt(tokenizer, messages, tools), _own(tokenizer, messages, tools)
             bos = bos_id(tokenizer)
             if ours != theirs and ours[1:] != theirs and [t for t in theirs if t != bos] != [t for t in ours if t != bos]:
                 differing.append(case.at(i))
@@ -270,7 +271,7 @@ def length(case: Case) -> Iterator[Found]:
     kept, policy = case.prepared.corpus.kept, case.settings.get("too_long", "error")
     gone = [i for i in kept.long if i not in kept.cut]
     if gone:
-        will = "refused" if policy == "error" else "left out"
+        will = {"error": "refused", "cut-prompt": "left out, for their answers alone are longer,"}.get(policy, "left out")
         room = f" beside {case.settings['max_new']} of answer" if case.prepared.answered else ""
         most = max(kept.long[i] for i in gone)
         what = f"{many(len(gone), 'row')} of more than {kept.limit:,} tokens{room}, the longest {most:,}: {will} by --too-long {policy}"

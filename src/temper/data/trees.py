@@ -79,13 +79,6 @@ def limit_of(model: Any, max_length: int | None) -> tuple[int | None, str]:
     return max_length, f"--max-length {max_length}"
 
 
-def _refuse_tools(record: Record) -> None:
-    """Raises UserError for tools and calls, which no rendering here writes: trained without them, a conversation would be another."""
-    said = getattr(record, "messages", None) or getattr(record, "prompt", [])
-    if getattr(record, "tools", None) or any(m.tool_calls for m in said):
-        raise UserError("has tools or calls some, which cannot be rendered yet; leave such rows out")
-
-
 class _Fit:
     """The policy at work on one list of records."""
 
@@ -104,7 +97,6 @@ class _Fit:
         """What `render` returns; None when the template refuses the row and bad rows are skipped."""
         at = where(self.records[index], index)
         try:
-            _refuse_tools(self.records[index])
             return render(*args, **kwargs)
         except UserError as error:
             if not self.window.skip_bad:

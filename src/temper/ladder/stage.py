@@ -207,7 +207,7 @@ def _prepare(method: str, settings: Settings, place: Place, run: Run) -> Job:
     """
     looks = place.doctor != "off" and ranks.rank() == 0 and not any(run.checkpoints.glob("*"))
     values = dump(settings)
-    _heed(foresee(method, values) if looks else [], method, place)
+    _heed(foresee(method, values, ranks.count()) if looks else [], method, place)
     job = load(method).prepare(settings, run)
     prepared, job.prepared = job.prepared, None
     found = examine(method, values, prepared, job.total, place.evaluation_sets) if looks and prepared else []
