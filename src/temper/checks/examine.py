@@ -61,7 +61,7 @@ def examine_stage(
                 return run_checks(_case(method, values, job.prepared, job.total, sets, count, thorough=True), names)
         except UserError as error:
             why = "training would stop here"
-            problem = [Finding("prepare", "error", str(error), (), why, "correct this first; the checks below saw the rows alone")]
+            problem = [Finding("prepare", "error", str(error), (), why, "correct this first: until then the rows alone can be looked at")]
     for name, kind in {"data": KINDS.get(method, "pairs"), **INPUTS}.items():
         spec = values.get(name)
         if spec and not any(stage in Path(spec).parts for stage in waits):

@@ -13,7 +13,7 @@ from typing import Any
 
 from temper.checks.registry import Case, Found, answers, check, lengths, many, said
 from temper.data.quality import decontaminate, dedup
-from temper.data.quality.rows import Item, named, prompt
+from temper.data.quality.rows import Item, prompt
 from temper.data.quality.words import words
 from temper.records import Chat, Pair, Ranked, Rated, Record, Text
 
@@ -172,10 +172,12 @@ def overlap(case: Case) -> Iterator[Found]:
         yield Found("warning", f"{Path(case.spec).name} is a test set by its name ({hit[0]!r})", do="train on another split, or rename it")
     if case.evaluation_sets:
         options = decontaminate.Options(against=list(case.evaluation_sets))
-        found = decontaminate.run(options, _items(case), decontaminate.Report("decontaminate"))
+        report = decontaminate.Report("decontaminate")
+        found = decontaminate.run(options, _items(case), report)
         at = [f"{case.at(i)} = {verdict.of}" for i, verdict in sorted(found.items())]
         if at:
-            yield Found("error", f"{many(len(at), 'row')} with something of {', '.join(named(case.evaluation_sets))}", at)
+            sets = [name for name, counts in report.sources.items() if counts["rows that hold them"]]
+            yield Found("error", f"{many(len(at), 'row')} with something of {', '.join(sets)}", at)
 
 
 @check(
@@ -364,18 +366,16 @@ def huge(case: Case) -> Iterator[Found]:
 def cut(case: Case) -> Iterator[Found]:
     if any(isinstance(r, Text) for r in case.some[:1]):
         return
-    limit = (case.prepared.corpus.kept.limit if case.prepared else None) or 0
     open_: dict[int, list[int]] = defaultdict(list)  # characters of the answer -> rows
     for i, record in enumerate(case.records):
         for answer in answers(record):
             if len(answer) > 100 and not _ENDED.search(answer[-20:]):
                 open_[len(answer)].append(i)
     piled = {i for n, at in open_.items() if len(at) > 2 + 10 * _expected(open_, n) for i in at}
-    full = {
-        case.rows[k]
-        for k, tree in enumerate(case.prepared.corpus.trees if case.prepared and case.rows and limit else [])
-        if max(lengths(tree)) >= limit - 2 and case.rows[k] not in case.prepared.corpus.kept.cut
-    }
+    full: set[int] = set()
+    if case.prepared and case.rows and (limit := case.prepared.corpus.kept.limit):
+        made, kept = case.prepared.corpus.trees, case.prepared.corpus.kept
+        full = {i for i, tree in zip(case.rows, made, strict=True) if max(lengths(tree)) >= limit - 2 and i not in kept.cut}
     full &= {i for at in open_.values() for i in at}
     if piled | full:
         where_ = [case.at(i) for i in sorted(piled | full)]
