@@ -23,7 +23,7 @@ from temper.ladder.recipe import read_recipe
 from temper.methods import load
 from temper.methods.base import Batching, Corpus, Prepared, Window
 from temper.models.tokenizer import train_tokenizer
-from temper.records import Chat, Function, Message, Pair, Rated, ToolCall
+from temper.records import Chat, Function, Message, Pair, Prompt, Rated, ToolCall
 from temper.runs import Run
 
 FISH = ("herring", "cod", "eel", "pike", "perch", "carp", "bream", "trout", "salmon", "tench", "ruffe", "smelt")
@@ -227,6 +227,8 @@ def test_copies():
     assert at("duplicate", rows) == ["f:41", "f:43"]
     assert ["exact" in what for _, _, what in found("duplicate", rows)] == [True, False]
     assert at("duplicate", rows, thorough=False) == ["f:41"]
+    asks = [Prompt(messages=row.messages[:1], meta=row.meta) for row in rows]
+    assert {severity for severity, _, _ in found("duplicate", asks)} == {"note"}  # each is answered anew
 
 
 def test_a_leaked_question(tmp_path):

@@ -15,7 +15,7 @@ from temper.checks.registry import Case, Found, answers, check, lengths, many, s
 from temper.data.quality import decontaminate, dedup
 from temper.data.quality.rows import Item, prompt
 from temper.data.quality.words import words
-from temper.records import Chat, Pair, Ranked, Rated, Record, Text
+from temper.records import Chat, Pair, Prompt, Ranked, Rated, Record, Text
 
 TESTS = re.compile(  # in the name of a file: a split that is not for training, or a benchmark
     r"(?<![a-z])(?:test|eval|evaluation|benchmark)(?![a-z])|mt[-_]bench|arena[-_]hard|alpaca[-_]?eval|xstest|truthfulqa|humaneval|mmlu"
@@ -156,8 +156,9 @@ def duplicates(case: Case) -> Iterator[Found]:
     kinds: dict[str, list[str]] = defaultdict(list)
     for i, verdict in sorted(dedup.run(options, _items(case), dedup.Report("dedup")).items()):
         kinds[verdict.reason].append(f"{case.at(i)} = {verdict.of}")
+    asked = isinstance(next(iter(case.records), None), Prompt)  # the same question again is answered anew
     for reason, at in kinds.items():
-        yield Found("warning", f"{many(len(at), reason)} of earlier rows, of {many(len(case.records), 'row')}", at)
+        yield Found("note" if asked else "warning", f"{many(len(at), reason)} of earlier rows, of {many(len(case.records), 'row')}", at)
 
 
 @check(
