@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from temper.config import Settings, UserError, opt
-from temper.data.sources import read
+from temper.data.sources import Report, read
 from temper.data.template import chat_template, render_prompt, stop_ids
 from temper.data.trees import chat_trees, comparison_trees, limit_of, prompt_ids
 from temper.forest import Segment, Tree
 from temper.methods import preference, sft
-from temper.methods.base import Batching, Job, Window, forests
+from temper.methods.base import Batching, Corpus, Job, Prepared, Window, forests
 from temper.models.heads import token_logp
 from temper.models.load import export, load_policy, save
 from temper.records import Chat, Message, Pair, read_jsonl, write_jsonl
@@ -257,7 +257,7 @@ def prepare(settings: CAI, run: Run) -> Job:
     red_team, helpful, human = read_inputs(s, model, tokenizer)
     single_letters(tokenizer)
     chats = demonstrations(s, run, author, rules["harm"], red_team, helpful)
-    trees, _ = chat_trees(tokenizer, chats, model, s.window, learn="last")
+    trees, cut = chat_trees(tokenizer, chats, model, s.window, learn="last")
     revising = b.model_copy(update={"epochs": s.phase1.sl_epochs})
     first = revising.steps(len(trees))
     second = b.steps(len(red_team) + len(helpful) + len(human))
@@ -311,6 +311,7 @@ def prepare(settings: CAI, run: Run) -> Job:
         ],
         policy=(model, tokenizer),
         asks=[*red_team[:2], *helpful[:2]],
+        prepared=Prepared(Corpus(chats, trees, Report(s.red_team), cut), tokenizer, model, sft.lm_loss),
     )
 
 

@@ -9,6 +9,7 @@ The rollouts are the data source: what they wrote down (columns) is data to the 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from temper.judges.reward_model import RewardModel
 from temper.losses.advantage import gae, kl_shaped_reward, whiten
 from temper.losses.kl import adaptive_beta, k1, k3
 from temper.losses.policy import clipped, clipped_surrogate, clipped_value
-from temper.methods.base import Job, Window
+from temper.methods.base import Corpus, Job, Prepared, Window
 from temper.models.heads import scalar, slack, token_logp
 from temper.models.load import export, load_policy, load_scalar
 from temper.rollout import Request, Sampling, generator, sample
@@ -282,6 +283,26 @@ def make_loss(s: PPO) -> Callable[[Any, Forest], Loss]:
     return loss
 
 
+def longest_answer(s: PPO, tree: Tree) -> Tree:
+    """A prompt with an answer of --max-new tokens, as the loss sees one."""
+    n = s.sampling.max_new
+    zeros = dict.fromkeys(("old_logp", "advantage", "old_value", "returns"), [0.0] * n)
+    return [*tree, Segment([tree[0].tokens[-1]] * n, [1.0] * n, 0, zeros)]
+
+
+def check_reference(s: PPO, reference: Any):
+    """Before anything is learned the policy is the reference."""
+
+    def check(module: Any, batches: Sequence[Forest]) -> None:
+        with torch.no_grad():
+            for batch in batches:
+                mine, theirs = (token_logp(model, batch, temperature=s.sampling.temperature) for model in (module["policy"], reference))
+                if (gap := float((mine - theirs).abs().max())) > slack(module["policy"], 1e-4, 0.2):
+                    raise AssertionError(f"the policy is not the reference: log-probs differ by up to {gap:.2g} nats")
+
+    return check
+
+
 def check_start(s: PPO):
     """At step 0 the ratio is 1 and the KL to the reference 0."""
 
@@ -344,4 +365,12 @@ def prepare(settings: PPO, run: Run) -> Job:
         card={"source": report.summary(), "prompts": len(prompts), "kept": cut.summary()},
         policy=(policy, tokenizer),
         asks=[r.messages for r in records[:4]],
+        prepared=Prepared(
+            Corpus(records, [[Segment(ids)] for ids in prompts], report, cut),
+            tokenizer,
+            module,
+            make_loss(s),
+            check=check_reference(s, reference),
+            answered=partial(longest_answer, s),
+        ),
     )

@@ -21,7 +21,7 @@ from temper.data.trees import comparison_trees
 from temper.forest import Forest, Tree
 from temper.judges.reward_model import remember_scale
 from temper.losses.reward import bradley_terry
-from temper.methods.base import Batching, Job, Split, Window, forests, given, learn
+from temper.methods.base import Batching, Job, Prepared, Split, Window, forests, given, learn
 from temper.models.heads import scalar
 from temper.models.load import export, load_scalar
 from temper.records import Pair, Ranked
@@ -145,7 +145,9 @@ def train(settings: Reward, model, trees, resume: State | None = None) -> Iterat
 def prepare(settings: Reward, run: Run) -> Job:
     b = settings.batching
     model, tokenizer = load_scalar(settings.model, seed=b.seed, **settings.compute.placed)
-    trees, tests, _, tested, card = given(settings, "comparisons", lambda rows: comparison_trees(tokenizer, rows, model, settings.window))
+    trees, tests, _, tested, card, corpus = given(
+        settings, "comparisons", lambda some: comparison_trees(tokenizer, some, model, settings.window)
+    )
 
     def finish(path: Path) -> None:
         seen = scores(model, trees[:SCALED], b.tokens_per_microbatch)
@@ -162,4 +164,5 @@ def prepare(settings: Reward, run: Run) -> Job:
             "comparisons": sum(comb(len(tree) - (tree[0].labels["rank"] < 0), 2) for tree in trees),
         },
         evaluate=(lambda: held_out(model, tests, tested, b.tokens_per_microbatch)) if tests else None,
+        prepared=Prepared(corpus, tokenizer, model, make_loss(settings.centring), count_records),
     )

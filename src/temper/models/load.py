@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, get_safetensors_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -172,6 +172,21 @@ def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, clean_up_tokenization_spaces=False)
     except Exception as error:
         raise UserError(f"{name}: no readable tokenizer ({_line(error)})") from error
+
+
+def parameters_in(name_or_dir: str | Path) -> int:
+    """How many numbers a model's files hold, by their headers; 0 where these cannot be read. Raises UserError where there is no model."""
+    name = _source(name_or_dir)
+    try:
+        if not Path(name).is_dir():
+            return sum(get_safetensors_metadata(name).parameter_count.values())
+        total = 0
+        for file in Path(name).glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118 (no mapping)
+        return total
+    except Exception:  # whatever a damaged file or the hub's client raises: loading says what is wrong
+        return 0
 
 
 def resize(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> bool:
