@@ -22,8 +22,8 @@ LINK = 0  # standard input is a socket to the caller: the job comes in, "ready" 
 CALLS = """
 read 0 63, write 1 64, open 2, close 3 57, stat 4, fstat 5 80, lstat 6, poll 7, lseek 8 62, mmap 9 222, mprotect 10 226, munmap 11 215,
 brk 12 214, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, ioctl 16 29, pread64 17 67, pwrite64 18 68, readv 19 65,
-writev 20 66, access 21, pipe 22, select 23, sched_yield 24 124, mremap 25 216, mincore 27 232, madvise 28 233, dup 32 23, dup2 33, pause 34,
-nanosleep 35 101, getitimer 36 102, alarm 37, setitimer 38 103, getpid 39 172, sendfile 40 71, sendto 44 206, recvfrom 45 207,
+writev 20 66, access 21, pipe 22, select 23, sched_yield 24 124, mremap 25 216, mincore 27 232, madvise 28 233, dup 32 23, dup2 33,
+pause 34, nanosleep 35 101, getitimer 36 102, alarm 37, setitimer 38 103, getpid 39 172, sendfile 40 71, sendto 44 206, recvfrom 45 207,
 sendmsg 46 211, recvmsg 47 212, shutdown 48 210, getsockname 51 204, getpeername 52 205, socketpair 53 199, setsockopt 54 208,
 getsockopt 55 209, exit 60 93, uname 63 160, fcntl 72 25, flock 73 32, fsync 74 82, fdatasync 75 83, ftruncate 77 46, getdents 78,
 getcwd 79 17, chdir 80 49, fchdir 81 50, rename 82, mkdir 83, rmdir 84, unlink 87, readlink 89, umask 95 166, gettimeofday 96 169,

@@ -54,7 +54,7 @@ def run(code: str, tests: str | None = None, given: str = "", limits: Limits = L
         pipe = subprocess.PIPE
         try:
             child = subprocess.Popen(
-                command, stdin=theirs, stdout=pipe, stderr=pipe, cwd=home, env=ENVIRONMENT, start_new_session=True, close_fds=True
+                command, stdin=theirs.fileno(), stdout=pipe, stderr=pipe, cwd=home, env=ENVIRONMENT, start_new_session=True, close_fds=True
             )
         except OSError as error:
             return Outcome(None, f"the sandbox did not start: {error.strerror}")
@@ -130,14 +130,15 @@ class _Watch:
                         streams.unregister(key.fileobj)
                     elif len(self.read[key.data]) < OUTPUT:
                         self.read[key.data] += more
-                    elif key.data != "stderr":
+                    else:
                         self.stopped = f"wrote more than {OUTPUT >> 20} MB"
                         return
                 if not ready and b"\n" in self.read["link"]:
                     ready, began = True, time.monotonic()
                     with contextlib.suppress(BrokenPipeError):  # it is through already
                         self.link.sendall(self.secret.encode())
-                if not found and (self.child.poll() is not None or self._over(time.monotonic() - began, ready)):
+                gone = self.child.poll() is not None  # asked first: this process may have been the one that was held up
+                if not found if gone else self._over(time.monotonic() - began, ready):
                     return
         try:
             self.child.wait(max(0.0, self.limits.seconds * self.limits.patience - (time.monotonic() - began)))

@@ -9,10 +9,10 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from functools import cache
 from typing import Any
 
-LONGEST = 1000  # characters of an answer that is read; a longer one is compared as text
+MOST = 20_000  # characters at the end of a text in which the answer is looked for
+LONGEST = 1000  # characters of a formula that is read
 DIGITS, BITS = 400, 20_000  # of a number that is written, of one that is computed
 DEPTH = 40  # of brackets within brackets
 DEGREE = 64  # of a power of something that is not a number
@@ -20,11 +20,16 @@ CLOSE = 1e-6  # relative; where one side is a decimal, which may be rounded
 
 # ---------------------------------------------------------------- which part of a text is the answer
 
+_FUNCTIONS = (
+    *("sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "ln"),
+    *("exp", "sqrt", "abs"),
+)
 _MARKS = (
     re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE),
     re.compile(r"####[ \t]*([^\n]+)"),
-    re.compile(r"\banswer\b(?:\s+is\b)?\s*[:=]?\s*(\S[^\n]*?)(?:\.(?=\s|$)|(?=\n)|$)", re.IGNORECASE),
+    re.compile(r"\banswer\b(?:\s{1,9}is\b)?\s{0,9}[:=]?\s{0,9}(\S[^\n]*?)(?:\.(?=\s|$)|(?=\n)|$)", re.IGNORECASE),
 )
+_UNIT = re.compile(r"^(.*[\d)}\]!])\s*(%|¢|[A-Za-z][A-Za-z .-]*?)\s*$", re.DOTALL)
 _FRACTION = r"\\[dt]?frac\{-?\d+\}\{-?\d+\}"
 _NUMBER = re.compile(
     rf"(?<![\w.\\])[-−]?\s?(?:[$€£]\s?)?(?:{_FRACTION}|\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d+\.\d+|\.\d+|\d+(?:\s+\d+)?\s*/\s*\d+|\d+)(?:\s?\\?%)?"
@@ -42,24 +47,37 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def marked(text: str) -> str | None:
-    r"""The answer where the text marks it: \boxed{...}, <answer>...</answer>, `#### ...`, "the answer is ..."; the last of the first kind."""
-    found = boxed(text)
-    for mark in _MARKS if found is None else ():
-        if every := mark.findall(text):
-            found = every[-1].strip()
-            break
-    return found or None
+def marked(text: str) -> tuple[str, bool] | None:
+    r"""(what the text marks as its answer, whether by a formal mark): \boxed{}, <answer></answer>, ####, "the answer is"; the last such."""
+    if found := boxed(text):
+        return found, True
+    for mark in _MARKS:
+        if every := [one.strip() for one in mark.findall(text) if one.strip()]:
+            return every[-1], mark is not _MARKS[-1]
+    return None
 
 
 def final(text: str) -> list[str]:
-    """What the text may mean as its answer, the likeliest first: what it marks, or all of it where it is one line, or its last number."""
-    text = text.rpartition("</think>")[2].strip()
-    found = marked(text)
-    part = found if found is not None else text
-    numbers = [m.group().strip() for m in _NUMBER.finditer(part[-20 * LONGEST :])]
-    whole = [part] if found is not None or "\n" not in part else []
-    return [*whole, *numbers[-1:]]
+    """What the text may mean as its answer, the likeliest first: what it marks, or all of it where it is a formula, or its last number."""
+    text = text.rpartition("</think>")[2].strip()[-MOST:]
+    part, formal = marked(text) or (text, False)
+    numbers = [m.group().strip() for m in _NUMBER.finditer(part)]
+    whole = [part] if formal or _formula(part) else []
+    return [*whole, *(numbers[-1:] if part is text else numbers[:1])]  # "the answer is 8, not 7"
+
+
+def right(text: str) -> str:
+    """The answer in a reference, which may be a whole solution."""
+    return (marked(text) or (text, True))[0]
+
+
+def _formula(text: str) -> bool:
+    """One line without words, but for a unit at its end."""
+    if "\n" in text.strip() or len(text) > LONGEST:
+        return False
+    found = _UNIT.match(text)
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", found[1] if found else text)
+    return all(word.lower() in (*_FUNCTIONS, "pi", "and", "or") for word in words)
 
 
 # ---------------------------------------------------------------- from text to values
@@ -77,8 +95,9 @@ _PLAIN = {
     r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\%": "%", r"\{": "⟨", r"\}": "⟩", r"\pm": "±", r"\lbrace": "⟨", r"\rbrace": "⟩", "**": "^",
     r"\cup": "∪", r"\cap": "∩", r"\le ": "<= ", r"\ge ": ">= ", r"\$": "",
 }  # fmt: skip
-_FUNCTIONS = ("sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "ln", "exp", "sqrt", "abs")
-_TOKEN = re.compile(r"\s*(?:(\d+\.?\d*(?:[eE][+-]?\d{1,3}(?![\w]))?|\.\d+)|\\([A-Za-z]+)|([A-Za-z]+)|(<=|>=|[-+*/^()\[\]{}⟨⟩|!=%,;±_<>∪∩]))")
+_TOKEN = re.compile(
+    r"\s*(?:(\d+\.?\d*(?:[eE][+-]?\d{1,3}(?![\w]))?|\.\d+)|\\([A-Za-z]+)|([A-Za-z]+)|(<=|>=|[-+*/^()\[\]{}⟨⟩|!=%,;±_<>∪∩]))"
+)
 
 
 def tidy(text: str) -> str:
@@ -88,6 +107,7 @@ def tidy(text: str) -> str:
         text = text.replace(old, new)
     text = _WORDS.sub(r" \1 ", _DROPPED.sub("", text)).strip().rstrip(".").strip()
     text = re.sub(r"(?<![\d.A-Za-z)])(\d+)\s+(\d+)\s*/\s*(\d+)", r"(\1+\2/\3)", text)  # 1 1/2
+    text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)  # \frac12
     return re.sub(r"(?<![\d.A-Za-z)])(\d+)\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}", r"(\1+\2/\3)", text)
 
 
@@ -326,6 +346,8 @@ def raised(base: Any, exponent: Any) -> Any:
     base, exponent = single(base), single(exponent)
     if base == 0 and (not exponent.is_number or exponent <= 0):
         raise Unreadable("zero to the power of zero or less")
+    if exponent.is_Rational and base.is_Pow and base.exp.is_number and not abs((base.exp * exponent).evalf(10)) <= DEGREE:
+        raise Unreadable("a power too large")
     if exponent.is_Rational:
         size = max(int(base.p).bit_length(), int(base.q).bit_length()) if base.is_Rational else BITS / DEGREE
         if abs(exponent.p) / exponent.q * size > BITS or exponent.q > DEGREE:
@@ -339,8 +361,9 @@ def raised(base: Any, exponent: Any) -> Any:
 
 UNITS: dict[str, tuple[str, Fraction]] = {}  # name -> (what it measures, how many of the basic unit)
 for _what, _names in {
-    "length": {"mm millimeter millimetre": "1/1000", "cm centimeter centimetre": "1/100", "m meter metre": "1", "km kilometer kilometre": "1000",
-               "inch inches": "0.0254", "ft foot feet": "0.3048", "yd yard": "0.9144", "mile mi": "1609.344"},
+    "length": {"mm millimeter millimetre": "1/1000", "cm centimeter centimetre": "1/100", "m meter metre": "1",
+               "km kilometer kilometre": "1000", "inch inches": "0.0254", "ft foot feet": "0.3048", "yd yard": "0.9144",
+               "mile mi": "1609.344"},
     "time": {"s sec second": "1", "min minute": "60", "h hr hour": "3600", "day": "86400", "week": "604800"},
     "mass": {"mg milligram": "1/1000000", "g gram": "1/1000", "kg kilogram": "1", "lb pound": "0.45359237", "oz ounce": "0.028349523125"},
     "volume": {"ml milliliter millilitre": "1/1000", "l liter litre": "1"},
@@ -349,7 +372,7 @@ for _what, _names in {
     for _same, _factor in _names.items():
         UNITS |= {_name: (_what, Fraction(_factor)) for _name in _same.split()}
 
-_UNIT = re.compile(r"^(.*[\d)}\]!])\s*(%|¢|[A-Za-z][A-Za-z .-]*?)\s*$", re.DOTALL)
+_SIMPLE = re.compile(r"(-?)\$?(\d{1,30}|\d{1,3}(?:,\d{3}){1,9})(\.\d{1,30})?\.?")
 _MONEY = re.compile(r"^(-?)\s*(?:\\?([$€£])|USD|EUR|Rs\.?)\s*(?=[\d.\\(-])")
 
 
@@ -400,7 +423,7 @@ def zero(value: Any, scale: Any, decimal: bool) -> bool:
         return True
     if value.has(sympy.zoo, sympy.nan, sympy.oo):
         return False
-    names = sorted(value.free_symbols, key=str)
+    names = sorted(value.free_symbols | scale.free_symbols, key=str)
     for k, point in enumerate(((3, 7), (-5, 3), (11, 13)) if names else ((1, 1),)):
         at = {name: sympy.Rational(point[0] + 2 * i + k, point[1] + i) for i, name in enumerate(names)}
         here, size = (complex(sympy.N(x.subs(at), 30)) for x in (value, scale))
@@ -448,26 +471,22 @@ def _plain(text: str) -> str:
     return re.sub(r"[\s.]+", "", re.sub(r"^\(?([A-Za-z])\)?$", r"\1", tidy(text))).casefold()
 
 
-@cache
 def _simple(text: str) -> Fraction | None:
-    """A whole number or decimal as GSM8K writes it; None for all else."""
-    bare = text.strip().removeprefix("$").rstrip(".").replace(",", "")
-    return Fraction(bare) if re.fullmatch(r"-?\d{1,30}(\.\d{1,30})?", bare) and re.fullmatch(r"[^,]*|[-$]*\d{1,3}(,\d{3})+(\.\d+)?\.?", text.strip()) else None
+    found = _SIMPLE.fullmatch(text.strip())
+    return Fraction(found[1] + found[2].replace(",", "") + (found[3] or "")) if found else None
 
 
 def simple(reference: str, answer: str) -> bool | None:
-    """The verdict where both are plain numbers or the same text; None where they have to be read."""
-    wanted, found = final_reference(reference), final(answer)
+    """The verdict where there is no answer, or both are plain numbers or the same text; None where they have to be read."""
+    wanted, found = right(reference), final(answer)
+    whole = answer.rpartition("</think>")[2][-MOST:]
+    for text in (marked(whole) or (whole, False))[0], whole:
+        if len(text) <= LONGEST and _plain(wanted) == _plain(text) != "":
+            return True
     if not found:
         return False
-    if _plain(wanted) == _plain(found[0]) != "":
-        return True
     a, b = _simple(wanted), _simple(found[0])
     return None if a is None or b is None else a == b or ("." in wanted + found[0] and abs(a - b) <= CLOSE * abs(a))
-
-
-def final_reference(text: str) -> str:
-    return marked(text) or text
 
 
 def equal(reference: str, answer: str) -> bool:
@@ -475,7 +494,7 @@ def equal(reference: str, answer: str) -> bool:
     known = simple(reference, answer)
     if known is not None:
         return known
-    wanted = list(readings(final_reference(reference)))
+    wanted = list(readings(right(reference)))
     undecided = False
     for text in final(answer):
         found = list(readings(text))
