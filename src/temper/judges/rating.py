@@ -205,6 +205,8 @@ def function(make: Maker) -> Maker:
 
 
 def _found(entry: str | Maker) -> Maker:
+    from temper.judges import verifiable  # noqa: F401  a change of it makes what was trained on it stale
+
     if callable(entry):
         return entry
     module, _, name = entry.partition(":")
@@ -334,6 +336,11 @@ def known() -> str:
     return f"there are {', '.join(RATERS)}, the functions {calls}, and folders of reward models"
 
 
+def place(path: str) -> str:
+    """The folder of DIR, or of DIR:HEAD."""
+    return path if ":" not in path or Path(path).expanduser().exists() else path.rpartition(":")[0]
+
+
 def _term(text: str, sign: str) -> Term:
     text = text.strip()
     weight = -1.0 if sign == "-" else 1.0
@@ -352,7 +359,7 @@ def _term(text: str, sign: str) -> Term:
     name, question, rest = name.partition("?")
     if name not in RATERS:
         path = _unquoted(text)
-        if not Path(path).expanduser().exists() and "/" not in path:
+        if not Path(place(path)).expanduser().exists() and "/" not in path:
             near = difflib.get_close_matches(name, [*RATERS, *FUNCTIONS], n=1)
             raise UserError(f"no rater {name!r} and no such folder; {f'did you mean {near[0]!r}?' if near else known()}")
         return Term(weight, path, "", path, [], {})
@@ -388,7 +395,7 @@ def reads(spec: str) -> list[str]:
             for member in term.members:
                 yield from of(member)
             if term.name in ("", "text"):
-                yield term.argument
+                yield place(term.argument)
             elif term.name == "python":
                 yield term.argument.rpartition(":")[0]
             elif term.name == "format" and term.argument.startswith("schema="):
