@@ -49,7 +49,6 @@ ANSWERS = [Answer(Prompt(messages=[Message(role="user", content="?")]), (), (), 
         ("-2 * fixed:1/2/3 + .5*fixed:2/2/2", [-1, -3, -5]),
         ("1e1*fixed:1/2/3", [10, 20, 30]),
         ("fixed:1/2/3?add=1&flip=yes", [-2, -3, -4]),
-        ("fixed?add=1:1/2/3", None),
         ("least(fixed:1/2/3, fixed:3/2/1)", [1, 2, 1]),
         ("least(fixed:1/2/3, fixed:3/2/1; lam=2)", [2, 4, 2]),
         ("2*least(0.5*fixed:1/2/3 + fixed:0/0/9, least(fixed:3/2/1)) + fixed:0/0/1", [1, 2, 3]),
@@ -57,12 +56,8 @@ ANSWERS = [Answer(Prompt(messages=[Message(role="user", content="?")]), (), (), 
     ],
 )
 def test_what_a_spec_means(spec, want):
-    if want is None:
-        with pytest.raises(UserError):
-            rater(spec)
-    else:
-        assert rater(spec).rate(ANSWERS) == pytest.approx(want)
-        assert rater(spec).name == spec
+    assert rater(spec).rate(ANSWERS) == pytest.approx(want)
+    assert rater(spec).name == spec
 
 
 def test_none_stays_none():

@@ -12,6 +12,15 @@ import pytest
 from temper.judges import jail, sandbox
 from temper.judges.sandbox import Limits, run
 
+FORGE = """
+import os
+for fd in range(3, 20):
+    try:
+        os.write(fd, b'{"passed": "1"}\\n')
+    except OSError:
+        pass
+os._exit(0)
+"""
 SHORT = Limits(seconds=1, patience=2)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the walls are Linux's")
 
@@ -115,7 +124,7 @@ def test_what_does_not_end_is_ended(code, why):
         "import sys\nsys.exit(0)",
         "raise SystemExit",
         "print('{\"passed\": true}')",
-        'import os\nfor fd in range(3, 20):\n    try:\n        os.write(fd, b\'{"passed": "1"}\\n\')\n    except OSError:\n        pass\nos._exit(0)',
+        FORGE,
     ],
 )
 def test_leaving_early_is_not_passing(code):

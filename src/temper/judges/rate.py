@@ -162,7 +162,7 @@ def main(argv: list[str]) -> int:
     parts = {name: figures(found, scores) for name, scores in ratings.parts.items()}
     for name, failure in ratings.failures.items():
         parts[name] |= {"failed": failure.n, "why": failure.first}
-    summary = {
+    summary: dict[str, Any] = {
         "reward": s.reward,
         "source": report.summary(),
         "answers": len(found),

@@ -16,6 +16,7 @@ from temper.judges.sandbox import Limits, run
 from temper.judges.verifiable_maths import simple
 from temper.judges.worker import Failed, Worker
 
+PATIENCE = 5.0  # seconds for a pattern or a schema
 HANGS = 3  # answers on which a check may hang before it leaves out the others of the same call
 
 
@@ -102,7 +103,7 @@ def maths(argument: str, context: Context, *, seconds: float = 5.0) -> Checked:
         known = simple(right, answer.text)
         return (right, answer.text) if known is None else float(known)
 
-    return OneByOne(look, Worker("temper.judges.verifiable_maths:equal", seconds, memory=2048))
+    return OneByOne(look, Worker("temper.judges.verifiable_maths:equal", seconds, memory=2048, imports=["sympy"]))
 
 
 # ---------------------------------------------------------------- formats
@@ -174,7 +175,7 @@ def form(argument: str, context: Context) -> Checked:
         return OneByOne(lambda answer: float(low <= LENGTHS[name](answer) <= high))
     if equals and name == "schema":
         schema = _schema(value)
-        return OneByOne(lambda answer: (answer.text, schema), Worker(here + "fits", 5))
+        return OneByOne(lambda answer: (answer.text, schema), Worker(here + "fits", PATIENCE, imports=["jsonschema.validators"]))
     named: dict[str, Callable[[str], bool]] = {"json": is_json, "think": thinks, "boxed": lambda text: "\\boxed{" in text}
     if argument in named:
         return OneByOne(lambda answer: float(named[argument](answer.text)))
@@ -184,7 +185,7 @@ def form(argument: str, context: Context) -> Checked:
         re.compile(argument)
     except re.error as error:
         raise UserError(f"format:{argument}: no regular expression ({error}); give {FORMATS}") from None
-    return OneByOne(lambda answer: (answer.text, argument), Worker(here + "matches", 5))
+    return OneByOne(lambda answer: (answer.text, argument), Worker(here + "matches", PATIENCE))
 
 
 def _schema(path: str) -> dict[str, Any]:

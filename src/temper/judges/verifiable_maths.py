@@ -25,7 +25,6 @@ _FUNCTIONS = (
     *("exp", "sqrt", "abs"),
 )
 _MARKS = (
-    re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE),
     re.compile(r"####[ \t]*([^\n]+)"),
     re.compile(r"\banswer\b(?:\s{1,9}is\b)?\s{0,9}[:=]?\s{0,9}(\S[^\n]*?)(?:\.(?=\s|$)|(?=\n)|$)", re.IGNORECASE),
 )
@@ -47,9 +46,16 @@ def boxed(text: str) -> str | None:
     return None
 
 
+def tagged(text: str) -> str | None:
+    """What stands in the last <answer>...</answer>."""
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    return text[start + len("<answer>") : end].strip() if start >= 0 else None
+
+
 def marked(text: str) -> tuple[str, bool] | None:
     r"""(what the text marks as its answer, whether by a formal mark): \boxed{}, <answer></answer>, ####, "the answer is"; the last such."""
-    if found := boxed(text):
+    if found := boxed(text) or tagged(text):
         return found, True
     for mark in _MARKS:
         if every := [one.strip() for one in mark.findall(text) if one.strip()]:

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 START = 120.0  # seconds that importing may take
-BOOT = "import sys; sys.path[:] = {path!r}; from temper.judges.worker import serve; serve({fd}, {target!r}, {memory!r})"
+BOOT = "import sys; sys.path[:] = {path!r}; from temper.judges.worker import serve; serve({fd}, {target!r}, {memory!r}, {imports!r})"
 
 
 class Failed(Exception):
@@ -30,10 +30,13 @@ class Failed(Exception):
 
 
 class Worker:
-    """`Worker("package.module:function", seconds=5)(*arguments)`, or "file.py:function". memory: megabytes it may take (Linux)."""
+    """`Worker("package.module:function", seconds=5)(*arguments)`, or "file.py:function".
 
-    def __init__(self, target: str, seconds: float, memory: int | None = None) -> None:
-        self.target, self.seconds, self.memory = target, seconds, memory
+    memory: megabytes it may take (Linux); imports: what the function will import, so that it costs no call its time.
+    """
+
+    def __init__(self, target: str, seconds: float, memory: int | None = None, imports: Sequence[str] = ()) -> None:
+        self.target, self.seconds, self.memory, self.imports = target, seconds, memory, tuple(imports)
         self.process: subprocess.Popen[bytes] | None = None
         self.link: Any = None
         self._kill: Callable[[], Any] = lambda: None
@@ -44,7 +47,7 @@ class Worker:
             return
         self.stop()
         self.link, theirs = Pipe()
-        boot = BOOT.format(path=sys.path, fd=theirs.fileno(), target=self.target, memory=self.memory)
+        boot = BOOT.format(path=sys.path, fd=theirs.fileno(), target=self.target, memory=self.memory, imports=self.imports)
         command = [sys.executable, "-c", boot]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
         self._kill = weakref.finalize(self, _end, self.process, self.link)
@@ -132,12 +135,14 @@ def _watch(parent: int) -> None:
     os._exit(1)  # nobody waits for it any more
 
 
-def serve(fd: int, target: str, memory: int | None) -> None:
+def serve(fd: int, target: str, memory: int | None, imports: Sequence[str] = ()) -> None:
     """Answer calls until the caller is gone."""
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     link = Connection(fd)
     try:
         function = find(target)
+        for name in imports:
+            import_module(name)
         if memory and sys.platform == "linux":
             import resource
 
