@@ -62,8 +62,9 @@ def test_maths_of_rows_and_of_the_world():
     assert found.failures == {"maths": Failure(2, "has no reference answer in answer, final_answer, reference, solution")}
 
 
-def test_maths_that_hangs_is_masked():
+def test_maths_that_hangs_is_masked(monkeypatch):
     """A limit that nothing meets: the first answers are stopped, the others not tried, plain numbers need no worker."""
+    monkeypatch.setattr(verifiable, "HANGS", 1)
     many = [answer("(x+1)^2", answer="x^2+2x+1")] * 5
     began = time.monotonic()
     found = rater("maths?seconds=0").ratings([*many, answer("5", answer="5")])
@@ -119,7 +120,7 @@ def test_code():
     row = {"tests": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]}
     right, wrong = "def add(a, b):\n    return a + b", "def add(a, b):\n    return a * b + 3"
     fenced = f"First:\n```python\nnonsense(\n```\nNow it works:\n```python\n{right}\n```\nDone."
-    found = rater("code").ratings(
+    found = rater("code?seconds=1").ratings(
         [answer(t, **row) for t in (right, fenced, wrong, "while True: pass", "no code", f"```python\n{right}")] + [answer(right)]
     )
     assert found.scores == [1, 1, 0, 0, 0, 0, None]

@@ -141,11 +141,10 @@ def _tell(s: Rate, summary: dict[str, Any], ends: dict[str, list[dict[str, Any]]
     for title, rows in ends.items():
         for row in rows:
             parts = ", ".join(f"{name} {_number(score)}" for name, score in row["parts"].items()) if len(row["parts"]) > 1 else ""
-            console.print(
-                Text(f"\n{title} {_number(row['reward'])}  {row['at']} ({row['label']}){'  ' + parts if parts else ''}", style="bold")
-            )
-            console.print(Text(f"  asked: {_shown(row['prompt'])}", style="dim"))
-            console.print(Text(f"  {_shown(row['answer'])}"))
+            head = f"\n{title} {_number(row['reward'])}  {row['at']} ({row['label']}){'  ' + parts if parts else ''}"
+            console.print(Text(head, style="bold"), soft_wrap=True)
+            console.print(Text(f"  asked: {_shown(row['prompt'])}", style="dim"), soft_wrap=True)
+            console.print(Text(f"  {_shown(row['answer'])}"), soft_wrap=True)
 
 
 def read(argv: list[str]) -> Rate:
