@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from temper.data import hub
 from temper.data.sources import _files
 from temper.data.template import render_prompt, stop_ids
 from temper.driver import drive, follow, make, peak_mb
+from temper.judges.rating import reads
 from temper.methods import load
 from temper.methods.base import Job
 from temper.models.load import load_tokenizer
@@ -64,6 +65,8 @@ def input_fingerprint(name: str, value: str) -> str:
         return fingerprint([VERSION, code_version(WORLD), value])
     if value == "-":
         raise UserError(f"{name}: standard input cannot be read again when the stage goes on; save it and name the file")
+    if name == "reward" and reads(value) != [value]:
+        return fingerprint([value, *(input_fingerprint(part, one) for part, one in _named({name: value}))])
     path = Path(value)
     if name in MODELS:
         path = path.expanduser()
@@ -137,20 +140,29 @@ def _follow(method: str, settings: Settings, place: Place) -> dict[str, Any]:
     return {}
 
 
+def _named(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(setting, what it names that is read); of a --reward every model and file that it is made of."""
+    for name in INPUTS:
+        value = values.get(name)
+        if name == "reward" and value and not value.startswith("@"):
+            yield from (("data" if part.endswith((".py", ".json")) else name, part) for part in reads(value))
+        elif value:
+            yield name, value
+
+
 def _must_be_there(values: Mapping[str, Any]) -> None:
     """Before an old run is removed: files exist, models have at least a tokenizer. A typo then loses nothing."""
     if problem := absent(values):
         raise UserError(problem)
-    for name in MODELS:
-        if values.get(name):
-            load_tokenizer(values[name])
+    for name, value in _named(values):
+        if name in MODELS:
+            load_tokenizer(value)
 
 
 def absent(values: Mapping[str, Any]) -> str | None:
     """The first input that is not there, in words. Not looked for: the embedded world, other stages (@), what may be a name of the hub."""
-    for name in INPUTS:
-        value = values.get(name)
-        if not value or value.startswith(("world:", "@")):
+    for name, value in _named(values):
+        if value.startswith(("world:", "@")):
             continue
         if name not in MODELS and not Path(value).exists() and not hub.is_name(value):
             return f"{value}: no such file"
