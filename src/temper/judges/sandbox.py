@@ -82,9 +82,10 @@ class _Watch:
     def outcome(self, job: bytes, tested: bool) -> Outcome:
         try:
             self.link.settimeout(START)
-            self.link.sendall(len(job).to_bytes(4, "little") + job)
+            with contextlib.suppress(BrokenPipeError):  # it was gone before it had read its job; why, it has said
+                self.link.sendall(len(job).to_bytes(4, "little") + job)
             self._follow()
-        except OSError as error:  # it was gone before it had read its job
+        except OSError as error:
             self.stopped = self.stopped or f"the sandbox lost its process: {error}"
         finally:
             self._kill()
