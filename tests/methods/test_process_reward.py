@@ -134,7 +134,7 @@ def test_the_loss_reads_each_label_at_its_step(scorer):
     model, tokenizer = scorer
     trees, _ = step_trees(tokenizer, RECORDS, model, WINDOW, "line")
     with torch.no_grad():
-        got = prm.loss(model, plant(trees, prm.count_steps(trees))).terms["steps"].total
+        got = prm.loss(model, plant(trees, prm.count_steps(trees))).terms["nll"].total
 
         def by_hand(shift):
             total = 0.0
@@ -158,7 +158,7 @@ def test_packing_changes_neither_loss_nor_gradient(toy, labels):
 
     def gradient(forests):
         model.zero_grad()
-        total = sum(prm.loss(model, forest).terms["steps"].total for forest in forests)
+        total = sum(prm.loss(model, forest).terms["nll"].total for forest in forests)
         total.backward()
         return float(total), model.score.weight.grad.clone()
 

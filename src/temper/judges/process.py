@@ -145,10 +145,9 @@ class ProcessReward:
         for index in pack([sum(len(s.tokens) for s in tree) for tree in trees], budget):
             forest = plant([trees[i] for i in index]).to(self.model.device)
             starts = iter(forest.start[forest.parent >= 0].tolist())
-            at = [[next(starts) + end for end in each] for i in index for each in ends[i] if each]
-            flat = [token for each in at for token in each]
-            if flat:
-                p = iter(self.chance(scalar_of(self.model, forest, flat)))
+            at = [start + end for i in index for each in ends[i] if each for start in [next(starts)] for end in each]
+            if at:
+                p = iter(self.chance(scalar_of(self.model, forest, at)))
                 for i in index:
                     chances[i] = [next(p) for each in ends[i] for _ in each]
         out = []

@@ -101,7 +101,7 @@ def agrees(raw: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
 def loss(model: Any, batch: Forest) -> Loss:
     raw, label, counted = read_steps(model, batch)
     total, n = (step_loss(raw, label) * counted).sum(), counted.sum()
-    return Loss({"steps": Term(total, per="steps")}, {"accuracy": ((agrees(raw.detach(), label) * counted).sum(), n)})
+    return Loss({"nll": Term(total, per="steps")}, {"accuracy": ((agrees(raw.detach(), label) * counted).sum(), n)})
 
 
 def learned(record: Steps, s: ProcessRewardSettings) -> Steps:
