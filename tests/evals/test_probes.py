@@ -6,7 +6,7 @@ from toy import user, write
 from temper.cli import main
 from temper.config import UserError
 from temper.evals.probes import PROBES, Said, answers_of, probe
-from temper.records import Message, Pair, Prompt, Ranked
+from temper.records import Message, Prompt, Ranked
 from temper.world import dataset
 
 QUESTION = [Message(role="user", content="Where does the grey heron sleep?")]
@@ -45,9 +45,8 @@ def test_a_scorer_that_counts_words_is_fooled_by_words():
 
 
 def test_on_the_world_gold_says_what_a_change_is_worth():
-    prompts = dataset("prompts", n=20, seed=5)
-    records = [Pair(prompt=p.messages, chosen="I do not know.", rejected="Kai lives there.", meta=p.meta) for p in prompts]
-    found = probe(lambda prompts, texts: [len(text) for text in texts], answers_of(records, 40))
+    answers = answers_of(dataset("demonstrations", n=25, seed=5), 25)
+    found = probe(lambda prompts, texts: [len(text) for text in texts], answers)
     assert found["probes"]["repetition"]["gold"]["mean"] < 0
     assert found["probes"]["repetition"]["fooled"]["mean"] > 0.5
 

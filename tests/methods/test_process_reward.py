@@ -256,7 +256,7 @@ def labelled(tmp_path_factory):
     rng = random.Random(0)
     rows = []
     for k in range(60):
-        kinds = [rng.random() < 0.6 for _ in range(3)]
+        kinds = [rng.random() < 0.75 for _ in range(3)]
         texts = [(GOOD if good else BAD).format(a=k, b=n, c=k + n) for n, good in enumerate(kinds)]
         labels = [float(all(kinds[: n + 1])) for n in range(3)]
         rows.append({"prompt": user(f"Add to {k}."), "steps": texts, "labels": labels, "meta": {}})
