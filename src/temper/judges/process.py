@@ -20,7 +20,7 @@ from temper.forest import Segment, plant
 from temper.judges.rating import Answer, Rater
 from temper.models.heads import scalar
 from temper.models.load import load_scalar
-from temper.records import Prompt
+from temper.records import Prompt, Steps
 from temper.rollout import Request, Sampling, sample
 from temper.stats.process import AGGREGATES, aggregate
 from temper.world import Ask, correct
@@ -98,6 +98,34 @@ def rollout_labels(
             *([float(right_answer(answer.prompt, answer.text))] if here else []),
         ]
         for answer, here in zip(answers, ends, strict=True)
+    ]
+
+
+def solutions(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], request: Request, by: By, rollouts: int) -> list[Steps]:
+    """The policy's different answers to the prompts of the request, cut into steps and labelled: by so many rollouts, or with 0 exactly.
+
+    Answers that did not end are left out. meta: the prompt's, and whether the answer is `correct`.
+    """
+    found: dict[tuple[int, str], Answer] = {}
+    for i, (prompt, ids, group) in enumerate(zip(prompts, request.prompts, sample(policy, request), strict=True)):
+        for one in group:
+            text = str(tokenizer.decode(one.tokens, skip_special_tokens=True)).strip()
+            if one.finish == "stop" and cut(text, by):
+                found.setdefault((i, text), Answer(prompt, ids, one.tokens, text, True))
+    answers = list(found.values())
+    if rollouts:
+        stop = [token for token in request.stop if isinstance(token, int)]
+        labels = rollout_labels(policy, tokenizer, answers, rollouts, by, request.sampling, stop, ("rollouts", *request.seed))
+    else:
+        labels = [exact_labels(answer.prompt, answer.text, by) for answer in answers]
+    return [
+        Steps(
+            prompt=answer.prompt.messages,
+            steps=[answer.text[a:b] for a, b in cut(answer.text, by)],
+            labels=list(each),
+            meta={**answer.prompt.meta, "correct": right_answer(answer.prompt, answer.text)},
+        )
+        for answer, each in zip(answers, labels, strict=True)
     ]
 
 

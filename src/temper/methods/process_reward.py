@@ -7,7 +7,7 @@ one prompt are chains of steps that share their beginnings, in one tree. `--outc
 same network on the same solutions, with one label, at the end. Deviation: the last step is read where the turn ends, not one token before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,22 +15,21 @@ import torch
 from temper.config import Settings, UserError, opt
 from temper.data.sources import read
 from temper.data.split import split
-from temper.data.steps import By, cut, step_trees
+from temper.data.steps import By, step_trees
 from temper.data.template import chat_template, stop_ids
 from temper.data.trees import prompt_ids, where
 from temper.forest import Forest, Tree
-from temper.judges.process import CLASSES, ProcessReward, exact_labels, right_answer, rollout_labels
-from temper.judges.rating import Answer
+from temper.judges.process import CLASSES, ProcessReward, exact_labels, right_answer, solutions
 from temper.losses.reward import step_loss
 from temper.methods.base import Batching, Job, Split, Window, forests, learn
 from temper.models.heads import scalar
 from temper.models.load import export, load_policy, load_scalar
 from temper.records import Steps, read_jsonl, write_jsonl
-from temper.rollout import Request, Sampling, sample
+from temper.rollout import Request, Sampling
 from temper.runs import Run
 from temper.stats.intervals import mean_interval, share_interval
 from temper.stats.process import first_error, located
-from temper.train import Compute, Loss, Optim, Term, ranks
+from temper.train import Compute, Loss, Optim, State, Step, Term, ranks
 
 METRICS = {
     "loss": "cross-entropy per labelled step, in nats",
@@ -126,39 +125,20 @@ def steps_of(records: Sequence[Any]) -> By:
     return "sentence" if all("ask" in record.meta for record in records) else "line"
 
 
-def make_steps(s: ProcessRewardSettings) -> tuple[list[Steps], str]:
-    """The model's answers to the prompts, cut into steps and labelled; those that did not end are left out. And what was read."""
+def make_steps(s: ProcessRewardSettings, spec: str) -> tuple[list[Steps], str]:
+    """The model's answers to the prompts, cut into steps and labelled, and what was read."""
     policy, tokenizer = load_policy(s.model, **s.compute.placed)
-    prompts, report = read(s.prompts, "prompts", skip_bad=s.window.skip_bad)
+    prompts, report = read(spec, "prompts", skip_bad=s.window.skip_bad)
     by, twice = s.steps_by or steps_of(prompts), s.labels == "rollouts"  # what completes an answer has as much room as the answer
     ids, dropped = prompt_ids(tokenizer, prompts, policy, s.window, room=s.sampling.max_new * (1 + twice))
     kept = [prompt for i, prompt in enumerate(prompts) if i not in dropped.dropped]
     for prompt in kept:  # a prompt that cannot be checked is found before anything is sampled
         right_answer(prompt, "") if s.labels == "rollouts" else exact_labels(prompt, "", by)
-    stop, seed = stop_ids(tokenizer), s.batching.seed
-    sampled = sample(policy, Request(ids, sampling=s.sampling, stop=stop, n=s.samples_per_prompt, seed=("process-reward", seed)))
-    found: dict[tuple[int, str], Answer] = {}
-    for i, (prompt, x, group) in enumerate(zip(kept, ids, sampled, strict=True)):
-        for one in group:
-            text = tokenizer.decode(one.tokens, skip_special_tokens=True).strip()
-            if one.finish == "stop" and cut(text, by):
-                found.setdefault((i, text), Answer(prompt, x, one.tokens, text, True))
-    answers = list(found.values())
-    if not answers:
-        raise UserError(f"{s.model}: no answer to {s.prompts} ended within --max-new {s.sampling.max_new}; raise it")
-    if s.labels == "oracle":
-        labels = [exact_labels(answer.prompt, answer.text, by) for answer in answers]
-    else:
-        labels = rollout_labels(policy, tokenizer, answers, s.rollouts, by, s.sampling, stop, ("rollouts", seed))
-    return [
-        Steps(
-            prompt=a.prompt.messages,
-            steps=[a.text[x:y] for x, y in cut(a.text, by)],
-            labels=list(each),
-            meta={**a.prompt.meta, "correct": right_answer(a.prompt, a.text), "labels": s.labels},
-        )
-        for a, each in zip(answers, labels, strict=True)
-    ], f"{report.summary()}; {dropped.summary()}; {len(answers)} different answers that ended, labels: {s.labels}"
+    request = Request(ids, sampling=s.sampling, stop=stop_ids(tokenizer), n=s.samples_per_prompt, seed=("process-reward", s.batching.seed))
+    found = solutions(policy, tokenizer, kept, request, by, s.rollouts if s.labels == "rollouts" else 0)
+    if not found:
+        raise UserError(f"{s.model}: no answer to {spec} ended within --max-new {s.sampling.max_new}; raise it")
+    return found, f"{report.summary()}; {dropped.summary()}; {len(found)} different answers that ended, labels: {s.labels}"
 
 
 def chains(tree: Tree) -> list[list[int]]:
@@ -209,18 +189,23 @@ def held_out(model: Any, trees: Sequence[Tree], microbatch: int) -> dict[str, fl
 
 def gather(s: ProcessRewardSettings, run: Run) -> tuple[list[Steps], str]:
     """The solutions, from the file or from the model itself (then kept in steps.jsonl), and where they come from."""
-    if (s.data is None) == (s.prompts is None):
-        raise UserError("give either --data, solutions with labelled steps, or --prompts, which the model answers")
-    if s.data:
+    if s.data is not None and s.prompts is None:
         records, report = read(s.data, "steps", skip_bad=s.window.skip_bad)
         return records, report.summary()
+    if s.data is not None or s.prompts is None:
+        raise UserError("give either --data, solutions with labelled steps, or --prompts, which the model answers")
     path = run.file("steps.jsonl")
     with ranks.leader_first():
         if not path.exists():
-            records, source = make_steps(s)
+            records, source = make_steps(s, s.prompts)
             write_jsonl(path, records)
             run.update(card={"source": source})
     return read_jsonl(path, Steps), run.stage["card"]["source"]
+
+
+def train(settings: ProcessRewardSettings, model: Any, trees: Sequence[Tree], resume: State | None = None) -> Iterator[Step]:
+    s = settings
+    return learn(model, trees, loss, s.batching, s.optim, resume, s.compute, count_steps)
 
 
 def prepare(settings: ProcessRewardSettings, run: Run) -> Job:
@@ -243,7 +228,7 @@ def prepare(settings: ProcessRewardSettings, run: Run) -> Job:
     model.config.temper_process = {"by": by, "outcome": s.outcome, "aggregate": "last" if s.outcome else s.aggregate}
     return Job(
         total=b.steps(len(trees)),
-        steps=lambda resume: learn(model, trees, loss, b, s.optim, resume, s.compute, count_steps),
+        steps=lambda resume: train(s, model, trees, resume),
         save=lambda path: export(model, tokenizer, path),
         card={
             "source": source,

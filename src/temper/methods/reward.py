@@ -141,6 +141,14 @@ def named_heads(s: Reward) -> dict[str, float]:
     return weights
 
 
+def train(
+    settings: Reward, model, trees, resume: State | None = None, *, weights: Sequence[float] = (1.0,), member: int = 0
+) -> Iterator[Step]:
+    """One member: its seed decides the order of the records."""
+    s, b = settings, settings.batching.model_copy(update={"seed": settings.batching.seed + member})
+    return learn(model, trees, make_loss(s.centring, s.rule, weights, **told(s)), b, s.optim, resume, s.compute, count_records)
+
+
 def prepare(settings: Reward, run: Run) -> Job:
     s, b = settings, settings.batching
     heads = named_heads(s)
@@ -167,7 +175,6 @@ def prepare(settings: Reward, run: Run) -> Job:
     total = b.steps(len(trees))
     sections = list(dict.fromkeys(filter(None, (s.sections or "ask.kind", s.heads))))
     held_out = HeldOut(tests, tested, s.rule, told(s), sections, b.tokens_per_microbatch) if tests else None
-    loss = make_loss(s.centring, s.rule, list(heads.values()), **told(s))
 
     def scaled(model: Any) -> Any:
         seen = scores(model, trees[:SCALED], b.tokens_per_microbatch, every=True)
@@ -175,9 +182,9 @@ def prepare(settings: Reward, run: Run) -> Job:
         return model
 
     def member(k: int, resume: State | None) -> Iterator[Step]:
-        if k or resume:
+        if k:
             current[0], _ = fresh(k)
-        return learn(current[0], trees, loss, b.model_copy(update={"seed": b.seed + k}), s.optim, resume, s.compute, count_records)
+        return train(s, current[0], trees, resume, weights=list(heads.values()), member=k)
 
     def steps(resume: State | None) -> Iterator[Step]:
         if s.members == 1:

@@ -156,7 +156,7 @@ def load_scalar(
         raise UserError(f"{name}: {type(model).__name__} has no linear `score` head")
     _complete(name, missing - ({"score.weight", "score.bias"} if not scoring else set()))
     if not scoring:
-        head = nn.Linear(cast(nn.Linear, model.score).in_features, config.num_labels, bias=False)
+        head = nn.Linear(cast(nn.Linear, model.score).in_features, len(labels or ()), bias=False)
         with torch.no_grad():
             head.weight.normal_(0.0, 1 / math.sqrt(head.in_features + 1), generator=torch.Generator().manual_seed(seed))
         model.score = head.to(dtype)
