@@ -19,7 +19,7 @@ from temper.records import Message
 from temper.rollout import Request, Sampling, sample
 from temper.runs import Run
 
-TRAINED = ("pretrain", "sft", "reward", "dpo", "ppo", "constitution")
+TRAINED = ("pretrain", "sft", "reward", "process-reward", "dpo", "ppo", "constitution")
 MORE = {"pretrain": {"lr": 1e-2}, "sft": {"lr": 2e-2, "epochs": 6}, "reward": {"lr": 1e-2}}
 
 

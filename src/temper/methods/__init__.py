@@ -17,6 +17,7 @@ NAMES = {  # command -> file
     "sft": "sft",
     "collect": "collect",
     "reward": "reward",
+    "process-reward": "process_reward",
     **dict.fromkeys(_rules(), "preference"),
     "ppo": "ppo",
     "constitution": "constitution",

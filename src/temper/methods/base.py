@@ -152,3 +152,14 @@ def forests(
     for group in pack([sum(len(s.tokens) for s in tree) for tree in trees], microbatch):
         picked = [trees[i] for i in group]
         yield list(group), plant(picked, weigh(picked) if weigh else None).to(device)
+
+
+def numbered(steps: Iterator[Step], phase: int, offset: int) -> Iterator[Step]:
+    """Steps of one phase (from 1) as steps of the whole: numbered on, with a snapshot that says which phase it is of."""
+
+    def snapshot_of(step: Step) -> Callable[[], State]:
+        return lambda: {"phase": phase, "state": step.snapshot()}
+
+    for step in steps:
+        metrics = {**step.metrics, "phase": phase} if step.metrics else {}  # none: a step taken before, which only shows its module
+        yield step._replace(n=step.n + offset, metrics=metrics, snapshot=snapshot_of(step))
