@@ -18,13 +18,12 @@ from temper.config import Settings, UserError, opt
 from temper.data.sources import read
 from temper.data.trees import chat_trees, limit_of, text_trees
 from temper.forest import Forest, Tree
-from temper.judges.reward_model import RewardModel
 from temper.losses.advantage import gae, kl_shaped_reward, whiten
 from temper.losses.kl import adaptive_beta, horizon_rate, k3
 from temper.losses.policy import clipped, clipped_surrogate, clipped_value
 from temper.methods import rated, rollouts
 from temper.methods.base import Batching, Job, Window, offline
-from temper.methods.rated import Ending, Sampled
+from temper.methods.rated import Ending, Sampled, reward_model
 from temper.methods.start import Plan, Ready, check_start, ready
 from temper.models.heads import scalar, token_logp, weighted_nll
 from temper.models.load import export, load_scalar
@@ -208,14 +207,13 @@ def prepare(settings: PPO, run: Run) -> Job:
     if s.ptx.ptx_data and s.compute.shard == "full":
         raise UserError("--ptx-data with --shard full: its batches have no values, and ranks would wait for each other; leave one out")
     given = ready(s, "PPO")
-    own = given.reward if isinstance(given.reward, RewardModel) else None
+    weight, own = reward_model(given.reward) or (1.0, None)
     value, _ = load_scalar(s.value_model or (own.name if own else s.model), **s.compute.placed)
-    scale = getattr(value.config, "temper_reward", None)
-    if scale:  # values live on the scale of the normalised scores
+    if scale := getattr(value.config, "temper_reward", None):  # values live on the scale of the rewards
         with torch.no_grad():
             head: Any = value.score
-            head.weight /= float(scale["std"])
-            head.bias = nn.Parameter(torch.full((1,), -float(scale["mean"]) / float(scale["std"]), device=head.weight.device))
+            head.weight /= float(scale["std"]) / weight
+            head.bias = nn.Parameter(torch.full((1,), -float(scale["mean"]) / float(scale["std"]) * weight, device=head.weight.device))
     card, trees = dict(given.card), []
     if s.ptx.ptx_data:
         records, report = read(s.ptx.ptx_data, s.ptx.ptx_as, skip_bad=s.window.skip_bad)

@@ -5,6 +5,8 @@ An answer that could not be rated is left out of learning, of every baseline and
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from math import isfinite
 from typing import Any, Literal, Protocol
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from temper.config import Settings, UserError, opt
 from temper.data.packing import pack
 from temper.forest import Forest, Segment, Tree, plant
+from temper.judges import rating
 from temper.judges.rating import Answer, Rater
 from temper.judges.reward_model import RewardModel
 from temper.losses.kl import k1
@@ -58,8 +61,8 @@ class StepRater(Protocol):
 
     name: str
 
-    def rate_steps(self, answers: Sequence[Answer]) -> list[list[tuple[int, float]] | None]:
-        """Of each answer, in order, (index of a step's last token among the answer's, its reward); None where there is none to be had."""
+    def steps(self, answers: Sequence[Answer]) -> Sequence[Sequence[tuple[int, float]]]:
+        """Of each answer its steps, in order, as (index of the step's last token among the answer's, its reward)."""
         ...
 
 
@@ -97,11 +100,35 @@ class Sampled:
 
 
 def rater(spec: str, tokenizer: Any, **how: Any) -> Rater:
-    """What a --reward names: the folder of a reward model. how: device and precision."""
+    """What a --reward names. how: device and precision of reward models."""
+    grammar = getattr(rating, "rater", None)
+    if grammar:
+        found: Rater = grammar(spec, tokenizer=tokenizer, **how)
+        return found
     model = RewardModel(spec, **how)
     if model.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{spec}: its tokenizer is not that of the policy; train the reward model on this model's tokenizer")
     return model
+
+
+def step_rater(folder: str, tokenizer: Any, **how: Any) -> StepRater:
+    """What a --step-reward names: a process reward model. Raises UserError for one that rates whole answers alone."""
+    if find_spec("temper.judges.process"):
+        model: Any = import_module("temper.judges.process").ProcessReward(folder, **how)
+    else:
+        model = rater(folder, tokenizer, **how)
+    if not hasattr(model, "steps"):
+        raise UserError(f"--step-reward {folder}: rates whole answers, not their steps; give a process reward model")
+    if model.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{folder}: its tokenizer is not that of the policy; train the process reward model on this model's tokenizer")
+    found: StepRater = model
+    return found
+
+
+def reward_model(reward: Rater) -> tuple[float, RewardModel] | None:
+    """The first reward model with one head among the parts of a reward, and its weight there."""
+    parts = getattr(reward, "terms", [(1.0, reward)])
+    return next(((w, part) for w, part in parts if w and isinstance(part, RewardModel) and not getattr(part, "heads", ())), None)
 
 
 def rate(answers: Sequence[Sampled], reward: Rater, steps: StepRater | None) -> None:
@@ -109,15 +136,17 @@ def rate(answers: Sequence[Sampled], reward: Rater, steps: StepRater | None) -> 
     asked = [a.answer for a in answers]
     if not asked:
         return
-    found = reward.rate(asked)
-    parts = getattr(reward, "parts", None) or [{}] * len(asked)
-    stepwise = steps.rate_steps(asked) if steps else [()] * len(asked)
-    for what, many in (reward.name, len(found)), (reward.name, len(parts)), (steps and steps.name, len(stepwise)):
+    told = reward.ratings(asked) if hasattr(reward, "ratings") else None
+    scores = told.scores if told else reward.rate(asked)
+    parts = told.parts if told and len(told.parts) > 1 else {}
+    stepwise = steps.steps(asked) if steps else [()] * len(asked)
+    for what, many in (reward.name, len(scores)), (steps and steps.name, len(stepwise)):
         if many != len(asked):
             raise UserError(f"{what}: {many} ratings for {len(asked)} answers; it must give one for each")
-    for answer, rated, part, step in zip(answers, found, parts, stepwise, strict=True):
-        answer.parts, answer.steps = part, step or ()
-        answer.rated = None if rated is None or step is None or not isfinite(rated) else float(rated)
+    for i, (answer, score) in enumerate(zip(answers, scores, strict=True)):
+        answer.parts = {name: x for name, given in parts.items() if (x := given[i]) is not None}
+        answer.steps = stepwise[i]
+        answer.rated = None if score is None or not isfinite(score) else float(score)
 
 
 def dead(group: Sequence[Sampled]) -> bool:

@@ -9,7 +9,7 @@ from temper.data.template import stop_ids
 from temper.data.trees import prompt_ids
 from temper.forest import Forest
 from temper.judges.rating import Rater
-from temper.methods.rated import StepRater, rater
+from temper.methods.rated import StepRater, rater, step_rater
 from temper.models.heads import slack, token_logp
 from temper.models.load import load_policy
 from temper.records import Prompt
@@ -63,9 +63,7 @@ def ready(s: Any, title: str) -> Ready:
     stop = stop_ids(tokenizer)
     reference, _ = load_policy(s.model, **s.compute.placed)
     reward = rater(s.reward, tokenizer, **s.compute.placed)
-    steps: Any = rater(s.step_reward, tokenizer, **s.compute.placed) if s.step_reward else None
-    if steps and not hasattr(steps, "rate_steps"):
-        raise UserError(f"--step-reward {s.step_reward}: rates whole answers, not their steps; give a process reward model")
+    steps = step_rater(s.step_reward, tokenizer, **s.compute.placed) if s.step_reward else None
     records, report = read(s.prompts, "prompts", skip_bad=s.window.skip_bad)
     prompts, cut = prompt_ids(tokenizer, records, policy, s.window, room=s.sampling.max_new)
     kept = [record for i, record in enumerate(records) if i not in cut.dropped]
