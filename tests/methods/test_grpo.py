@@ -94,11 +94,9 @@ def step_of(loss, module, batches):
     weights = {name: sum(b.weights[name] for b in batches) for name in batches[0].weights}
     total = 0.0
     for batch in batches:
-        for term in loss(module, batch).terms.values():
-            share = term.total * term.coefficient / weights[term.per]
-            total += float(share)
-            if share.requires_grad:
-                share.backward()
+        share = sum(term.total * term.coefficient / weights[term.per] for term in loss(module, batch).terms.values())
+        share.backward()
+        total += float(share.detach())
     return total, torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
 
