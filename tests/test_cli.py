@@ -41,6 +41,7 @@ FROM = {  # what a method learns from; the others: from --data
     "collect": {"prompts"},
     "process-reward": {"data", "prompts"},
     "ppo": {"reward", "prompts"},
+    "grpo": {"reward", "prompts"},
     "constitution": set(),
 }
 

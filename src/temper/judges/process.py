@@ -4,6 +4,7 @@ Labels come from people (files of `Steps`), from the embedded world's exact orac
 as the chance to come from it to the right answer.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -130,6 +131,15 @@ def solutions(policy: Any, tokenizer: Any, prompts: Sequence[Prompt], request: R
 
 
 # ---------------------------------------------------------------- the model as a rater
+
+
+def is_process(folder: str | Path) -> bool:
+    """Whether a folder holds a process reward model."""
+    stage, model = (Path(folder, *inside, "config.json") for inside in (("model",), ()))
+    try:
+        return "temper_process" in json.loads((stage if stage.is_file() else model).read_bytes())
+    except (OSError, ValueError):
+        return False
 
 
 class ProcessReward:

@@ -205,7 +205,7 @@ def function(make: Maker) -> Maker:
 
 
 def _found(entry: str | Maker) -> Maker:
-    from temper.judges import verifiable  # noqa: F401  a change of it makes what was trained on it stale
+    from temper.judges import ensemble, verifiable  # noqa: F401  a change of them makes what was trained on them stale
 
     if callable(entry):
         return entry
@@ -215,13 +215,17 @@ def _found(entry: str | Maker) -> Maker:
 
 
 def folder(path: str, context: Context) -> Rater:
-    """A reward model: by the policy's own tokens, or by text where there is no policy. Raises UserError for another tokenizer."""
+    """A reward model, or a process reward model: by the policy's own tokens, or, of a reward model, by text where there is no policy.
+
+    Raises UserError for another tokenizer.
+    """
+    from temper.judges.process import ProcessReward, is_process
     from temper.judges.reward_model import RewardModel
 
-    model = RewardModel(path, **context.how)
-    if context.tokenizer is None:
+    model = ProcessReward(path, **context.how) if is_process(path) else RewardModel(path, **context.how)
+    if context.tokenizer is None and isinstance(model, RewardModel):
         return ByText(model)
-    if model.tokenizer.get_vocab() != context.tokenizer.get_vocab():
+    if context.tokenizer is not None and model.tokenizer.get_vocab() != context.tokenizer.get_vocab():
         raise UserError(
             f"{path}: its tokenizer is not that of the policy; train a reward model on the policy's, or have the answers "
             f"rendered anew with its own by text:{path}"

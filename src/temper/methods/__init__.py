@@ -20,6 +20,7 @@ NAMES = {  # command -> file
     "process-reward": "process_reward",
     **dict.fromkeys(_rules(), "preference"),
     "ppo": "ppo",
+    "grpo": "grpo",
     "constitution": "constitution",
 }
 
