@@ -229,7 +229,7 @@ def test_its_second_loss_is_that_of_the_formula(toy, pairs):
         now = preference.answer_logp(model, forest)
         h = [
             float(now[s] - forest.columns["ref_logp"][s] - (now[r] - forest.columns["ref_logp"][r]))
-            for s, r in zip(*preference.ends(forest), strict=True)
+            for s, r in zip(*reward.ends(forest), strict=True)
         ]
     second = next(run).metrics
     assert abs(sum(h)) > 0.1
@@ -278,12 +278,15 @@ def test_what_collect_writes_feeds_both(toy, tmp_path, name):
     assert min(summary["expected_accuracy"], 1 - summary["expected_accuracy"]) >= 1 - summary["ceiling"] - 1e-9
     if name == "rankings":
         train("dpo", tmp_path / "dpo", model=toy.sft, data=str(tmp_path / "pairs" / "rankings.jsonl"))
-        assert "rankings as all their pairs" in Run(tmp_path / "dpo").stage["card"]["source"]
+        card = Run(tmp_path / "dpo").stage["card"]
+        assert card["comparisons"] > card["records"] > 0
         return
     data = str(tmp_path / "pairs" / "pairs.jsonl")
     train("dpo", tmp_path / "dpo", model=toy.sft, data=data)
     read_back = [json.loads(line) for line in Path(data).read_text().splitlines()]
-    assert Run(tmp_path / "dpo").stage["card"]["pairs"] + Run(tmp_path / "dpo").stage["card"]["held_out"] == len(read_back)
+    card = Run(tmp_path / "dpo").stage["card"]
+    assert card["records"] + card["held_out"] == len(read_back)
+    assert card["records"] == card["comparisons"]
 
 
 def test_settings_reach_the_loss(toy):
