@@ -81,12 +81,12 @@ def test_the_gradient_of_a_packed_forest_is_that_of_plain_float64_forwards(toy, 
     logp = [[torch.stack([plain_logp(m, *row) for row in rows]) for rows in sides] for m in models]
     length = [torch.tensor([float(sum(target)) for _, target in rows]) for rows in sides]
     want = RULES[name](Pairs(*logp[0], *(x.detach() for x in logp[1]), *length)).sum()
-    assert float(loss) == pytest.approx(float(want), rel=1e-5)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-4)
     wanted = torch.autograd.grad(want, list(models[0].parameters()))
     scale = max(float(g.abs().max()) for g in wanted)
     assert scale > 0.01
     for (at, _), a, b in zip(policy.named_parameters(), got, wanted, strict=True):
-        torch.testing.assert_close(a.double(), b, atol=1e-5 * scale, rtol=1e-4, msg=lambda text, at=at: f"{at}: {text}")
+        torch.testing.assert_close(a.double(), b, atol=1e-4 * scale, rtol=1e-3, msg=lambda text, at=at: f"{at}: {text}")
 
 
 @pytest.mark.parametrize("name", OVER_PAIRS)

@@ -2,7 +2,7 @@
 
 Direct alignment from online feedback (arXiv:2402.04792): the pairs come from the policy of the moment, so the loss sees what the model
 would say now. The rater is a reward model or the embedded world's exact score; the loss any offline rule by name, DPO by default.
-Each rollout is learned from once, in one step, so that the source has no state: to resume is to sample again from the same weights.
+Each rollout is learned from once, in one step, so that none is ever pending: to resume is to sample again from the same weights.
 Log-probs, the reference's too, are those at the sampling temperature, so that `kl` is the policy's own.
 An answer without a rating is left out and counted; a prompt whose answers are rated alike gives no pair and is counted.
 Deviations: the rater is not asked for a preference between two but for a score of each; more than two answers give one pair.
@@ -16,16 +16,16 @@ from typing import Any, NamedTuple
 import torch
 
 from temper.config import Settings, UserError, opt
-from temper.data.packing import batch_indices, pack
+from temper.data.packing import batch_indices
 from temper.data.sources import read
 from temper.data.template import stop_ids
 from temper.data.trees import prompt_ids
-from temper.forest import Forest, Segment, Tree, plant
+from temper.forest import Forest, Segment, Tree
 from temper.judges.rating import Answer, Rater
 from temper.judges.reward_model import RewardModel
 from temper.losses.preference import RULES
 from temper.losses.registry import settings as keywords
-from temper.methods.base import Job, Window
+from temper.methods.base import Job, Window, microbatches
 from temper.methods.preference import METRICS as OFFLINE
 from temper.methods.preference import check_reference, make_loss, with_reference
 from temper.methods.reward import count_records
@@ -36,7 +36,7 @@ from temper.runs import Run
 from temper.train import Compute, Optim, State, Step, TrainingError, fit, ranks
 from temper.world import Ask, gold
 
-TRIES = 4  # rollouts in a row of which none gives a pair
+BARREN = 4  # rollouts without any pair that are enough to give up
 METRICS = {
     **{name: text for name, text in OFFLINE.items() if not name.startswith("held_out")},
     "reward": "mean rating of the sampled answers",
@@ -120,7 +120,7 @@ class Gold:
         return [gold(Ask.of(a.prompt), a.text).total if "ask" in a.prompt.meta else None for a in answers]
 
 
-def rater(spec: str, tokenizer: Any, **how: Any) -> Rater:
+def rater(spec: str, *, tokenizer: Any, **how: Any) -> Rater:
     """What a spec names: `gold`, or a reward model's folder. Raises UserError for a reward model of another tokenizer."""
     if spec == "gold":
         return Gold()
@@ -163,34 +163,32 @@ class Pairs:
         self, s: Online, model: Any, reference: Any, rater: Rater, records: Sequence[Prompt], prompts: Sequence[list[int]], tokenizer
     ):
         self.s, self.model, self.reference, self.rater = s, model, reference, rater
-        self.records, self.prompts, self.tokenizer, self.last = records, prompts, tokenizer, dict[str, float]()
+        self.records, self.prompts, self.tokenizer = records, prompts, tokenizer
+        self.found, self.last = 0, dict[str, float]()  # pairs so far
 
     def __call__(self, step: int) -> list[Forest]:
-        s = self.s
-        for attempt in range(TRIES):
-            groups = self._sample(step + attempt * s.rollouts)
-            trees = [group.tree() for group in groups]
-            if self.reference is not None:
-                with_reference(self.reference, trees, s.tokens_per_microbatch, temperature=s.sampling.temperature)
-            pairs = [pair for group, tree in zip(groups, trees, strict=True) if (pair := group.pair(tree))]
-            self.last = _summary(groups, trees, len(pairs))
-            if pairs:
-                break
-        else:
-            unrated = (
-                f"{self.last['unrated']:.0%} of the answers had no rating by {self.rater.name}, the others to a prompt were rated alike"
-            )
-            raise TrainingError(f"{TRIES} rollouts in a row gave no pair: {unrated}; look at --reward, or raise --temperature")
-        sizes = [sum(len(segment.tokens) for segment in tree) for tree in pairs]
-        mine = ranks.share(sizes)
-        groups_of = pack([sizes[i] for i in mine], s.tokens_per_microbatch)
-        return [plant(picked, count_records(picked)) for group in groups_of for picked in [[pairs[mine[i]] for i in group]]]
+        s, groups = self.s, self._sample(step)
+        trees = [group.tree() for group in groups]
+        if self.reference is not None:
+            with_reference(self.reference, trees, s.tokens_per_microbatch, temperature=s.sampling.temperature)
+        pairs = [pair for group, tree in zip(groups, trees, strict=True) if (pair := group.pair(tree))]
+        self.last, self.found = _summary(groups, trees, len(pairs)), self.found + len(pairs)
+        if not self.found and step + 1 >= BARREN:
+            unrated = f"{self.last['unrated']:.0%} of the answers had no rating by {self.rater.name}"
+            raise TrainingError(f"{step + 1} rollouts gave no pair: {unrated}, the others to a prompt were rated alike; look at --reward")
+        return microbatches(pairs or [_still(trees[0])], s.tokens_per_microbatch, count_records)
 
     def reads(self, step: int) -> bool:
         return True
 
     def metrics(self, step: int) -> dict[str, float]:
         return self.last
+
+    def state(self) -> State:
+        return {"found": self.found}
+
+    def restore(self, state: State) -> None:
+        self.found = state["found"]
 
     def _sample(self, rollout: int) -> list[Group]:
         """The ranks share the prompts; each samples and rates its own."""
@@ -218,6 +216,12 @@ class Pairs:
     def _capped(self, answer: Answer, rating: float | None) -> float | None:
         most = self.s.missing_eos
         return rating if answer.ended or rating is None or most is None else min(rating, most)
+
+
+def _still(tree: Tree) -> Tree:
+    """A pair of an answer and itself, which moves nothing: what a rollout without a pair is learned from."""
+    twins = [Segment(tree[1].tokens, tree[1].target, 0, labels={**tree[1].labels, "rank": rank}) for rank in (0.0, 1.0)]
+    return [tree[0], *twins]
 
 
 def _summary(groups: Sequence[Group], trees: Sequence[Tree], pairs: int) -> dict[str, float]:
@@ -265,7 +269,7 @@ def prepare(settings: Online, run: Run) -> Job:
         )
     model, tokenizer = load_policy(s.model, **s.compute.placed)
     reference = load_policy(s.model, **s.compute.placed)[0] if RULES[s.rule].reference else None
-    rates = rater(s.reward, tokenizer, **s.compute.placed)
+    rates = rater(s.reward, tokenizer=tokenizer, **s.compute.placed)
     records, report = read(s.prompts, "prompts", skip_bad=s.window.skip_bad)
     prompts, cut = prompt_ids(tokenizer, records, model, s.window, room=s.sampling.max_new)
     kept = [record for i, record in enumerate(records) if i not in cut.dropped]

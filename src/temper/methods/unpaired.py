@@ -140,7 +140,7 @@ class Pointed:
             if n := sums[f"number of {name}"]:
                 now = sums[f"sum of {name}"] / n
                 self.means[name] = MOMENTUM * self.means.get(name, now) + (1 - MOMENTUM) * now
-        return sum(self.means.values()) / 2
+        return sum(self.means.values()) / len(self.means)
 
     def _sums(self, trees: Sequence[Tree]) -> dict[str, float]:
         """Log-ratios of the trees' answers under the policy of the moment, summed over all ranks."""
