@@ -1,6 +1,7 @@
 """Online DPO: which pairs come of a rollout, what is counted, that the rating rises."""
 
 import pytest
+import torch
 from toy import train, values_of
 
 from temper.config import UserError, build
@@ -142,7 +143,7 @@ def test_the_gold_score_of_the_world():
     ("more", "what"),
     [
         ({"rule": "ippo"}, "--rule ippo: no such rule; there are dpo, "),
-        ({"tau": 0.1}, "--tau: the rule dpo has no such setting; it has beta, label_smoothing, offset"),
+        ({"tau": 0.1}, "--tau: the rule dpo has no such setting; it has --beta, --label-smoothing, --offset"),
         ({"beta": 0}, "beta.*greater than 0"),
         ({"temperature": 0}, "temperature 0.*give a temperature above 0"),
         ({"samples_per_prompt": 1}, "samples_per_prompt.*greater than or equal to 2"),

@@ -24,11 +24,11 @@ from temper.forest import Forest, Segment, Tree
 from temper.judges.rating import Answer, Rater
 from temper.judges.reward_model import RewardModel
 from temper.losses.preference import RULES
-from temper.losses.registry import settings as keywords
 from temper.methods.base import Job, Window, microbatches
 from temper.methods.preference import METRICS as OFFLINE
 from temper.methods.preference import check_reference, make_loss, with_reference
 from temper.methods.reward import count_records
+from temper.methods.rules import any_rule, told
 from temper.models.load import export, load_policy
 from temper.records import Prompt
 from temper.rollout import Request, Rollout, Sampling, sample
@@ -78,37 +78,10 @@ class Online(Settings):
     optim: Optim = Optim(lr=1e-4, schedule="linear", warmup=0.05)
     compute: Compute = Compute()
 
-    def own(self) -> dict[str, Any]:
-        """What the rule is told: what was given, and its own defaults. Raises UserError for what it cannot be told."""
-        if self.rule not in RULES:
-            raise UserError(f"--rule {self.rule}: no such rule; there are {', '.join(RULES)}")
-        told = keywords(RULES[self.rule])
-        given = {name: value for name in _told() if (value := getattr(self, name)) is not None}
-        if strange := next((name for name in given if name not in told), None):
-            raise UserError(f"--{strange.replace('_', '-')}: the rule {self.rule} has no such setting; it has {', '.join(told)}")
-        return {name: given.get(name, s.default) for name, s in told.items()}
-
-
-def _told() -> dict[str, list[str]]:
-    """Every setting of a rule by name, with the rules that have it."""
-    found: dict[str, list[str]] = {}
-    for name, rule in RULES.items():
-        for setting in keywords(rule):
-            found.setdefault(setting, []).append(name)
-    return found
-
 
 @cache
 def settings(name: str) -> type[Online]:
-    """Its own, and those of all rules, which are unset unless given."""
-    fields: dict[str, Any] = {}
-    types: dict[str, Any] = {}
-    for setting, rules in _told().items():
-        s = keywords(RULES[rules[0]])[setting]
-        limits: Any = s.limits
-        fields[setting] = opt(None, f"of {', '.join(rules)}: {s.help}; not given: the rule's default", **limits)
-        types[setting] = s.kind | None
-    return type("OnlineDPO", (Online,), {"__annotations__": types, "__doc__": Online.__doc__, "__module__": __name__, **fields})
+    return any_rule(Online, RULES)
 
 
 class Gold:
@@ -198,20 +171,14 @@ class Pairs:
         asked, stop = [rows[i] for i in mine], stop_ids(self.tokenizer)
         prompts, seed = [self.prompts[row] for row in asked], ("online", s.seed, rollout)
         sampled = sample(self.model, Request(prompts, sampling=s.sampling, stop=stop, n=s.samples_per_prompt, seed=seed, index=mine))
-        flat = [
-            Answer(
-                self.records[row],
-                self.prompts[row],
-                a.tokens,
-                self.tokenizer.decode(a.tokens, skip_special_tokens=True).strip(),
-                a.finish == "stop",
-            )
-            for row, answers in zip(asked, sampled, strict=True)
-            for a in answers
-        ]
+        flat = [self._answer(row, a) for row, answers in zip(asked, sampled, strict=True) for a in answers]
         ratings = iter([self._capped(answer, rating) for answer, rating in zip(flat, self.rater.rate(flat), strict=True)])
         groups = [Group(self.prompts[row], answers, [next(ratings) for _ in answers]) for row, answers in zip(asked, sampled, strict=True)]
         return ranks.whole(mine, groups)
+
+    def _answer(self, row: int, a: Rollout) -> Answer:
+        text = self.tokenizer.decode(a.tokens, skip_special_tokens=True).strip()
+        return Answer(self.records[row], self.prompts[row], a.tokens, text, a.finish == "stop")
 
     def _capped(self, answer: Answer, rating: float | None) -> float | None:
         most = self.s.missing_eos
@@ -246,22 +213,14 @@ def _summary(groups: Sequence[Group], trees: Sequence[Tree], pairs: int) -> dict
 
 def train(settings: Online, model: Any, source: Pairs, resume: State | None = None) -> Iterator[Step]:
     s, rule, temperature = settings, RULES[settings.rule], settings.sampling.temperature
-    return fit(
-        model,
-        source,
-        make_loss(rule, s.own(), temperature),
-        steps=s.rollouts,
-        optim=s.optim,
-        seed=s.seed,
-        resume=resume,
-        check=partial(check_reference, temperature=temperature) if rule.reference else None,
-        compute=s.compute,
-    )
+    loss, check = make_loss(rule, told(s, RULES), temperature), partial(check_reference, temperature=temperature)
+    how: dict[str, Any] = {"steps": s.rollouts, "optim": s.optim, "seed": s.seed, "compute": s.compute}
+    return fit(model, source, loss, resume=resume, check=check if rule.reference else None, **how)
 
 
 def prepare(settings: Online, run: Run) -> Job:
     s = settings
-    how = s.own()
+    how = told(s, RULES)
     if not s.sampling.temperature or not s.sampling.plain:
         what = s.sampling.truncates or f"temperature {s.sampling.temperature:g}, repetition penalty {s.sampling.repetition_penalty:g}"
         raise UserError(

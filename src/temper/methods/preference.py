@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from math import comb
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from temper.losses.preference import RULES, Pairs, Rankings, Rule
 from temper.losses.registry import settings as keywords
 from temper.methods.base import Batching, Job, Split, Window, forests, given, offline
 from temper.methods.reward import compared, count_records
+from temper.methods.rules import settings_of
 from temper.models.adapters import without_adapter
 from temper.models.heads import precision, slack, token_logp
 from temper.models.load import export, load_policy
@@ -47,9 +48,6 @@ EXAMPLES = """
 """
 
 
-S = TypeVar("S", bound=Settings)
-
-
 class Preference(Settings):
     """Move a model towards chosen and away from rejected answers."""
 
@@ -65,15 +63,6 @@ class Preference(Settings):
     def own(self) -> dict[str, Any]:
         """What the rule itself is told."""
         return {name: getattr(self, name) for name in keywords(RULES[self.rule])}
-
-
-def settings_of(base: type[S], name: str, rule: Any) -> type[S]:
-    """The settings that all rules share, and those of one rule, read off its signature; its docstring is their help."""
-    told = keywords(rule).values()
-    fields: dict[str, Any] = {s.name: opt(s.default, s.help, **cast(Any, s.limits)) for s in told}
-    types: dict[str, Any] = {"rule": ClassVar[str], **{s.name: s.kind for s in told}}
-    own = {"__annotations__": types, "__doc__": rule.__doc__, "__module__": base.__module__, "rule": name, **fields}
-    return type(name, (base,), own)
 
 
 @cache

@@ -23,8 +23,9 @@ from temper.forest import Forest, Segment, Tree
 from temper.losses.registry import settings as keywords
 from temper.losses.unpaired import RULES, Answers
 from temper.methods.base import Batching, Job, Split, Window, forests, given, offline
-from temper.methods.preference import answer_logp, check_reference, references, settings_of, with_reference
+from temper.methods.preference import answer_logp, check_reference, references, with_reference
 from temper.methods.reward import count_records
+from temper.methods.rules import settings_of
 from temper.models.load import export, load_policy
 from temper.runs import Run
 from temper.train import Compute, Loss, Optim, State, Step, Term, fit, ranks
