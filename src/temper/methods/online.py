@@ -149,7 +149,7 @@ class Pairs:
         if not self.found and step + 1 >= BARREN:
             unrated = f"{self.last['unrated']:.0%} of the answers had no rating by {self.rater.name}"
             raise TrainingError(f"{step + 1} rollouts gave no pair: {unrated}, the others to a prompt were rated alike; look at --reward")
-        return microbatches(pairs or [_still(trees[0])], s.tokens_per_microbatch, count_records)
+        return microbatches(pairs or [_alone(trees[0])], s.tokens_per_microbatch, count_records)
 
     def reads(self, step: int) -> bool:
         return True
@@ -185,10 +185,10 @@ class Pairs:
         return rating if answer.ended or rating is None or most is None else min(rating, most)
 
 
-def _still(tree: Tree) -> Tree:
-    """A pair of an answer and itself, which moves nothing: what a rollout without a pair is learned from."""
-    twins = [Segment(tree[1].tokens, tree[1].target, 0, labels={**tree[1].labels, "rank": rank}) for rank in (0.0, 1.0)]
-    return [tree[0], *twins]
+def _alone(tree: Tree) -> Tree:
+    """The prompt and one answer: nothing to compare, so that the loss and its gradient are 0 exactly."""
+    answer = tree[1]
+    return [tree[0], Segment(answer.tokens, answer.target, parent=0, labels={**answer.labels, "rank": 0.0, "margin": 0.0})]
 
 
 def _summary(groups: Sequence[Group], trees: Sequence[Tree], pairs: int) -> dict[str, float]:
