@@ -42,6 +42,7 @@ FROM = {  # what a method learns from; the others: from --data
     "process-reward": {"data", "prompts"},
     "ppo": {"reward", "prompts"},
     "grpo": {"reward", "prompts"},
+    "online-dpo": {"reward", "prompts"},
     "constitution": set(),
 }
 

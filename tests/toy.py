@@ -13,7 +13,7 @@ import torch
 
 from temper.config import build
 from temper.ladder.stage import Place, run_stage
-from temper.methods import load
+from temper.methods import NAMES, load
 from temper.train.fit import TIMINGS
 from temper.world import dataset
 
@@ -115,13 +115,15 @@ def make_toy(folder: Path) -> Toy:
 def values_of(method: str, toy: Toy) -> dict[str, Any]:
     """Settings of a run of each method that takes about a second."""
     short = {"max_new": 12}
+    pairs = {"model": toy.sft, "data": toy.pairs, "batch": 4, "epochs": 5, "held_out": 0.2, "lr": 1e-3}
     return {
+        **{name: pairs for name, file in NAMES.items() if file in ("preference", "unpaired")},
         "pretrain": {"data": toy.text, "batch": 8, "epochs": 4, "optimizer": "muon", **TINY},
         "sft": {"model": toy.base, "data": toy.chats, "batch": 8, "epochs": 2},
         "collect": {"model": toy.sft, "prompts": "world:prompts?n=12", **short},
         "reward": {"model": toy.sft, "data": toy.pairs, "batch": 4, "epochs": 5, "held_out": 0.2},
         "process-reward": {"model": toy.sft, "data": toy.steps, "batch": 4, "epochs": 4, "held_out": 0.2},
-        "dpo": {"model": toy.sft, "data": toy.pairs, "batch": 4, "epochs": 5, "held_out": 0.2, "lr": 1e-3},
+        "online-dpo": {"model": toy.sft, "reward": toy.reward, "prompts": toy.prompts, "rollouts": 6, "prompts_per_step": 6, **short},
         "ppo": {
             "model": toy.sft,
             "reward": toy.reward,

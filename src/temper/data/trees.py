@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from temper.config import UserError
 from temper.data.template import bos_id, chat_template, common, encode_plain, end_id, render_chat, render_prompt
 from temper.forest import Segment, Tree
-from temper.records import Chat, Message, Pair, Prompt, Ranked, Record, Text
+from temper.records import Chat, Message, Pair, Prompt, Ranked, Rated, Record, Text
 
 TooLong = Literal["error", "drop", "cut-prompt"]
 
@@ -202,12 +202,21 @@ def chat_trees(
     return trees, fit.done(trees)
 
 
-def _render_answers(tokenizer, record: Pair | Ranked) -> tuple[int, list[tuple[list[int], list[float]]]]:
+Compared = Pair | Ranked | Rated
+
+
+def _render_answers(tokenizer, record: Compared) -> tuple[int, list[tuple[list[int], list[float]]]]:
     """(shared tokens, ids and target of the conversation with each answer, the best first).
 
     Shared is the rendered prompt where it is proven to be a token prefix of all; else the longest common prefix.
     """
-    answers = [record.chosen, record.rejected] if isinstance(record, Pair) else record.answers
+    match record:
+        case Pair():
+            answers = [record.chosen, record.rejected]
+        case Ranked():
+            answers = record.answers
+        case Rated():
+            answers = [record.answer]
     chats = [render_chat(tokenizer, [*record.prompt, Message(role="assistant", content=a)], "last") for a in answers]
     prompt = render_prompt(tokenizer, record.prompt)
     n = len(prompt)
@@ -216,11 +225,12 @@ def _render_answers(tokenizer, record: Pair | Ranked) -> tuple[int, list[tuple[l
     return min(n, *(target.index(1.0) for _, target in chats)), chats
 
 
-def _compared(record: Pair | Ranked, shared: int, chats: Sequence[tuple[list[int], list[float]]]) -> Tree:
+def _compared(record: Compared, shared: int, chats: Sequence[tuple[list[int], list[float]]]) -> Tree:
     soft, margin = (record.soft, record.margin or 0.0) if isinstance(record, Pair) else (1.0, 0.0)
+    rating = {"rating": record.rating} if isinstance(record, Rated) else {}
     top = 0 if shared else -1
     answers = [
-        Segment(ids[shared:], target[shared:], top, labels={"rank": float(rank), "soft": soft, "margin": margin})
+        Segment(ids[shared:], target[shared:], top, labels={"rank": float(rank), "soft": soft, "margin": margin, **rating})
         for rank, (ids, target) in enumerate(chats)
     ]
     if not shared:
@@ -228,15 +238,16 @@ def _compared(record: Pair | Ranked, shared: int, chats: Sequence[tuple[list[int
     return [Segment(chats[0][0][:shared], [0.0] * shared, labels={"rank": -1.0, "soft": 0.0, "margin": 0.0}), *answers]
 
 
-def comparison_tree(tokenizer, record: Pair | Ranked) -> Tree:
+def comparison_tree(tokenizer, record: Compared) -> Tree:
     """The prompt, and the answers under it: the prompt's tokens stand once.
 
-    Labels: rank (0 the best or chosen answer, 1 the next, ...; -1 the prompt), soft, margin (of a pair; 0 where none was given).
+    Labels: rank (0 the best or chosen answer, 1 the next, ...; -1 the prompt), soft, margin (of a pair; 0 where none was given),
+    rating (of a rated answer, which stands alone under its prompt).
     """
     return _compared(record, *_render_answers(tokenizer, record))
 
 
-def comparison_trees(tokenizer, records: Sequence[Pair | Ranked], model: Any, window: Window) -> tuple[list[Tree], Report]:
+def comparison_trees(tokenizer, records: Sequence[Compared], model: Any, window: Window) -> tuple[list[Tree], Report]:
     """One tree per record that fits, in order: prompt + the longest answer must be within the limit.
 
     Raises UserError for a tokenizer without a chat template, and `file:row: ...`.

@@ -131,15 +131,20 @@ def learn(
 
 def offline(trees: Sequence[Tree], batching: Batching, weigh: Weigh | None = None) -> Callable[[int], list[Forest]]:
     """The source of an offline method: step -> this rank's micro-batches, a pure function of (records, seed, step)."""
-    sizes = [sum(len(s.tokens) for s in tree) for tree in trees]
 
     def source(step: int) -> list[Forest]:
         rows = batch_indices(len(trees), batching.rows(len(trees)), batching.seed, step)
-        chosen = [rows[i] for i in ranks.share([sizes[row] for row in rows])]
-        groups = pack([sizes[i] for i in chosen], batching.tokens_per_microbatch)
-        return [plant(picked, weigh(picked) if weigh else None) for group in groups for picked in [[trees[chosen[g]] for g in group]]]
+        return microbatches([trees[row] for row in rows], batching.tokens_per_microbatch, weigh)
 
     return source
+
+
+def microbatches(trees: Sequence[Tree], budget: int, weigh: Weigh | None = None) -> list[Forest]:
+    """This rank's share of one step's trees, packed into forests of at most `budget` tokens."""
+    sizes = [sum(len(s.tokens) for s in tree) for tree in trees]
+    mine = ranks.share(sizes)
+    groups = pack([sizes[i] for i in mine], budget)
+    return [plant(picked, weigh(picked) if weigh else None) for group in groups for picked in [[trees[mine[g]] for g in group]]]
 
 
 def forests(
