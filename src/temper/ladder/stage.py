@@ -15,12 +15,12 @@ from temper.driver import drive, follow, make, peak_mb
 from temper.methods import load
 from temper.models.load import load_tokenizer
 from temper.rollout import Request, Sampling, sample
-from temper.runs import Run, code_version, disk, fingerprint
+from temper.runs import Run, code_version, disk, fingerprint, model_fingerprint
 from temper.train import machine, ranks
 from temper.world.streams import VERSION
 
 ROUNDING = ("ranks", "shard", "activations", "fit_memory", "tokens_per_microbatch")  # of an identity: another one changes last digits
-MODELS = ("model", "reward")  # settings that name a model
+MODELS = ("model", "reward", "report")  # settings that name a model
 INPUTS = (*MODELS, "data", "prompts", "red_team", "helpful", "helpful_pairs", "principles")  # settings that name what is read
 WORLD = "temper.world.datasets"  # the module that decides what `world:` gives
 
@@ -56,10 +56,7 @@ def input_fingerprint(name: str, value: str) -> str:
         raise UserError(f"{name}: standard input cannot be read again when the stage goes on; save it and name the file")
     path = Path(value)
     if name in MODELS:
-        path = path.expanduser()
-        path = path / "model" if (path / "model").is_dir() else path
-        files = sorted(p for p in path.glob("[!.]*") if p.is_file()) if (path / "config.json").exists() else []
-        return fingerprint({p.name: fingerprint(p) for p in files} or value)
+        return model_fingerprint(value)
     if name == "principles":
         return fingerprint(path if path.is_file() else value)
     return fingerprint([fingerprint(p) for p in _files(value)] if path.exists() else value)

@@ -19,6 +19,8 @@ NAMES = {  # command -> file
     "reward": "reward",
     **dict.fromkeys(_rules(), "preference"),
     "ppo": "ppo",
+    "best-of-n": "best_of_n",
+    "rejection": "rejection",
     "constitution": "constitution",
 }
 

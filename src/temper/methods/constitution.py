@@ -289,9 +289,9 @@ def prepare(settings: CAI, run: Run) -> Job:
     def steps(resume: State | None) -> Iterator[Step]:
         phase = resume["phase"] if resume else 1
         if phase == 1:
-            yield from _numbered(phase1(resume["state"] if resume else None), 1, 0)
+            yield from numbered(phase1(resume["state"] if resume else None), 1, 0)
             resume = None
-        yield from _numbered(phase2(resume["state"] if resume else None), 2, first)
+        yield from numbered(phase2(resume["state"] if resume else None), 2, first)
 
     return Job(
         total=first + second,
@@ -314,7 +314,7 @@ def prepare(settings: CAI, run: Run) -> Job:
     )
 
 
-def _numbered(steps: Iterator[Step], phase: int, offset: int) -> Iterator[Step]:
+def numbered(steps: Iterator[Step], phase: int, offset: int) -> Iterator[Step]:
     """Steps of one phase as steps of the whole: numbered on, with a snapshot that says which phase it is of."""
 
     def snapshot_of(step: Step) -> Callable[[], State]:
