@@ -22,7 +22,7 @@ def prompt(k):
 
 
 def group(k, drawn):
-    return [Sampled(Answer(prompt(k), [1], [i], TEXTS[i], True), float(P[i])) for i in drawn]
+    return [Sampled(Answer(prompt(k), [1], [i], TEXTS[i], True), float(np.log(P[i]))) for i in drawn]
 
 
 @pytest.fixture(scope="module")

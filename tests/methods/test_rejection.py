@@ -18,7 +18,7 @@ from temper.runs import Run
 
 def group(k, answers):
     ask = Prompt(messages=[{"role": "user", "content": f"q{k}"}], meta={"at": f"p:{k}"})
-    return [Sampled(Answer(ask, [1], [ord(t[0])], t.rstrip("."), not t.endswith(".")), 0.1) for t in answers]
+    return [Sampled(Answer(ask, [1], [ord(t[0])], t.rstrip("."), not t.endswith(".")), -2.0) for t in answers]
 
 
 def of(**values):

@@ -151,7 +151,7 @@ def test_chat_once(models, capsys):
 
 def talk(models, stage="sft", **settings):
     s = chat.Chat(stage=str(models / stage), max_new=6, **settings)
-    return chat.Conversation(*chat.load_policy(chat.model_folder(s.stage)), s)
+    return chat.Conversation(*chat.load_askable(chat.model_folder(s.stage)), s)
 
 
 def test_turns_are_kept_and_forgotten(models):

@@ -7,6 +7,7 @@ is that of the sampled duplicates and not the bound; an answer without a rating 
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,10 +86,10 @@ class Asked(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """One answer, and exp of its summed log-prob: the probability that the model gives it."""
+    """One answer, and its summed log-prob under what sampled it."""
 
     answer: Answer
-    probability: float
+    logp: float
 
 
 def asked(spec: str, model: Any, tokenizer: Any, window: Window, room: int) -> Asked:
@@ -115,7 +116,7 @@ def draw(
         [
             Sampled(
                 Answer(record, ids, a.tokens, tokenizer.decode(a.tokens, skip_special_tokens=True).strip(), a.finish == "stop"),
-                float(np.exp(sum(a.logp))),
+                sum(a.logp),
             )
             for a in group
         ]
@@ -124,8 +125,8 @@ def draw(
 
 
 def rated(by: Rater, groups: Sequence[Sequence[Sampled]]) -> Ratings:
-    """The ratings of all answers, group by group; what comes again in a group is asked about once, for a rating may differ in its last digits
-    and equal answers must be ties. Raises UserError where the rater does not give one for each."""
+    """The ratings of all answers, group by group. What comes again in a group is asked about once: ratings may differ in their last
+    digits, and equal answers must be ties. Raises UserError where the rater does not give one for each."""
     different = [{tuple(one.answer.tokens): one.answer for one in reversed(group)} for group in groups]
     answers = [answer for group in different for answer in group.values()]
     found = by.rate(answers)
@@ -160,7 +161,7 @@ def curve(
             held = [k for k, x in enumerate(reward[i]) if x is not None]
             score = [reward[i][k] for k in held]
             proxy.append(expected(score, score, n))
-            mass = [groups[i][k].probability for k in held] if plain else None
+            mass = [math.exp(groups[i][k].logp) for k in held] if plain else None
             kl.append(kl_estimate(score, n, mass, [tuple(groups[i][k].answer.tokens) for k in held]))
             both = [k for k in held if report is not None and report[i][k] is not None]
             if report is not None and len(both) >= sizes[-1]:

@@ -1,0 +1,73 @@
+"""The trade-off front: its ends are the experts, its points and picture are whole, and what cannot be drawn is said."""
+
+import json
+
+import pytest
+import torch
+
+from temper.config import UserError
+from temper.models.load import load_policy, save
+from temper.report import front
+from tests.models.test_mix import trained_from
+
+
+@pytest.fixture(scope="module")
+def experts(toy, tmp_path_factory):
+    """Two policies beside the toy's SFT model."""
+    root = tmp_path_factory.mktemp("experts")
+    for k, name in enumerate("ab"):
+        model, tokenizer = load_policy(toy.sft)
+        generator = torch.Generator().manual_seed(k)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.02 * torch.randn(p.shape, generator=generator))
+        save(model, tokenizer, root / name / "model")
+    return str(root / "a"), str(root / "b")
+
+
+def test_the_front_of_two_experts(toy, experts, tmp_path, capsys):
+    a, b = experts
+    flags = ["--prompts", "world:prompts?n=12", "--out", str(tmp_path / "f"), "--max-new", "8", "--threads", "1"]
+    assert front.main([a, b, *flags, "--weights", "1", "0", "0.5", "--trained", toy.sft, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "f" / "front.json").read_text())
+    points = {(p["kind"], p["weight"]): p for p in found["points"]}
+    assert points.keys() == {(kind, w) for kind in ("soup", "mixed") for w in (0.0, 0.5, 1.0)} | {("trained", None)}
+    for w, name in (0.0, b), (1.0, a):  # an expert alone is a soup and a mixture
+        assert points["soup", w]["name"] == points["mixed", w]["name"] == name
+        assert points["soup", w]["x"] == points["mixed", w]["x"]
+    for p in found["points"]:
+        assert p["x"]["n"] == p["y"]["n"] == 24 - p["unrated"]
+        assert p["x"]["low"] <= p["x"]["mean"] <= p["x"]["high"]
+        better = [q for q in found["points"] if q["x"]["mean"] > p["x"]["mean"] and q["y"]["mean"] > p["y"]["mean"]]
+        assert p["dominated"] == bool(better)
+    page = (tmp_path / "f" / "front.html").read_text()
+    assert page.count("<svg") == 1
+    assert page.count("<circle") == 7
+    assert "gold.harmless against gold.helpful" in page
+    assert "<script" not in page
+    assert front.main([a, b, *flags, "--weights", "1", "--no-mixed"]) == 0
+    assert "interpolated weights" in capsys.readouterr().out
+
+
+def test_what_cannot_be_drawn(toy, experts, tmp_path):
+    a, b = experts
+    out = ["--out", str(tmp_path / "f")]
+    with pytest.raises(UserError, match="a weight is a share between 0 and 1"):
+        front.read([a, b, *out, "--weights", "0", "1.5"])
+    with pytest.raises(UserError, match="at least 2 items"):
+        front.read([a, *out])
+    with pytest.raises(UserError, match="no such folder"):
+        front.read([a, "./none/such", *out])
+    with pytest.raises(UserError, match=r"rate none of the answers both; give other --rewards"):
+        front.main([a, b, *out, "--prompts", toy.prompts, "--weights", "1", "--max-new", "4", "--threads", "1"])
+    assert not (tmp_path / "f").exists()
+    from pathlib import Path
+
+    trained_from(Path(a), toy.sft)
+    trained_from(Path(b), toy.base)
+    with pytest.raises(UserError, match="not experts of one start"):
+        front.read([a, b, *out])
+    front.read([a, b, *out, "--no-soups"])
+    for name in experts:
+        (Path(name) / "stage.json").unlink()
