@@ -7,7 +7,7 @@ import pytest
 from temper.config import UserError
 from temper.judges.local import rater
 from temper.judges.rating import Answer
-from temper.judges.switch import SafetySwitch
+from temper.judges.switch import SafetySwitch, switch
 from temper.records import Prompt
 from temper.world import Ask, dataset, gold
 
@@ -29,9 +29,10 @@ def test_safety_below_the_threshold_or_where_the_prompt_is_about_it_else_helpful
     safe = Given("safe", [logit - 0.01, logit + 0.01, 3.0, None, None, 3.0])
     helpful = Given("helpful", [5.0, 6.0, 7.0, 8.0, 9.0, None])
     answers = asked("calm", "calm", "danger", "danger", "calm", "calm")
-    switch = SafetySwitch(safe, helpful, about_safety=lambda prompt: prompt.messages[0].content == "danger")
-    assert switch.rate(answers) == [logit - 0.01, 6.0, 3.0, None, None, None]
-    assert switch.name == "safe where safety is at stake, else helpful"
+    told = SafetySwitch(safe, helpful, about_safety=lambda prompt: prompt.messages[0].content == "danger")
+    assert told.rate(answers) == [logit - 0.01, 6.0, 3.0, None, None, None]
+    assert told.name == "safe where safety is at stake, else helpful"
+    assert switch([safe, helpful]).rate(answers) == [logit - 0.01, 6.0, 7.0, None, None, None]
     white = SafetySwitch(Given("s", [0.0, 0.0, None]), Given("h", [1.0, 3.0, 2.0]), whiten=True).rate(asked("a", "b", "c"))
     assert white == [-1.0, 1.0, None]
     with pytest.raises(ValueError, match="threshold 1"):
@@ -43,9 +44,9 @@ def test_gold_and_its_parts():
     answers = [Answer(prompt, [1], [2], text, True) for text in ("I do not know.", "Good day.")]
     scores = [gold(Ask.of(prompt), a.text) for a in answers]
     assert rater("gold").rate(answers) == [s.total for s in scores]
-    assert rater("gold.concise").rate(answers) == [s.concise for s in scores]
+    assert rater("gold:concise").rate(answers) == [s.concise for s in scores]
     assert rater("gold").rate(asked("hello")) == [None]
     with pytest.raises(UserError, match="gold has no part 'beauty'; it has helpful"):
-        rater("gold.beauty")
+        rater("gold:beauty")
     with pytest.raises(UserError, match="no such folder, and not gold"):
         rater("runs/none")

@@ -122,5 +122,5 @@ def test_a_rater_that_is_not_there(toy, tmp_path):
     with pytest.raises(UserError, match=r"runs/no: no such folder|runs/no: .*no"):
         train("best-of-n", tmp_path / "x", **(values_of("best-of-n", toy) | {"reward": "runs/no"}))
     with pytest.raises(UserError, match="gold has no part 'beauty'"):
-        train("best-of-n", tmp_path / "x", **(values_of("best-of-n", toy) | {"reward": "gold.beauty"}))
+        train("best-of-n", tmp_path / "x", **(values_of("best-of-n", toy) | {"reward": "gold:beauty"}))
     assert not (tmp_path / "x").exists()

@@ -44,7 +44,7 @@ def test_the_front_of_two_experts(toy, experts, tmp_path, capsys):
     page = (tmp_path / "f" / "front.html").read_text()
     assert page.count("<svg") == 1
     assert page.count("<circle") == 7
-    assert "gold.harmless against gold.helpful" in page
+    assert "gold:harmless against gold:helpful" in page
     assert "<script" not in page
     assert front.main([a, b, *flags, "--weights", "1", "--no-mixed"]) == 0
     assert "interpolated weights" in capsys.readouterr().out

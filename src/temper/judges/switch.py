@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from temper.config import UserError
 from temper.judges.rating import Answer, Rater
 from temper.records import Prompt
 
@@ -45,3 +46,10 @@ class SafetySwitch:
             return found
         mean, deviation = float(np.mean(known)), float(np.std(known)) or 1.0
         return [None if x is None else (x - mean) / deviation for x in found]
+
+
+def switch(members: Sequence[Rater], *, threshold: float = 0.15, whiten: bool = False) -> SafetySwitch:
+    """The switch as a function of two raters, safety first: the threshold alone decides. Raises UserError for another number of them."""
+    if len(members) != 2 or not 0 < threshold < 1:
+        raise UserError(f"switch: {len(members)} raters, threshold {threshold:g}; give two, safety first, and a threshold between 0 and 1")
+    return SafetySwitch(*members, threshold=threshold, whiten=whiten)

@@ -210,9 +210,10 @@ def bars(means: Sequence[float]) -> str:
 
 def prepare(settings: BestOfN, run: Run) -> Job:
     s = settings
-    chooses = rater(s.raters.reward, **s.compute.placed)
-    reports = rater(s.raters.report, **s.compute.placed) if s.raters.report else None
     model, tokenizer = load_policy(s.model, **s.compute.placed)
+    how = {"tokenizer": tokenizer, **s.compute.placed}
+    chooses = rater(s.raters.reward, **how)
+    reports = rater(s.raters.report, **how) if s.raters.report else None
     prompts = asked(s.prompts, model, tokenizer, s.window, s.sampling.max_new)
     card: dict[str, Any] = {"source": prompts.source, "prompts": len(prompts.ids), "kept": prompts.kept}
 

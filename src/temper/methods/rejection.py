@@ -155,8 +155,8 @@ def learned_in(s: Rejection, run: Run, round: int, answers: Callable[[], list[li
 
 def prepare(settings: Rejection, run: Run) -> Job:
     s, b = settings, settings.batching
-    by = rater(s.reward, **s.compute.placed)
     model, tokenizer = load_policy(s.model, **s.compute.placed)
+    by = rater(s.reward, tokenizer=tokenizer, **s.compute.placed)
     prompts = asked(s.prompts, model, tokenizer, s.window, s.sampling.max_new)
     first = {name: x.clone() for name, x in model.state_dict().items()} if s.start == "first" and s.rounds > 1 else {}
 

@@ -52,7 +52,7 @@ class Front(Settings):
 
     experts: list[str] = opt(..., "two models", positional=True, min_length=2, max_length=2)
     out: str = opt(..., "folder for front.json and front.html")
-    rewards: list[str] = opt(["gold.helpful", "gold.harmless"], "two raters", min_length=2, max_length=2)
+    rewards: list[str] = opt(["gold:helpful", "gold:harmless"], "two raters", min_length=2, max_length=2)
     prompts: str = opt("world:evaluation?n=200&split=evaluation", "prompts to answer: a file, or of the embedded world")
     weights: list[float] = opt([0.0, 0.25, 0.5, 0.75, 1.0], "of the first expert; the second has the rest", min_length=1)
     soups: bool = opt(True, "interpolated weights: experts of one start only")
