@@ -123,4 +123,6 @@ def test_a_rater_that_is_not_there(toy, tmp_path):
         train("best-of-n", tmp_path / "x", **(values_of("best-of-n", toy) | {"reward": "runs/no"}))
     with pytest.raises(UserError, match="gold has no part 'beauty'"):
         train("best-of-n", tmp_path / "x", **(values_of("best-of-n", toy) | {"reward": "gold:beauty"}))
+    with pytest.raises(UserError, match="--temperature 0: 8 answers to a prompt would all be"):
+        train("best-of-n", tmp_path / "x", **(values_of("best-of-n", toy) | {"temperature": 0.0}))
     assert not (tmp_path / "x").exists()

@@ -8,6 +8,8 @@ import torch
 from temper.config import UserError
 from temper.models.load import load_policy, save
 from temper.report import front
+from temper.report.build import build
+from temper.report.gather import gather
 from tests.models.test_mix import trained_from
 
 
@@ -71,3 +73,27 @@ def test_what_cannot_be_drawn(toy, experts, tmp_path):
     front.read([a, b, *out, "--no-soups"])
     for name in experts:
         (Path(name) / "stage.json").unlink()
+
+
+def test_the_curve_of_best_of_n_in_the_report(tmp_path):
+    """Who chooses and who reports, each with a picture of a point for every n; nothing where a curve is damaged."""
+    folder = tmp_path / "run" / "best"
+    folder.mkdir(parents=True)
+    identity = {"method": "best-of-n", "settings": {}}
+    (folder / "stage.json").write_text(json.dumps({"status": "done", "identity": identity, "card": {"prompts": 5}}))
+    rows = [
+        {"n": n, "bound": k} | {name: {"mean": k, "low": k - 0.1, "high": k + 0.1, "n": 5} for name in ("reward", "report", "kl")}
+        for k, n in enumerate((1, 2, 4))
+    ]
+    (folder / "curve.json").write_text(json.dumps({"rows": rows, "raters": {"reward": "runs/rm", "report": "gold"}}))
+    build(tmp_path / "run")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<h2>Best of n</h2>" in page
+    assert page.count("of the best of n against its KL") == 2
+    assert "runs/rm, which chooses" in page
+    assert "gold, which reports" in page
+    assert page.count("<circle") == 6
+    assert not [line for line in gather(tmp_path / "run").missing if "best" in line]
+    (folder / "curve.json").write_text('{"rows": [{"n": 1}, "x"], "raters": 3}')
+    build(tmp_path / "run")
+    assert "Best of n</h2>" not in (tmp_path / "run" / "report.html").read_text()

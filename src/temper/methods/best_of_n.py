@@ -102,7 +102,9 @@ def asked(spec: str, model: Any, tokenizer: Any, window: Window, room: int) -> A
 def draw(
     model: Any, tokenizer: Any, prompts: Asked, sampling: Sampling, n: int, seed: Sequence[int | str], told: Callable[[int, int], None]
 ) -> list[list[Sampled]]:
-    """n answers to each prompt, by all ranks together."""
+    """n answers to each prompt, by all ranks together. Raises UserError where all n would be the same."""
+    if n > 1 and not sampling.temperature:
+        raise UserError(f"--temperature 0: {n} answers to a prompt would all be the most likely one; raise --temperature")
     mine, done = ranks.share([len(ids) for ids in prompts.ids]), 0
 
     def progress(more: int) -> None:

@@ -163,8 +163,12 @@ def prepare(settings: Rejection, run: Run) -> Job:
     def material(round: int) -> tuple[list[Tree], dict[str, float]]:
         """What a round learns; the model samples it as it is now."""
 
+        def told(done: int, of: int) -> None:
+            if ranks.rank() == 0:
+                run.set_status(phase="sample", step=done, steps=of)
+
         def answers() -> list[list[Sampled]]:
-            return draw(model, tokenizer, prompts, s.sampling, s.samples_per_prompt, ("rejection", b.seed, round), lambda done, of: None)
+            return draw(model, tokenizer, prompts, s.sampling, s.samples_per_prompt, ("rejection", b.seed, round), told)
 
         chosen = learned_in(s, run, round, answers, by)
         return chat_trees(tokenizer, chosen.chats, model, s.window, learn="last")[0], chosen.metrics

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from temper.report.gather import Ladder, Metric, Stage, metric, number
+from temper.report.gather import Ladder, Metric, Stage, listed, mapped, metric, number
 from temper.report.words import NO_CHANGE, WHAT, clean, digits, duration, few, measured, plain, told, value
 
 COLOURED = ("base", "sft", "comparisons", "reward", "ppo", "dpo", "constitution")
@@ -451,7 +451,7 @@ def against_kl(run: Ladder, name: str) -> Markup | None:
 def best_of_n(stage: Stage, name: str, run: Ladder) -> Markup | None:
     """What the best of n gives by one rater against its KL from the model, for n = 1, 2, 4, ..., with intervals both ways."""
     points = []
-    for row in (r for r in stage.curve.get("rows") or [] if isinstance(r, dict)):
+    for row in map(mapped, listed(stage.curve.get("rows"))):
         y, x = metric(row.get(name)), metric(row.get("kl"))
         if x and y:
             points.append((x["mean"], y["mean"], x["low"], x["high"], y["low"], y["high"]))
