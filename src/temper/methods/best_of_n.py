@@ -160,14 +160,14 @@ def curve(
     for n in sizes:
         proxy, gold, where, kl = [], [], [], []
         for i, name in zip(whole, names, strict=True):
-            held = [k for k, x in enumerate(reward[i]) if x is not None]
-            score = [reward[i][k] for k in held]
+            chosen = {k: x for k, x in enumerate(reward[i]) if x is not None}
+            score = list(chosen.values())
             proxy.append(expected(score, score, n))
-            mass = [math.exp(groups[i][k].logp) for k in held] if plain else None
-            kl.append(kl_estimate(score, n, mass, [tuple(groups[i][k].answer.tokens) for k in held]))
-            both = [k for k in held if report is not None and report[i][k] is not None]
-            if report is not None and len(both) >= sizes[-1]:
-                gold.append(expected([reward[i][k] for k in both], [report[i][k] for k in both], n))
+            mass = [math.exp(groups[i][k].logp) for k in chosen] if plain else None
+            kl.append(kl_estimate(score, n, mass, [tuple(groups[i][k].answer.tokens) for k in chosen]))
+            told = {k: x for k, x in enumerate(report[i]) if x is not None and k in chosen} if report else {}
+            if len(told) >= sizes[-1]:
+                gold.append(expected([chosen[k] for k in told], list(told.values()), n))
                 where.append(name)
         row = {"n": n, "bound": kl_bound(n), "reward": mean_interval(proxy, names).to_dict(), "kl": mean_interval(kl, names).to_dict()}
         rows.append(row | ({"report": mean_interval(gold, where).to_dict()} if gold else {}))
@@ -179,12 +179,12 @@ def best(s: BestOfN, groups: Sequence[Sequence[Sampled]], reward: Ratings, repor
     it is, out of how many, its rating and the others' mean, and what the reporting rater says."""
     out = []
     for i, (group, scores) in enumerate(zip(groups, reward, strict=True)):
-        held = [k for k, x in enumerate(scores) if x is not None and group[k].answer.ended and group[k].answer.text]
+        held = {k: x for k, x in enumerate(scores) if x is not None and group[k].answer.ended and group[k].answer.text}
         if held:
-            k = max(held, key=lambda k: scores[k])
+            k = max(held, key=held.__getitem__)
             prompt = group[k].answer.prompt
-            meta = {**prompt.meta, "model": s.model, "rater": s.raters.reward, "of": len(held), "reward": scores[k]}
-            meta["mean"] = float(np.mean([scores[j] for j in held]))
+            meta = {**prompt.meta, "model": s.model, "rater": s.raters.reward, "of": len(held), "reward": held[k]}
+            meta["mean"] = float(np.mean(list(held.values())))
             meta |= {"report": report[i][k]} if report else {}
             out.append(Chat(messages=[*prompt.messages, Message(role="assistant", content=group[k].answer.text)], meta=meta))
     return out

@@ -101,8 +101,9 @@ class Chosen(NamedTuple):
 
 def choose(s: Rejection, groups: Sequence[Sequence[Sampled]], ratings: Sequence[Sequence[float | None]], round: int) -> Chosen:
     """The answers to learn. meta: whose answer it is, rated what by whom, and how many of the prompt's were good."""
-    rule, hard, easy = s.choice, [], []
-    solved = good = 0
+    rule, solved, good = s.choice, 0, 0
+    hard: list[Chat] = []
+    easy: list[Chat] = []
     for group, scores in zip(groups, ratings, strict=True):
         known = [x for x in scores if x is not None]
         whole = [
@@ -179,7 +180,8 @@ def prepare(settings: Rejection, run: Run) -> Job:
     def rounds(resume: State | None) -> Iterator[Step]:
         begin = resume["phase"] if resume else 1
         for round in range(begin, s.rounds + 1):
-            state = resume["state"] if resume and round == begin else None
+            state = resume["state"] if resume else None
+            resume = None  # as large as the weights and the optimiser together
             learn, seen = (trees, metrics) if round == 1 else material(round)
             if state is None and round > 1 and first:
                 model.load_state_dict(first)

@@ -179,7 +179,13 @@ def main(argv: list[str]) -> int:
     s = read(argv)
     machine.use(s.threads)
     raters = [rater(spec) for spec in s.rewards]
-    found = {"experts": s.experts, "rewards": s.rewards, "prompts": s.prompts, "weights": s.weights, "samples": s.samples_per_prompt}
+    found: dict[str, Any] = {
+        "experts": s.experts,
+        "rewards": s.rewards,
+        "prompts": s.prompts,
+        "weights": s.weights,
+        "samples": s.samples_per_prompt,
+    }
     found |= {"temperature": s.sampling.temperature, "seed": s.seed, "points": measure(s, raters)}
     Path(s.out).mkdir(parents=True, exist_ok=True)
     atomic_write(Path(s.out) / "front.json", json.dumps(found, indent=1) + "\n")

@@ -98,7 +98,7 @@ def kl_estimate(score: ArrayLike, n: int, mass: ArrayLike | None = None, answer:
     chance = np.bincount(group, weights=w)
     above = (N - np.cumsum(count)) / N
     if mass is None:
-        own = np.where(count > 1, count / N, 0.0)
+        own: Vector = np.where(count > 1, count / N, 0.0)
     else:
         names: Sequence[object] = range(N) if answer is None else answer
         first = {name: i for i, name in reversed(list(enumerate(names)))}
@@ -125,5 +125,5 @@ def _steps(p: Vector, score: ArrayLike) -> tuple[NDArray[np.intp], Vector, Vecto
     if p.ndim != 1 or not p.size or (p < 0).any() or abs(p.sum() - 1) > 1e-6:
         raise ValueError(f"probabilities that sum to {p.sum():g}: they must be those of all answers")
     _, group = np.unique(np.asarray(score, dtype=np.float64), return_inverse=True)
-    mass: Vector = np.bincount(group, weights=p / p.sum())
+    mass: Vector = np.bincount(group, weights=p / p.sum()).astype(np.float64)
     return group, mass, np.concatenate([[0.0], np.cumsum(mass)[:-1]])
