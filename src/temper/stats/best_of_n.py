@@ -103,7 +103,7 @@ def kl_estimate(score: ArrayLike, n: int, mass: ArrayLike | None = None, answer:
         names: Sequence[object] = range(N) if answer is None else answer
         first = {name: i for i, name in reversed(list(enumerate(names)))}
         seen = list(first.values())
-        own = np.bincount(group[seen], weights=np.asarray(mass, dtype=np.float64)[seen], minlength=len(count))
+        own = np.bincount(group[seen], weights=np.asarray(mass, dtype=np.float64)[seen], minlength=len(count)).astype(np.float64)
     b = 1.0 - above
     m = np.minimum(own, b)
     known = [g for g in range(len(count)) if chance[g] > 0 and m[g] > 0]
