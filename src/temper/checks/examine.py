@@ -10,12 +10,17 @@ from temper.checks import machine
 from temper.checks.registry import CHECKS, Case, Finding, findings, run_checks
 from temper.config import Settings, UserError, build, dump
 from temper.data.sources import Kind, read
-from temper.methods import load
+from temper.methods import NAMES, load
 from temper.methods.base import Prepared
 from temper.runs import Run
 from temper.train import ranks
 
-KINDS: dict[str, Kind] = {"pretrain": "text", "sft": "chat", "reward": "comparisons"}  # what `data` holds; pairs for the others
+KINDS: dict[str, Kind] = {  # what `data` holds, by the method's file; comparisons for the others
+    "pretrain": "text",
+    "sft": "chat",
+    "unpaired": "rated",
+    "process_reward": "steps",
+}
 INPUTS: dict[str, Kind] = {"prompts": "prompts", "red_team": "prompts", "helpful": "prompts", "helpful_pairs": "pairs"}
 SAMPLES = ("collect", "constitution")  # methods whose preparation samples from the model: their rows are looked at, not what they make
 
@@ -62,7 +67,7 @@ def examine_stage(
         except UserError as error:
             why = "training would stop here"
             problem = [Finding("prepare", "error", str(error), (), why, "correct this first: until then the rows alone can be looked at")]
-    for name, kind in {"data": KINDS.get(method, "pairs"), **INPUTS}.items():
+    for name, kind in {"data": KINDS.get(NAMES[method], "comparisons"), **INPUTS}.items():
         spec = values.get(name)
         if spec and not any(stage in Path(spec).parts for stage in waits):
             try:

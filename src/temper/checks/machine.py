@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from temper.checks.registry import Case, Found, check, many
+from temper.checks.registry import Case, Found, check, many, reward_models
 from temper.config import UserError
 from temper.data.packing import pack
 from temper.forest import Forest, Tree, divide, plant
@@ -21,8 +21,8 @@ BESIDE = {  # optimiser -> bytes that a trained parameter takes beside its weigh
     "muon": 28,  # gradient, memory, copy; looking ahead, the updates, and what the iteration holds of matrices of one shape
 }
 MB = 1e6
-LOADED = {"ppo": ("model", "model", "reward", "reward"), "constitution": ("model", "model")}  # others: the model once
-TRAINED: dict[str, Sequence[str]] = {"ppo": ("model", "reward"), "collect": ()}
+TWICE = ("ppo", "grpo", "online-dpo", "constitution")  # methods that load a reference beside the policy
+UNTRAINED = ("collect", "best-of-n")
 
 
 def _sizes(trees: Sequence[Tree]) -> list[int]:
@@ -111,9 +111,11 @@ def foresee(method: str, values: Mapping[str, Any], count: int) -> Iterator[Foun
     device = values.get("device", "cpu")
     if values.get("shard", "none") != "none" or (device != "cpu" and not getattr(torch, device).is_available()):
         return
-    size = {name: parameters_in(values[name]) for name in ("model", "reward") if values.get(name)}
-    loaded = sum(size.get(name, 0) for name in LOADED.get(method, ("model",)))
-    trained = sum(size.get(name, 0) for name in TRAINED.get(method, ("model",)))
+    model = parameters_in(values["model"]) if values.get("model") else 0
+    judges = [parameters_in(folder) for folder in reward_models(values)]
+    value = (judges or [model])[0] if method == "ppo" else 0
+    loaded = model * (2 if method in TWICE else 1) + value + sum(judges)
+    trained = 0 if method in UNTRAINED else model + value
     free, states = _free(torch.device(device), count), trained * _beside(values)
     if free is not None and (need := loaded * 4 + states) > free:
         what = f"{loaded / 1e6:.3g} million parameters take {loaded * 4 / MB:,.0f} MB of weights and {states / MB:,.0f} MB of"

@@ -18,12 +18,12 @@ from temper.methods import load
 from temper.methods.base import Job
 from temper.models.load import load_tokenizer
 from temper.rollout import Request, Sampling, sample
-from temper.runs import Run, code_version, disk, fingerprint
+from temper.runs import Run, code_version, disk, fingerprint, model_fingerprint
 from temper.train import machine, ranks
 from temper.world.streams import VERSION
 
 ROUNDING = ("ranks", "shard", "activations", "fit_memory", "tokens_per_microbatch")  # of an identity: another one changes last digits
-MODELS = ("model", "reward", "step_reward", "value_model")  # settings that name a model
+MODELS = ("model", "reward", "report", "step_reward", "value_model")  # settings that name a model
 INPUTS = (*MODELS, "data", "prompts", "red_team", "helpful", "helpful_pairs", "ptx_data", "principles")  # settings that name what is read
 WORLD = "temper.world.datasets"  # the module that decides what `world:` gives
 
@@ -65,14 +65,11 @@ def input_fingerprint(name: str, value: str) -> str:
         return fingerprint([VERSION, code_version(WORLD), value])
     if value == "-":
         raise UserError(f"{name}: standard input cannot be read again when the stage goes on; save it and name the file")
-    if name == "reward" and reads(value) != [value]:
+    if name in ("reward", "report") and reads(value) != [value]:
         return fingerprint([value, *(input_fingerprint(part, one) for part, one in _named({name: value}))])
     path = Path(value)
     if name in MODELS:
-        path = path.expanduser()
-        path = path / "model" if (path / "model").is_dir() else path
-        files = sorted(p for p in path.glob("[!.]*") if p.is_file()) if (path / "config.json").exists() else []
-        return fingerprint({p.name: fingerprint(p) for p in files} or value)
+        return model_fingerprint(value)
     if name == "principles":
         return fingerprint(path if path.is_file() else value)
     return fingerprint([fingerprint(p) for p in _files(value)] if path.exists() else value)
@@ -141,10 +138,10 @@ def _follow(method: str, settings: Settings, place: Place) -> dict[str, Any]:
 
 
 def _named(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(setting, what it names that is read); of a --reward every model and file that it is made of."""
+    """(setting, what it names that is read); of a reward every model and file that it is made of."""
     for name in INPUTS:
         value = values.get(name)
-        if name == "reward" and value and not value.startswith("@"):
+        if name in ("reward", "report") and value and not value.startswith("@"):
             yield from (("data" if part.endswith((".py", ".json")) else name, part) for part in reads(value))
         elif value:
             yield name, value
