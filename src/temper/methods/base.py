@@ -1,20 +1,26 @@
 """What the methods share: the job that a driver runs, offline batches, the settings of data and length. Floor 5."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from temper.config import Settings, opt
-from temper.data.packing import batch_indices, pack
+from temper.data.packing import Order, pack
+from temper.data.sharing import shared, size
 from temper.data.sources import Kind, read
-from temper.data.split import split
+from temper.data.sources import Report as Read
+from temper.data.split import held_out, key
+from temper.data.store import Make, Store, Trees, kept, parts
 from temper.data.trees import Report
 from temper.forest import Forest, Tree, plant
 from temper.records import Message
+from temper.runs import Run, atomic_write
 from temper.train import Compute, Optim, State, Step, fit, ranks
 
 Weigh = Callable[[Sequence[Tree]], dict[str, float]]  # the weights of a forest's items, by name
@@ -34,6 +40,7 @@ class Batching(Settings):
     batch: int = opt(32, "records per optimiser step", ge=1)
     epochs: float = opt(1.0, "passes over the records", gt=0)
     tokens_per_microbatch: int = opt(8192, "tokens computed at a time; the result does not depend on it", ge=1)
+    together: bool = opt(False, "records that open with the same question follow each other, so that steps compute what they share once")
     seed: int = opt(0, "of the order of the records and of everything random", ge=0)
 
     def rows(self, records: int) -> int:
@@ -67,48 +74,156 @@ class Job:
     notes: Sequence[str] = ()  # said to the user before the first step
 
 
+TOKENS = ".tokens"  # where runs beside each other keep what they tokenised
+LEFT_OUT = "left_out.jsonl"  # every row that was skipped, dropped or cut, and why
+
+
 class Given(NamedTuple):
     """Records as trees: those to learn from, those to be measured on, and what the run's card says of both."""
 
-    trees: list[Tree]
-    tests: list[Tree]
+    trees: Sequence[Tree]
+    tests: Sequence[Tree]
     out: list[Any]  # the records kept out of training
     tested: list[Any]  # those of them that `tests` were written from
     card: dict[str, Any]
 
 
-def given(settings: Any, kind: Kind, write: Callable[[Sequence[Any]], tuple[list[Tree], Report]]) -> Given:
-    """Read `settings.data`, keep some records out of training, and write the trees of either part."""
-    records, report = read(settings.data, kind, skip_bad=settings.window.skip_bad)
-    kept, out = split(records, settings.split.held_out, settings.batching.seed)
-    (trees, cut), (tests, test_cut) = write(kept), write(out)
-    card = {
-        "source": report.summary(),
-        "held_out": len(tests),
-        "tokens": sum(len(s.tokens) for t in trees for s in t),
-        "kept": cut.summary(),
-        "kept_held_out": test_cut.summary() if out else "",
+def given(settings: Any, kind: Kind, write: Callable[[Sequence[Any]], tuple[list[Tree], Report]], run: Run | None = None) -> Given:
+    """Read `settings.data`, keep some records out of training, and write the trees of either part; all in memory.
+
+    run: where the rows that were left out or cut are listed.
+    """
+    weights, b = parts(settings.data), settings.batching
+    found = [read(spec, kind, skip_bad=settings.window.skip_bad) for spec in weights]
+    keys = [np.fromiter(map(key, records), np.uint64, len(records)) for records, _ in found]
+    masks = held_out_of(keys, settings.split.held_out, b.seed)
+    blocks, groups, tests, out, tested, reports = [], [], [], [], [], []
+    for (records, _), own, mask in zip(found, keys, masks, strict=True):
+        learned, kept_out = np.flatnonzero(~mask), [records[i] for i in np.flatnonzero(mask)]
+        (trees, cut), (test, test_cut) = write([records[i] for i in learned]), write(kept_out)
+        blocks.append((trees, np.arange(len(trees))))
+        groups.append(_groups(own[np.delete(learned, list(cut.dropped))]))
+        tests += test
+        out += kept_out
+        tested += [record for i, record in enumerate(kept_out) if i not in test_cut.dropped]
+        reports.append((cut, test_cut))
+    trees = Trees(blocks, list(weights.values()), groups if b.together else None)
+    card = _card(settings, [report for _, report in found], reports, trees, len(tests), run)
+    return Given(trees, tests, out, tested, {**card, "tokens": sum(map(size, trees))})
+
+
+class Stored(NamedTuple):
+    """Records as trees on disk, otherwise as `Given`."""
+
+    trees: Trees
+    tests: Trees
+    out: list[Any]  # a few of the records kept out of training
+    records: tuple[int, int]  # how many there are to learn from, and how many are kept out
+    card: dict[str, Any]
+
+
+def stored(settings: Any, run: Run, kind: Kind, model: type[Any], make: Make, by: Any, max_length: int | None, skip_bad: bool) -> Stored:
+    """As `given`, for sets that may be larger than the memory: tokenised once into `.tokens` beside the run. by: what `make` depends on."""
+    weights, b = parts(settings.data), settings.batching
+    folder = run.folder.parent / TOKENS
+    with ranks.leader_first():
+        stores = [kept(folder, spec, kind, make, by=by, skip_bad=skip_bad, given=max_length is not None) for spec in weights]
+    masks = held_out_of([s.arrays["keys"] for s in stores], settings.split.held_out, b.seed)
+    halves: list[list[tuple[Store, np.ndarray]]] = [[], []]
+    reports, groups, out = [], [], []
+    for store, mask in zip(stores, masks, strict=True):
+        records = store.arrays["records"]
+        of = [np.flatnonzero(mask[records] == test) for test in (False, True)]
+        for half, rows in zip(halves, of, strict=True):
+            half.append((store, rows))
+        reports.append(tuple(_part(store, rows, mask == test) for test, rows in enumerate(of)))
+        if b.together:
+            groups.append(_groups(store.arrays["keys"][records[of[0]]]))
+        out += [r for r, test in zip(store.sample(model), mask, strict=False) if test]
+    trees, tests = Trees(halves[0], list(weights.values()), groups or None), Trees(halves[1], [1.0] * len(stores), mixed=False)
+    card = _card(settings, [s.read for s in stores], reports, trees, len(tests), run)
+    held = sum(int(mask.sum()) for mask in masks)
+    return Stored(
+        trees,
+        tests,
+        out,
+        (sum(map(len, masks)) - held, held),
+        {**card, "tokens": trees.count("sizes"), "learned_tokens": trees.count("learned")},
+    )
+
+
+def _part(store: Store, rows: np.ndarray, mask: np.ndarray) -> Report:
+    """The report on the records of a store that the mask names, whose trees are `rows`."""
+    tokens = int(store.sizes(rows).sum(dtype=np.int64))
+    dropped, cut = ({i: text for i, text in found.items() if mask[i]} for found in (store.report.dropped, store.report.cut))
+    return replace(store.report, rows=int(mask.sum()), tokens=tokens, tokens_unshared=tokens, dropped=dropped, cut=cut)
+
+
+def held_out_of(keys: Sequence[np.ndarray], share: float, seed: int) -> list[np.ndarray]:
+    """Of each data set which records are kept out of training: chosen together, so that no opening stands on both sides."""
+    return np.split(held_out(np.concatenate(keys), share, seed), np.cumsum([len(k) for k in keys])[:-1])
+
+
+def _groups(keys: np.ndarray) -> np.ndarray:
+    return np.unique(keys, return_inverse=True)[1]
+
+
+def _card(
+    settings: Any, found: Sequence[Read], reports: Sequence[tuple[Report, ...]], trees: Trees, tests: int, run: Run | None
+) -> dict[str, Any]:
+    """What the run's card says of its data; the rows that were left out or cut are listed in a file of the run."""
+    rows = [{"at": at, "what": "skipped", "why": why} for report in found for at, why in report.skipped]
+    for part in (report for pair in reports for report in pair):
+        rows += [{"what": what, "why": why} for what, texts in (("dropped", part.dropped), ("cut", part.cut)) for why in texts.values()]
+    if run and rows and ranks.rank() == 0:
+        atomic_write(run.file(LEFT_OUT), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    mixture = [f"{take} of {have} rows of {spec}" for spec, have, take in zip(parts(settings.data), trees.have, trees.take, strict=True)]
+    return {
+        "source": " | ".join(report.summary() for report in found),
+        "mixture": f"an epoch: {', '.join(mixture)}" if len(mixture) > 1 else "",
+        "held_out": tests,
+        "kept": " | ".join(train.summary() for train, _ in reports),
+        "kept_held_out": " | ".join(test.summary() for _, test in reports) if settings.split.held_out else "",
+        "left_out": f"{len(rows)} rows, listed in {LEFT_OUT}" if run and rows else "",
     }
-    return Given(trees, tests, out, [record for i, record in enumerate(out) if i not in test_cut.dropped], card)
+
+
+def epoch(trees: Sequence[Tree]) -> int:
+    """How many records an epoch reads: all, or of a mixture as many as it gives without repeats."""
+    return sum(getattr(trees, "take", (len(trees),)))
 
 
 def learn(
-    model: Any, trees: Sequence[Tree], loss: Any, b: Batching, optim: Optim, resume: State | None, how: Compute, weigh: Weigh | None = None
+    model: Any,
+    trees: Sequence[Tree],
+    loss: Any,
+    b: Batching,
+    optim: Optim,
+    resume: State | None,
+    how: Compute,
+    weigh: Weigh | None = None,
+    join: bool = False,
 ) -> Iterator[Step]:
-    """`fit` on all trees, in batches and for epochs."""
-    steps = b.steps(len(trees))
-    return fit(model, offline(trees, b, weigh), loss, steps=steps, optim=optim, seed=b.seed, resume=resume, compute=how)
+    """`fit` on all trees, in batches and for epochs. join: as `offline` takes it; always so where tokens are what is weighed."""
+    source = offline(trees, b, weigh, join=join or weigh is None)
+    return fit(model, source, loss, steps=b.steps(epoch(trees)), optim=optim, seed=b.seed, resume=resume, compute=how)
 
 
-def offline(trees: Sequence[Tree], batching: Batching, weigh: Weigh | None = None) -> Callable[[int], list[Forest]]:
-    """The source of an offline method: step -> this rank's micro-batches, a pure function of (records, seed, step)."""
-    sizes = [sum(len(s.tokens) for s in tree) for tree in trees]
+def offline(trees: Sequence[Tree], batching: Batching, weigh: Weigh | None = None, *, join: bool = False) -> Callable[[int], list[Forest]]:
+    """The source of an offline method: step -> this rank's micro-batches, a pure function of (records, seed, step).
+
+    join: records of a step that begin alike become one tree (`data.sharing`); `weigh` must count what they hold, not the trees.
+    """
+    have = getattr(trees, "have", (len(trees),))
+    order = Order(have, getattr(trees, "take", None), batching.seed, getattr(trees, "together", None))
 
     def source(step: int) -> list[Forest]:
-        rows = batch_indices(len(trees), batching.rows(len(trees)), batching.seed, step)
-        chosen = [rows[i] for i in ranks.share([sizes[row] for row in rows])]
-        groups = pack([sizes[i] for i in chosen], batching.tokens_per_microbatch)
-        return [plant(picked, weigh(picked) if weigh else None) for group in groups for picked in [[trees[chosen[g]] for g in group]]]
+        chosen = [trees[row] for row in order.rows(batching.rows(order.n), step)]
+        if join:
+            chosen = shared(chosen, batching.tokens_per_microbatch)
+        mine = [chosen[i] for i in ranks.share([size(tree) for tree in chosen])]
+        groups = pack([size(tree) for tree in mine], batching.tokens_per_microbatch)
+        return [plant(picked, weigh(picked) if weigh else None) for group in groups for picked in [[mine[g] for g in group]]]
 
     return source
 
@@ -120,6 +235,6 @@ def forests(
     device: str | torch.device = "cpu",
 ) -> Iterator[tuple[list[int], Forest]]:
     """All trees once, packed: (their indices, the forest on `device`). For reference log-probs, scores and held-out losses."""
-    for group in pack([sum(len(s.tokens) for s in tree) for tree in trees], microbatch):
+    for group in pack([size(tree) for tree in trees], microbatch):
         picked = [trees[i] for i in group]
         yield list(group), plant(picked, weigh(picked) if weigh else None).to(device)

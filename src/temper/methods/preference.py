@@ -19,7 +19,7 @@ from temper.data.trees import comparison_trees
 from temper.forest import Forest, Tree, per_segment
 from temper.losses.preference import RULES, Pairs
 from temper.losses.registry import settings as keywords
-from temper.methods.base import Batching, Job, Split, Window, forests, given, offline
+from temper.methods.base import Batching, Job, Split, Window, epoch, forests, given, offline
 from temper.methods.reward import count_records, ends
 from temper.models.adapters import without_adapter
 from temper.models.heads import precision, slack, token_logp
@@ -138,19 +138,19 @@ def train_on(
     model, trees, name: str, how: dict, b: Batching, optim: Optim, steps: int, resume: State | None = None, compute: Compute = Compute()
 ) -> Iterator[Step]:
     """Train on pair trees that carry their reference log-probs, by the rule of that name with settings `how`."""
-    source, loss = offline(trees, b, count_records), make_loss(partial(RULES[name], **how))
+    source, loss = offline(trees, b, count_records, join=True), make_loss(partial(RULES[name], **how))
     return fit(model, source, loss, steps=steps, optim=optim, seed=b.seed, resume=resume, check=check_reference, compute=compute)
 
 
 def train(settings: Preference, model, trees, resume: State | None = None) -> Iterator[Step]:
     s, b = settings, settings.batching
-    return train_on(model, trees, s.rule, s.own(), b, s.optim, b.steps(len(trees)), resume, s.compute)
+    return train_on(model, trees, s.rule, s.own(), b, s.optim, b.steps(epoch(trees)), resume, s.compute)
 
 
 def prepare(settings: Preference, run: Run) -> Job:
     b = settings.batching
     model, tokenizer = load_policy(settings.model, **settings.compute.placed)
-    trees, tests, out, _, card = given(settings, "pairs", lambda pairs: comparison_trees(tokenizer, pairs, model, settings.window))
+    trees, tests, out, _, card = given(settings, "pairs", lambda pairs: comparison_trees(tokenizer, pairs, model, settings.window), run)
     with_reference(model, [*trees, *tests], b.tokens_per_microbatch, references(run))
 
     def held_out() -> dict[str, float]:
@@ -163,7 +163,7 @@ def prepare(settings: Preference, run: Run) -> Job:
         return {"held_out_accuracy": right / len(tests), "held_out_pairs": len(tests)}
 
     return Job(
-        total=b.steps(len(trees)),
+        total=b.steps(epoch(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
         save=lambda path: export(model, tokenizer, path, stop=stop_ids(tokenizer)),
         card={**card, "pairs": len(trees)},

@@ -21,7 +21,7 @@ from temper.data.trees import comparison_trees
 from temper.forest import Forest, Tree
 from temper.judges.reward_model import remember_scale
 from temper.losses.reward import bradley_terry
-from temper.methods.base import Batching, Job, Split, Window, forests, given, learn
+from temper.methods.base import Batching, Job, Split, Window, epoch, forests, given, learn
 from temper.models.heads import scalar
 from temper.models.load import export, load_scalar
 from temper.records import Pair, Ranked
@@ -64,7 +64,7 @@ def settings(name: str) -> type[Settings]:
 
 
 def count_records(trees: Sequence[Tree]) -> dict[str, float]:
-    return {"records": float(len(trees))}
+    return {"records": float(sum(s.labels["rank"] == 0 for tree in trees for s in tree))}
 
 
 def ends(batch: Forest) -> tuple[Tensor, Tensor]:
@@ -139,13 +139,15 @@ def held_out(model, trees: Sequence[Tree], records: Sequence[Pair | Ranked], mic
 
 def train(settings: Reward, model, trees, resume: State | None = None) -> Iterator[Step]:
     s = settings
-    return learn(model, trees, make_loss(s.centring), s.batching, s.optim, resume, s.compute, count_records)
+    return learn(model, trees, make_loss(s.centring), s.batching, s.optim, resume, s.compute, count_records, join=True)
 
 
 def prepare(settings: Reward, run: Run) -> Job:
     b = settings.batching
     model, tokenizer = load_scalar(settings.model, seed=b.seed, **settings.compute.placed)
-    trees, tests, _, tested, card = given(settings, "comparisons", lambda rows: comparison_trees(tokenizer, rows, model, settings.window))
+    trees, tests, _, tested, card = given(
+        settings, "comparisons", lambda rows: comparison_trees(tokenizer, rows, model, settings.window), run
+    )
 
     def finish(path: Path) -> None:
         seen = scores(model, trees[:SCALED], b.tokens_per_microbatch)
@@ -153,7 +155,7 @@ def prepare(settings: Reward, run: Run) -> Job:
         export(model, tokenizer, path)
 
     return Job(
-        total=b.steps(len(trees)),
+        total=b.steps(epoch(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
         save=finish,
         card={
