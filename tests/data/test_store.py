@@ -12,7 +12,7 @@ import pytest
 from temper.config import UserError
 from temper.data import store
 from temper.data.sources import read
-from temper.data.store import Store, Trees, kept, parts
+from temper.data.store import Trees, kept, parts
 from temper.data.trees import chat_chunk, chat_trees, text_chunk, text_trees
 
 
