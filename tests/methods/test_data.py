@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from toy import says, train, user, write
+from toy import TINY, says, train, user, write
 
 from temper.methods.base import Batching, offline
 from temper.methods.reward import count_records
