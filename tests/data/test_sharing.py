@@ -43,10 +43,10 @@ def test_conversations_at_several_lengths_are_one_chain():
     """The same dialogue cut after each answer, the last one learned: each token is computed once."""
     ids = list(range(100))
     trees = [[Segment(ids[:n], [0.0] * (n - 10) + [1.0] * 10)] for n in (40, 70, 100)]
-    (tree,) = shared(trees, 1000)
+    (tree,) = shared(trees, 1000, 20)
     assert [(len(s.tokens), s.parent) for s in tree] == [(40, -1), (30, 0), (30, 1)]
     assert [sum(s.target) for s in tree] == [10, 10, 10]
-    assert shared(trees, 60) != [tree]
+    assert shared(trees, 60, 20) != [tree]
     assert shared(trees, 1000, least=101) == trees
 
 

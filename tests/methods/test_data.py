@@ -16,7 +16,7 @@ def test_a_mixture_is_trained_in_its_proportions(toy, tmp_path):
     spec = f"{toy.chats}=1,{write(tmp_path / 'more.jsonl', [{'messages': [*user('Hi'), says(f'Hello {k}.')]} for k in range(20)])}=3"
     train("sft", tmp_path / "sft", model=toy.base, data=spec, held_out=0, batch=8)
     run = Run(tmp_path / "sft")
-    assert "an epoch: 7 of 168 rows of " in run.stage["card"]["mixture"]
+    assert "an epoch: 10 of 168 rows of " in run.stage["card"]["mixture"]
     assert ", 20 of 20 rows of " in run.stage["card"]["mixture"]
     assert run.stage["summary"]["steps"] == 4
 

@@ -137,6 +137,7 @@ def stored(settings: Any, run: Run, kind: Kind, model: type[Any], make: Make, by
         for half, rows in zip(halves, of, strict=True):
             half.append((store, rows))
         reports.append(tuple(_part(store, rows, mask == test) for test, rows in enumerate(of)))
+        reports[-1][0].settle(max_length is not None)
         if b.together:
             groups.append(_groups(store.arrays["keys"][records[of[0]]]))
         out += [r for r, test in zip(store.sample(model), mask, strict=False) if test]
@@ -205,7 +206,7 @@ def learn(
     join: bool = False,
 ) -> Iterator[Step]:
     """`fit` on all trees, in batches and for epochs. join: as `offline` takes it; always so where tokens are what is weighed."""
-    source = offline(trees, b, weigh, join=join or weigh is None)
+    source = offline(trees, b, weigh, join=(join or weigh is None) and not how.fit_memory)  # what is joined cannot be divided to fit
     return fit(model, source, loss, steps=b.steps(epoch(trees)), optim=optim, seed=b.seed, resume=resume, compute=how)
 
 

@@ -138,7 +138,7 @@ def train_on(
     model, trees, name: str, how: dict, b: Batching, optim: Optim, steps: int, resume: State | None = None, compute: Compute = Compute()
 ) -> Iterator[Step]:
     """Train on pair trees that carry their reference log-probs, by the rule of that name with settings `how`."""
-    source, loss = offline(trees, b, count_records, join=True), make_loss(partial(RULES[name], **how))
+    source, loss = offline(trees, b, count_records, join=not compute.fit_memory), make_loss(partial(RULES[name], **how))
     return fit(model, source, loss, steps=steps, optim=optim, seed=b.seed, resume=resume, check=check_reference, compute=compute)
 
 
