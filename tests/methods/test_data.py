@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from toy import TINY, says, train, user, write
+from toy import says, train, user, write
 
 from temper.methods.base import Batching, offline
 from temper.methods.reward import count_records
@@ -13,7 +13,8 @@ SYSTEM = {"role": "system", "content": "You know the boats of the harbour and th
 
 
 def test_a_mixture_is_trained_in_its_proportions(toy, tmp_path):
-    spec = f"{toy.chats}=1,{write(tmp_path / 'more.jsonl', [{'messages': [*user('Hi'), says(f'Hello {k}.')]} for k in range(20)])}=3"
+    more = write(tmp_path / "more.jsonl", [{"messages": [*user("Hi"), says(f"Hello {k}.")]} for k in range(20)])
+    spec = f"{toy.chats}=1,{more}=2"
     train("sft", tmp_path / "sft", model=toy.base, data=spec, held_out=0, batch=8)
     run = Run(tmp_path / "sft")
     assert "an epoch: 10 of 168 rows of " in run.stage["card"]["mixture"]

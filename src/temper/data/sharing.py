@@ -22,7 +22,7 @@ def shared(trees: Sequence[Tree], most: int, least: int = LEAST) -> list[Tree]:
     A token that several trees learn stands once with the sum of their weights, so sums over tokens, and their gradients, are the same.
     Joined are first segments: a conversation, or the prompt of a comparison with its answers under it, which stay together in their order.
     """
-    order = sorted((i for i, tree in enumerate(trees) if _one_root(tree)), key=lambda i: trees[i][0].tokens)
+    order = sorted((i for i, tree in enumerate(trees) if _one_root(tree)), key=lambda i: list(trees[i][0].tokens))
     out = {i: tree for i, tree in enumerate(trees) if not _one_root(tree)}
     for run in _runs([trees[i] for i in order], 0, least, most):
         members = [order[k] for k in run]

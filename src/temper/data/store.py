@@ -209,7 +209,7 @@ def kept(folder: Path, spec: str, kind: Kind, make: Make, *, by: Any, skip_bad: 
 # ---------------------------------------------------------------- reading
 
 
-class Store:
+class Store(Sequence[Tree]):
     """A tokenised data set on disk. report, read: what became of its records on the way, and of its rows."""
 
     def __init__(self, folder: Path) -> None:
@@ -234,7 +234,7 @@ class Store:
     def __len__(self) -> int:
         return len(self.arrays["records"])
 
-    def __getitem__(self, i: int) -> Tree:
+    def __getitem__(self, i: Any) -> Any:
         first, end = (int(x) for x in self.arrays["trees"][i : i + 2])
         borders = [int(x) for x in self.arrays["segments"][first : end + 1]]
         data = np.frombuffer(os.pread(self.file.fileno(), 4 * (borders[-1] - borders[0]), 4 * borders[0]), "<u4")

@@ -240,7 +240,7 @@ def chat_chunk(
         over = fit.excess(i, length, cuttable=min(spare))
         if over is None:
             continue
-        paths = [_cut(*path, max(0, over - length + len(path[0])), begin) for path in paths]
+        paths = [_cut(ids, target, max(0, over - length + len(ids)), begin) for ids, target in paths]
         tree = _chat_tree(paths)
         fit.report.tokens += size(tree)
         fit.report.tokens_unshared += sum(len(ids) for ids, _ in paths)

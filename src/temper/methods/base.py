@@ -100,8 +100,8 @@ def given(settings: Any, kind: Kind, write: Callable[[Sequence[Any]], tuple[list
     blocks, groups, tests, out, tested, reports = [], [], [], [], [], []
     for (records, _), own, mask in zip(found, keys, masks, strict=True):
         learned, kept_out = np.flatnonzero(~mask), [records[i] for i in np.flatnonzero(mask)]
-        (trees, cut), (test, test_cut) = write([records[i] for i in learned]), write(kept_out)
-        blocks.append((trees, np.arange(len(trees))))
+        (train, cut), (test, test_cut) = write([records[i] for i in learned]), write(kept_out)
+        blocks.append((train, np.arange(len(train))))
         groups.append(_groups(own[np.delete(learned, list(cut.dropped))]))
         tests += test
         out += kept_out

@@ -7,6 +7,7 @@ no attention across documents. The first token of a document is read, not predic
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -22,7 +23,7 @@ from temper.methods.base import TOKENS, Batching, Job, Split, epoch, held_out_of
 from temper.methods.sft import held_out_loss, train_on
 from temper.models.load import Size, export, new_model
 from temper.models.tokenizer import train_tokenizer, wrapped
-from temper.records import Record, Text
+from temper.records import Text
 from temper.runs import Run, atomic_write, code_version, fingerprint
 from temper.train import Compute, Optim, State, Step, ranks
 
@@ -91,7 +92,7 @@ def _tokenizer(settings: Pretrain, folder: Path) -> PreTrainedTokenizerFast:
     if file.exists():
         return wrapped(Tokenizer.from_file(str(file)), context=settings.size.context)
 
-    def documents() -> Iterator[Iterator[Record]]:
+    def documents() -> Iterator[Iterator[Any]]:
         return (stream(spec, "text", Report(spec), settings.skip_bad) for spec in parts(settings.data))
 
     masks = held_out_of([np.fromiter(map(key, records), np.uint64) for records in documents()], share, b.seed)
