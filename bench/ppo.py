@@ -3,7 +3,7 @@ value and reward, then padded updates. The peer is here, whole and plain; `compa
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from bench.rollout import EACH, Generate, generate, left_padded
 from bench.training import LATER
 from temper.forest import Forest, Segment
 from temper.methods import ppo
+from temper.methods.start import Plan
 from temper.records import write_jsonl
 from temper.rollout import Sampling
 from temper.train import Optim, Step
@@ -54,6 +55,7 @@ class Part(NamedTuple):
 
 class PPO:
     name = "ppo"
+    named: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -74,10 +76,7 @@ class PPO:
             model=str(self.setup.folder / "policy"),
             reward=str(self.setup.folder / "reward"),
             prompts=str(self.setup.folder / "prompts.jsonl"),
-            rollouts=steps,
-            prompts_per_step=len(self.prompts),
-            samples_per_prompt=EACH,
-            epochs_per_batch=EPOCHS,
+            plan=Plan(rollouts=steps, prompts_per_step=len(self.prompts), samples_per_prompt=EACH, epochs_per_batch=EPOCHS),
             sampling=Sampling(max_new=self.setup.scale.max_new),
             window=self.setup.window,
             seed=SEED,
@@ -176,7 +175,7 @@ class Peer:
             value = self._value(part)
             score = self._states(self.reward, part)[:, -1] @ self.reward.score.weight[0]
             ended = torch.tensor([rollout.ended[i] for i in chosen], device=score.device)
-            score = torch.where(ended, score, score.clamp(max=s.missing_eos))
+            score = torch.where(ended, score, score.clamp(max=s.ending.missing_eos))
             shaped = -s.beta * (logp - ref) * part.own
             shaped[:, -1] += score
             advantage, running, after = torch.zeros_like(value), torch.zeros_like(score), torch.zeros_like(score)
@@ -200,7 +199,8 @@ class Peer:
                 rho, advantage = (self._logp(self.policy, part) - old["logp"]).exp(), old["advantage"]
                 policy = torch.maximum(-advantage * rho, -advantage * rho.clamp(1 - s.clip, 1 + s.clip))[own].sum()
                 value = self._value(part)
-                near = value.clamp(old["value"] - s.value_clip, old["value"] + s.value_clip)
+                clip = float(s.value_clip or 0)
+                near = value.clamp(old["value"] - clip, old["value"] + clip)
                 off = torch.maximum((value - old["returns"]) ** 2, (near - old["returns"]) ** 2)[own].sum() / 2
                 loss = (policy + s.value_weight * off) / tokens
                 loss.backward()

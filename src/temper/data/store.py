@@ -31,6 +31,7 @@ import torch
 from temper.config import UserError
 from temper.data import hub
 from temper.data.packing import counts
+from temper.data.sharing import size
 from temper.data.sources import Kind, _files, stream
 from temper.data.sources import Report as Read
 from temper.data.split import key
@@ -215,12 +216,11 @@ class Store(Sequence[Tree]):
     def __init__(self, folder: Path) -> None:
         """Raises OSError, ValueError or KeyError where it is not there or not whole."""
         card = json.loads((folder / "card.json").read_text())
-        for name, size in card["bytes"].items():
-            if (folder / name).stat().st_size != size:
+        for name, length in card["bytes"].items():
+            if (folder / name).stat().st_size != length:
                 raise ValueError(f"{folder / name} is not whole")
-        names = {name: {int(i): text for i, text in card["report"][name].items()} for name in ("dropped", "cut")}
+        names = {name: {int(i): x for i, x in card["report"][name].items()} for name in ("dropped", "cut", "long")}
         self.report = Report(**{**card["report"], **names})
-        self.report.long = []
         more = {"skipped": [(at, why) for at, why in card["read"]["skipped"]], "conversions": Counter(card["read"]["conversions"])}
         self.read = Read(**{**card["read"], **more})
         self.samples = folder / SAMPLES
@@ -251,6 +251,23 @@ class Store(Sequence[Tree]):
         """Tokens of the trees of these numbers."""
         trees, segments = self.arrays["trees"], self.arrays["segments"]
         return segments[trees[rows + 1]] - segments[trees[rows]]
+
+
+class Rows(Sequence[Any]):
+    """So many records, read into memory when one of them is first looked at."""
+
+    def __init__(self, count: int, read: Callable[[], Iterable[Any]]) -> None:
+        self._count, self._read = count, read
+
+    @functools.cached_property
+    def _rows(self) -> list[Any]:
+        return list(self._read())
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._rows[i]
 
 
 class Trees(Sequence[Tree]):
@@ -288,6 +305,14 @@ class Trees(Sequence[Tree]):
         block = int(np.searchsorted(self._ends, i, side="right"))
         trees, rows = self.blocks[block]
         return trees[int(rows[i - self._ends[block]])]
+
+    def sizes(self) -> list[int]:
+        """Tokens of each tree."""
+        return [
+            n
+            for trees, rows in self.blocks
+            for n in (trees.sizes(rows).tolist() if isinstance(trees, Store) else (size(trees[int(k)]) for k in rows))
+        ]
 
     def count(self, name: str) -> int:
         """Sum of an array of the stores ("learned"), or of their sizes ("sizes"), over these trees."""

@@ -37,7 +37,8 @@ class Report:
     tokens_unshared: int = 0  # what the same rows would be one by one
     dropped: dict[int, str] = field(default_factory=dict)
     cut: dict[int, str] = field(default_factory=dict)
-    long: list[tuple[str, int]] = field(default_factory=list)  # (where, tokens) of rows that are too long under the policy `error`
+    long: dict[int, int] = field(default_factory=dict)  # tokens of the rows that are beyond the limit
+    refused: str = ""  # where the first row is that the policy `error` refuses
     room: int = 0  # tokens that an answer needs beside a prompt
 
     def add(self, part: Report) -> None:
@@ -47,17 +48,18 @@ class Report:
             setattr(self, name, getattr(self, name) + getattr(part, name))
         self.dropped |= part.dropped
         self.cut |= part.cut
-        self.long += part.long
+        self.long |= part.long
+        self.refused = self.refused or part.refused
 
     def settle(self, given: bool) -> None:
         """Raises UserError for rows that are too long under the policy `error`, and when nothing is left. given: --max-length was."""
-        if self.long:
-            at, length = self.long[0]
+        if self.refused:
+            lengths = list(self.long.values())
             limit = f"--max-length {self.limit}" if given else f"{self.limit}, the model's window"
             beside = f" + {self.room} for the answer" if self.room else ""
-            more = f" (and {len(self.long) - 1} more rows, the longest {max(n for _, n in self.long)})" if len(self.long) > 1 else ""
+            more = f" (and {len(lengths) - 1} more rows, the longest {max(lengths)})" if len(lengths) > 1 else ""
             larger = " or a larger --max-length" if given else ""
-            raise UserError(f"{at}: {length} tokens{beside} > {limit}{more}; use --too-long drop|cut-prompt{larger}")
+            raise UserError(f"{self.refused}: {lengths[0]} tokens{beside} > {limit}{more}; use --too-long drop|cut-prompt{larger}")
         if self.rows and not self.kept:
             raise UserError(f"none of the {self.rows} rows is left to use; the first: {next(iter(self.dropped.values()), '')}")
 
@@ -102,13 +104,6 @@ def limit_of(model: Any, max_length: int | None) -> tuple[int | None, str]:
     return max_length, f"--max-length {max_length}"
 
 
-def _refuse_tools(record: Record) -> None:
-    """Raises UserError for tools and calls, which no rendering here writes: trained without them, a conversation would be another."""
-    said = getattr(record, "messages", None) or getattr(record, "prompt", [])
-    if getattr(record, "tools", None) or any(m.tool_calls for m in said):
-        raise UserError("has tools or calls some, which cannot be rendered yet; leave such rows out")
-
-
 class _Fit:
     """The policy at work on records that are numbered from `first` on."""
 
@@ -125,7 +120,6 @@ class _Fit:
     def attempt(self, index: int, render, *args: Any, **kwargs: Any) -> Any:
         """What `render` returns; None when the template refuses the row and bad rows are skipped."""
         try:
-            _refuse_tools(self.records[index - self.first])
             return render(*args, **kwargs)
         except UserError as error:
             if not self.window.skip_bad:
@@ -138,12 +132,14 @@ class _Fit:
         limit = self.report.limit
         if limit is None or length + self.room <= limit:
             return 0
+        self.report.long[index] = length
         at = self.where(index)
+        if self.window.too_long == "error":
+            self.report.refused = self.report.refused or at
+            return None
         over = length + self.room - limit
         beside = f" beside {self.room} of answer" if self.room else ""
-        if self.window.too_long == "error":
-            self.report.long.append((at, length))
-        elif self.window.too_long == "drop":
+        if self.window.too_long == "drop":
             self.report.dropped[index] = f"{at}: {length} tokens{beside}"
         elif over > cuttable:
             self.report.dropped[index] = f"{at}: {length} tokens{beside}, the answer alone does not fit"

@@ -60,7 +60,8 @@ def story(method: str, run: Run, summary: dict[str, Any]) -> list[str]:
         if summary["steps"]
         else method
     ]
-    lines += [f"  {name}: {value}" for name, value in run.stage["card"].items() if value not in (None, "", [])]
+    told = ("doctor",)  # at the start
+    lines += [f"  {name}: {value}" for name, value in run.stage["card"].items() if value not in (None, "", []) and name not in told]
     for name, value in {**summary.get("last", {}), **summary}.items():
         if name in what and isinstance(value, (int, float)):
             lines.append(f"  {name} {value:.4g}  ({what[name]})")

@@ -17,8 +17,10 @@ NAMES = {  # command -> file
     "sft": "sft",
     "collect": "collect",
     "reward": "reward",
+    "process-reward": "process_reward",
     **dict.fromkeys(_rules(), "preference"),
     "ppo": "ppo",
+    "grpo": "grpo",
     "constitution": "constitution",
 }
 

@@ -13,15 +13,15 @@ import torch
 from temper.config import Settings, opt
 from temper.data.packing import Order, pack
 from temper.data.sharing import shared, size
-from temper.data.sources import Kind, read
+from temper.data.sources import Kind, read, stream
 from temper.data.sources import Report as Read
 from temper.data.split import held_out, key
-from temper.data.store import Make, Store, Trees, kept, parts
+from temper.data.store import Make, Rows, Store, Trees, kept, parts
 from temper.data.trees import Report
 from temper.forest import Forest, Tree, plant
-from temper.records import Message
+from temper.records import Message, Record
 from temper.runs import Run, atomic_write
-from temper.train import Compute, Optim, State, Step, fit, ranks
+from temper.train import Compute, Loss, Optim, State, Step, fit, ranks
 
 Weigh = Callable[[Sequence[Tree]], dict[str, float]]  # the weights of a forest's items, by name
 
@@ -58,6 +58,31 @@ class Split(Settings):
     held_out: float = opt(0.05, "share of the records kept out of training and reported", ge=0, lt=1)
 
 
+class Corpus(NamedTuple):
+    """Records and what was made of them: one tree for each that is not in `kept.dropped`, in order; of documents, their windows; of a
+    prompt, its tokens alone.
+    """
+
+    records: Sequence[Record]
+    trees: Sequence[Tree]
+    read: Read
+    kept: Report
+
+
+@dataclass
+class Prepared:
+    """What the checks before the first step look at."""
+
+    corpus: Corpus
+    tokenizer: Any
+    module: torch.nn.Module  # what is trained
+    loss: Callable[[Any, Forest], Loss] | None = None
+    weigh: Weigh | None = None
+    check: Callable[[Any, Sequence[Forest]], None] | None = None  # policy equals reference; raises AssertionError
+    answered: Callable[[Tree], Tree] | None = None  # a prompt with as long an answer as may be sampled, as it will be learned from
+    whole: Corpus | None = None  # all of it, where `corpus` is a part
+
+
 @dataclass
 class Job:
     """One run of a method, ready to go. A driver pulls `steps`, evaluates, saves and stops as it likes."""
@@ -72,9 +97,11 @@ class Job:
     asks: Sequence[list[Message]] = ()  # a few prompts whose answers are written down along the way
     artefact: str = "model"  # the file or folder that `save` writes
     notes: Sequence[str] = ()  # said to the user before the first step
+    prepared: Prepared | None = None  # what is looked at before the first step; forgotten then
 
 
 TOKENS = ".tokens"  # where runs beside each other keep what they tokenised
+LOOKED = 10_000  # records of each set that are looked at before the first step, of sets that are kept on disk
 LEFT_OUT = "left_out.jsonl"  # every row that was skipped, dropped or cut, and why
 
 
@@ -86,6 +113,7 @@ class Given(NamedTuple):
     out: list[Any]  # the records kept out of training
     tested: list[Any]  # those of them that `tests` were written from
     card: dict[str, Any]
+    corpus: Corpus  # those that are learned from
 
 
 def given(settings: Any, kind: Kind, write: Callable[[Sequence[Any]], tuple[list[Tree], Report]], run: Run | None = None) -> Given:
@@ -109,7 +137,9 @@ def given(settings: Any, kind: Kind, write: Callable[[Sequence[Any]], tuple[list
         reports.append((cut, test_cut))
     trees = Trees(blocks, list(weights.values()), groups if b.together else None)
     card = _card(settings, [report for _, report in found], reports, trees, len(tests), run)
-    return Given(trees, tests, out, tested, {**card, "tokens": sum(map(size, trees))})
+    records = [rows[i] for (rows, _), mask in zip(found, masks, strict=True) for i in np.flatnonzero(~mask)]
+    corpus = Corpus(records, trees, _read(settings.data, [report for _, report in found]), _joined([cut for cut, _ in reports]))
+    return Given(trees, tests, out, tested, {**card, "tokens": sum(map(size, trees))}, corpus)
 
 
 class Stored(NamedTuple):
@@ -120,6 +150,8 @@ class Stored(NamedTuple):
     out: list[Any]  # a few of the records kept out of training
     records: tuple[int, int]  # how many there are to learn from, and how many are kept out
     card: dict[str, Any]
+    corpus: Corpus  # those that are learned from, of each set at most LOOKED
+    whole: Corpus | None  # all of them, where that is a part
 
 
 def stored(settings: Any, run: Run, kind: Kind, model: type[Any], make: Make, by: Any, max_length: int | None, skip_bad: bool) -> Stored:
@@ -150,14 +182,61 @@ def stored(settings: Any, run: Run, kind: Kind, model: type[Any], make: Make, by
         out,
         (sum(map(len, masks)) - held, held),
         {**card, "tokens": trees.count("sizes"), "learned_tokens": trees.count("learned")},
+        *_looked_at(settings.data, kind, skip_bad, stores, masks),
     )
+
+
+def _looked_at(data: str, kind: Kind, skip_bad: bool, stores: Sequence[Store], masks: Sequence[np.ndarray]) -> tuple[Corpus, Corpus | None]:
+    """The records that are learned from, of each set the first ones and then all; read when they are looked at."""
+
+    def corpus(most: int | None) -> Corpus:
+        uses = [~mask[:most] for mask in masks]
+
+        def records() -> Iterator[Record]:
+            for spec, use in zip(parts(data), uses, strict=True):
+                yield from (r for used, r in zip(use, stream(spec, kind, Read(spec), skip_bad), strict=False) if used)
+
+        rows, reports = [], []
+        for store, use in zip(stores, uses, strict=True):
+            of = store.arrays["records"]
+            first = np.arange(np.searchsorted(of, len(use)))
+            rows.append(first[use[of[first]]])
+            reports.append(_part(store, rows[-1], use))
+        trees = Trees(list(zip(stores, rows, strict=True)), [1.0] * len(stores), mixed=False)
+        kept_ = _joined([_renumbered(report, use) for report, use in zip(reports, uses, strict=True)])
+        return Corpus(Rows(kept_.rows, records), trees, _read(data, [s.read for s in stores]), kept_)
+
+    return corpus(LOOKED), corpus(None) if max(map(len, masks)) > LOOKED else None
+
+
+def _read(data: str, found: Sequence[Read]) -> Read:
+    """What became of the rows of several sets."""
+    return found[0] if len(found) == 1 else Read(data, skipped=[row for report in found for row in report.skipped])
+
+
+BY_ROW = ("dropped", "cut", "long")  # what a report says by number of the record
+
+
+def _renumbered(report: Report, mask: np.ndarray) -> Report:
+    """With the records numbered among those that the mask names."""
+    place = np.cumsum(mask) - 1
+    return replace(report, **{name: {int(place[i]): x for i, x in getattr(report, name).items()} for name in BY_ROW})
+
+
+def _joined(reports: Sequence[Report]) -> Report:
+    """Reports on records that stand one after the other, as one."""
+    whole = Report()
+    for part in reports:
+        moved: dict[str, Any] = {name: {i + whole.rows: x for i, x in getattr(part, name).items()} for name in BY_ROW}
+        whole.add(replace(part, **moved))
+    return whole
 
 
 def _part(store: Store, rows: np.ndarray, mask: np.ndarray) -> Report:
     """The report on the records of a store that the mask names, whose trees are `rows`."""
     tokens = int(store.sizes(rows).sum(dtype=np.int64))
-    dropped, cut = ({i: text for i, text in found.items() if mask[i]} for found in (store.report.dropped, store.report.cut))
-    return replace(store.report, rows=int(mask.sum()), tokens=tokens, tokens_unshared=tokens, dropped=dropped, cut=cut)
+    own: dict[str, Any] = {name: {i: x for i, x in getattr(store.report, name).items() if i < len(mask) and mask[i]} for name in BY_ROW}
+    return replace(store.report, rows=int(mask.sum()), tokens=tokens, tokens_unshared=tokens, **own)
 
 
 def held_out_of(keys: Sequence[np.ndarray], share: float, seed: int) -> list[np.ndarray]:
@@ -239,3 +318,14 @@ def forests(
     for group in pack([size(tree) for tree in trees], microbatch):
         picked = [trees[i] for i in group]
         yield list(group), plant(picked, weigh(picked) if weigh else None).to(device)
+
+
+def numbered(steps: Iterator[Step], phase: int, offset: int) -> Iterator[Step]:
+    """Steps of one phase (from 1) as steps of the whole: numbered on, with a snapshot that says which phase it is of."""
+
+    def snapshot_of(step: Step) -> Callable[[], State]:
+        return lambda: {"phase": phase, "state": step.snapshot()}
+
+    for step in steps:
+        metrics = {**step.metrics, "phase": phase} if step.metrics else {}  # none: a step taken before, which only shows its module
+        yield step._replace(n=step.n + offset, metrics=metrics, snapshot=snapshot_of(step))

@@ -19,7 +19,7 @@ from temper.data.trees import comparison_trees
 from temper.forest import Forest, Tree, per_segment
 from temper.losses.preference import RULES, Pairs
 from temper.losses.registry import settings as keywords
-from temper.methods.base import Batching, Job, Split, Window, epoch, forests, given, offline
+from temper.methods.base import Batching, Job, Prepared, Split, Window, epoch, forests, given, offline
 from temper.methods.reward import count_records, ends
 from temper.models.adapters import without_adapter
 from temper.models.heads import precision, slack, token_logp
@@ -126,6 +126,11 @@ def make_loss(rule):
     return loss
 
 
+def loss_of(name: str, how: dict[str, Any]):
+    """By the rule of that name with settings `how`."""
+    return make_loss(partial(RULES[name], **how))
+
+
 def check_reference(model, batches: Sequence[Forest]) -> None:
     """At step 0 the policy is the reference, so every h is 0 and DPO's loss is ln 2."""
     with torch.no_grad():
@@ -138,7 +143,7 @@ def train_on(
     model, trees, name: str, how: dict, b: Batching, optim: Optim, steps: int, resume: State | None = None, compute: Compute = Compute()
 ) -> Iterator[Step]:
     """Train on pair trees that carry their reference log-probs, by the rule of that name with settings `how`."""
-    source, loss = offline(trees, b, count_records, join=not compute.fit_memory), make_loss(partial(RULES[name], **how))
+    source, loss = offline(trees, b, count_records, join=not compute.fit_memory), loss_of(name, how)
     return fit(model, source, loss, steps=steps, optim=optim, seed=b.seed, resume=resume, check=check_reference, compute=compute)
 
 
@@ -150,7 +155,9 @@ def train(settings: Preference, model, trees, resume: State | None = None) -> It
 def prepare(settings: Preference, run: Run) -> Job:
     b = settings.batching
     model, tokenizer = load_policy(settings.model, **settings.compute.placed)
-    trees, tests, out, _, card = given(settings, "pairs", lambda pairs: comparison_trees(tokenizer, pairs, model, settings.window), run)
+    trees, tests, out, _, card, corpus = given(
+        settings, "pairs", lambda pairs: comparison_trees(tokenizer, pairs, model, settings.window), run
+    )
     with_reference(model, [*trees, *tests], b.tokens_per_microbatch, references(run))
 
     def held_out() -> dict[str, float]:
@@ -170,4 +177,5 @@ def prepare(settings: Preference, run: Run) -> Job:
         evaluate=held_out if tests else None,
         policy=(model, tokenizer),
         asks=[pair.prompt for pair in out[:4]],
+        prepared=Prepared(corpus, tokenizer, model, loss_of(settings.rule, settings.own()), count_records, check_reference),
     )

@@ -15,7 +15,7 @@ from temper.config import Settings, opt
 from temper.data.template import attach_default_template, stop_ids, written
 from temper.data.trees import chat_chunk, limit_of
 from temper.forest import Forest, Tree
-from temper.methods.base import Batching, Job, Split, Window, epoch, forests, learn, stored
+from temper.methods.base import Batching, Job, Prepared, Split, Window, epoch, forests, learn, stored
 from temper.models.heads import weighted_nll
 from temper.models.load import export, load_policy, resize
 from temper.records import Chat
@@ -96,7 +96,7 @@ def prepare(settings: SFT, run: Run) -> Job:
     limit_of(window, w.max_length)
     make = partial(chat_chunk, tokenizer=tokenizer, model=window, window=w, learn=settings.learn)
     by = [written(tokenizer), window, w.model_dump(), settings.learn]
-    trees, tests, out, _, card = stored(settings, run, "chat", Chat, make, by, w.max_length, w.skip_bad)
+    trees, tests, out, _, card, corpus, whole = stored(settings, run, "chat", Chat, make, by, w.max_length, w.skip_bad)
     return Job(
         total=settings.batching.steps(epoch(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
@@ -105,4 +105,5 @@ def prepare(settings: SFT, run: Run) -> Job:
         evaluate=(lambda: {"held_out_loss": held_out_loss(model, tests, settings.batching.tokens_per_microbatch)}) if tests else None,
         policy=(model, tokenizer),
         asks=[chat.messages[:-1] for chat in out[:4] if chat.messages[-1].role == "assistant"],
+        prepared=Prepared(corpus, tokenizer, model, lm_loss, whole=whole),
     )

@@ -144,7 +144,9 @@ def logits(model: PreTrainedModel, states: Tensor) -> Tensor:
     return out
 
 
-def weighted_nll(model: PreTrainedModel, forest: Forest, weight: Tensor | None = None, *, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+def weighted_nll(
+    model: PreTrainedModel, forest: Forest, weight: Tensor | None = None, *, smoothing: float = 0.0, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """(Σ -weight · logp over forest.learned, logp [n] without gradient) for weights [n] known beforehand, by default the
     targets.
 
@@ -156,13 +158,14 @@ def weighted_nll(model: PreTrainedModel, forest: Forest, weight: Tensor | None =
         weight = forest.target[indices]
     if weight.shape != indices.shape:
         raise ValueError(f"{tuple(weight.shape)} weights for {len(indices)} learned tokens")
-    head = _head(model, hidden(model, forest)[sources], 1.0)
+    head = _head(model, hidden(model, forest)[sources], temperature)
     tokens, learn = forest.tokens[indices], torch.is_grad_enabled()
     return _WeightedNll.apply(head.final, tokens, weight.float(), smoothing, learn, head.bias, *head.factors)
 
 
 def scalar(model: PreTrainedModel, forest: Forest, at: Tensor) -> Tensor:
-    """[len(at)] float32 scores of a sequence-classification model with one label, read at the tokens `at`, say forest.last of answers."""
+    """[len(at)] float32 scores of a sequence-classification model, read at the tokens `at`, say forest.last of answers; with several
+    labels [len(at), labels]."""
     states, score = hidden(model, forest)[at].float(), cast(Any, model.score)
     return F.linear(states, score.weight.float(), None if score.bias is None else score.bias.float()).squeeze(-1)
 
