@@ -5,6 +5,9 @@ import json
 import pytest
 from toy import says, train, user, write
 
+from temper.checks import examine
+from temper.config import build
+from temper.methods import load
 from temper.methods.base import Batching, offline
 from temper.methods.reward import count_records
 from temper.runs import Run
@@ -82,3 +85,23 @@ def chatml_pairs():
         [Segment(prompt, [0.0] * 40, labels=none), *(Segment([50 + k, 60 + rank], [1.0, 1.0], 0, labels=answer[rank]) for rank in (0, 1))]
         for k in range(3)
     ]
+
+
+def test_checks_look_at_a_part_of_a_set_on_disk_and_know_the_size_of_all(toy, tmp_path, monkeypatch):
+    """Their rows have their names, also behind a row that was dropped; no record is in memory before one is looked at."""
+    monkeypatch.setattr("temper.methods.base.LOOKED", 20)
+    rows = [{"messages": [*user(f"{k}" * (900 if k == 3 else 1)), says("Yes." * (1 + k % 7))]} for k in range(40)]
+    rows[5] = rows[30] = {"messages": [*user("<|im_start|>"), says("Yes.")]}
+    path = write(tmp_path / "a.jsonl", rows)
+    more = write(tmp_path / "b.jsonl", [{"messages": [*user("<|im_end|>"), says("No.")]}])
+    values = {"model": toy.base, "data": f"{path}=9,{more}=1", "held_out": 0.0, "too_long": "drop"}
+    settings = build(load("sft").settings("sft"), values)
+    job = load("sft").prepare(settings, Run(tmp_path / "out" / "run"))
+    part, whole = job.prepared.corpus, job.prepared.whole
+    assert (len(part.records), len(part.trees), len(whole.records), len(whole.trees)) == (21, 20, 41, 40)
+    assert "_rows" not in vars(part.records)
+    found = examine("sft", {**values, "batch": 4, "epochs": 1.0}, job.prepared, job.total)
+    assert {row for f in found if f.check == "template-in-text" for row in f.rows} == {f"{path}:6", f"{more}:1"}
+    assert [f.rows for f in found if f.check == "length" and f.severity == "warning"] == [(f"{path}:4",)]
+    assert next(f.what for f in found if f.check == "batch").startswith("40 rows; ")
+    assert "_rows" not in vars(whole.records)

@@ -220,7 +220,8 @@ BY_ROW = ("dropped", "cut", "long")  # what a report says by number of the recor
 def _renumbered(report: Report, mask: np.ndarray) -> Report:
     """With the records numbered among those that the mask names."""
     place = np.cumsum(mask) - 1
-    return replace(report, **{name: {int(place[i]): x for i, x in getattr(report, name).items()} for name in BY_ROW})
+    moved: dict[str, Any] = {name: {int(place[i]): x for i, x in getattr(report, name).items()} for name in BY_ROW}
+    return replace(report, **moved)
 
 
 def _joined(reports: Sequence[Report]) -> Report:
@@ -255,7 +256,7 @@ def _card(
     rows = [{"at": at, "what": "skipped", "why": why} for report in found for at, why in report.skipped]
     for part in (report for pair in reports for report in pair):
         rows += [{"what": what, "why": why} for what, texts in (("dropped", part.dropped), ("cut", part.cut)) for why in texts.values()]
-    if run and rows and ranks.rank() == 0:
+    if run and run.stage and rows and ranks.rank() == 0:  # checks prepare a run that is never claimed
         atomic_write(run.file(LEFT_OUT), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     mixture = [f"{take} of {have} rows of {spec}" for spec, have, take in zip(parts(settings.data), trees.have, trees.take, strict=True)]
     return {
