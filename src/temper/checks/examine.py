@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from temper.checks import machine
 from temper.checks.registry import CHECKS, Case, Finding, findings, run_checks
 from temper.config import Settings, UserError, build, dump
 from temper.data.sources import Kind, read
+from temper.data.store import parts
 from temper.methods import NAMES, load
 from temper.methods.base import Prepared
 from temper.runs import Run
@@ -36,6 +38,8 @@ def examine(method: str, values: Mapping[str, Any], prepared: Prepared, steps: i
 
 
 def _case(method: str, values: Mapping[str, Any], p: Prepared, steps: int, sets: Sequence[str], count: int, *, thorough: bool) -> Case:
+    if thorough and p.whole:
+        p = replace(p, corpus=p.whole, whole=None)
     return Case(method, values, p.corpus.read.spec, p.corpus.records, p.corpus.read.skipped, p, steps, thorough, sets, count)
 
 
@@ -68,8 +72,9 @@ def examine_stage(
             why = "training would stop here"
             problem = [Finding("prepare", "error", str(error), (), why, "correct this first: until then the rows alone can be looked at")]
     for name, kind in {"data": KINDS.get(NAMES[method], "comparisons"), **INPUTS}.items():
-        spec = values.get(name)
-        if spec and not any(stage in Path(spec).parts for stage in waits):
+        for spec in parts(values[name]) if values.get(name) else ():
+            if any(stage in Path(spec).parts for stage in waits):
+                continue
             try:
                 records, report = read(spec, kind, skip_bad=True)
             except UserError as error:
