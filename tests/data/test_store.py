@@ -71,7 +71,7 @@ def test_long_rows_are_counted_over_all_chunks_and_nothing_is_left_behind(make, 
     spec = write(tmp_path / "a.jsonl", 600, long=(3, 300, 599))
     with pytest.raises(UserError, match=r"a\.jsonl:4: \d+ tokens > --max-length 60 \(and 2 more rows"):
         make(spec)
-    assert list((tmp_path / "kept").iterdir()) == []
+    assert not (tmp_path / "kept").exists()
     make.window = window(60, "drop")
     found = make(spec)
     assert list(found.report.dropped) == [3, 300, 599]

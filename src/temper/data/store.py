@@ -192,6 +192,7 @@ def kept(folder: Path, spec: str, kind: Kind, make: Make, *, by: Any, skip_bad: 
     place = folder / fingerprint([known, spec, kind, skip_bad, by, code_version(*CODE)])[:32]  # spec: its messages name files
     with contextlib.suppress(OSError, ValueError, KeyError):
         return Store(place)
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     with disk(folder, "nothing was trained yet"):
         folder.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=folder))
@@ -204,6 +205,9 @@ def kept(folder: Path, spec: str, kind: Kind, make: Make, *, by: Any, skip_bad: 
             aside.rename(place)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+            with contextlib.suppress(OSError):  # a folder that holds something stays
+                for path in new:
+                    path.rmdir()
     return Store(place)
 
 
