@@ -83,10 +83,11 @@ class Rollouts(rollouts.Rollouts):
 
     def __init__(self, settings: GRPO, module: Any, given: Ready) -> None:
         super().__init__(settings, module, given)
-        self.dynamic = settings.switches.dynamic
+        self.switches: Any = settings.switches  # resolved: no "preset" is left
+        self.dynamic = int(self.switches.dynamic)
 
     def target(self, length: int) -> float:
-        switches = self.settings.switches
+        switches = self.switches
         return {"token": 1.0, "sequence": 1.0 / length, "constant": 1.0 / switches.constant}[switches.aggregation]
 
     def measure(self, forest: Forest, at: Tensor) -> dict[str, Tensor]:
@@ -108,7 +109,8 @@ def advantages(answers: Sequence[Sampled], s: GRPO) -> list[Tensor]:
     """[T] of each answer, by the switches. answers: those that are learned, with their groups."""
     if not answers:
         return []
-    switches, lengths = s.switches, [len(a.logp) for a in answers]
+    lengths = [len(a.logp) for a in answers]
+    switches: Any = s.switches
     group = torch.tensor([a.group for a in answers])
     reward = torch.tensor([a.reward for a in answers], dtype=torch.double)
     in_reward = switches.beta if switches.kl == "k1-in-reward" else 0.0
@@ -132,7 +134,7 @@ def advantages(answers: Sequence[Sampled], s: GRPO) -> list[Tensor]:
     return [x.float() for x in out]
 
 
-def _compared(reward: Tensor, group: Tensor, switches: Switches) -> Tensor:
+def _compared(reward: Tensor, group: Tensor, switches: Any) -> Tensor:
     """[n] rewards less their baselines, standardised by group where that is asked for."""
     x = reward - baseline(reward, group, switches.baseline)
     if switches.scale != "std":
@@ -142,7 +144,8 @@ def _compared(reward: Tensor, group: Tensor, switches: Switches) -> Tensor:
 
 def make_loss(s: GRPO, *, on_policy: bool | None = None) -> Callable[[Any, Forest], Loss]:
     """s: resolved. on_policy: the ratio is 1, by default where the plan has it so."""
-    switches, temperature = s.switches, s.sampling.temperature
+    temperature = s.sampling.temperature
+    switches: Any = s.switches
     per = "tokens" if switches.aggregation == "token" else "answers"
     estimator = ESTIMATORS.get(switches.kl)
     fused = s.on_policy if on_policy is None else on_policy
@@ -178,8 +181,8 @@ def make_loss(s: GRPO, *, on_policy: bool | None = None) -> Callable[[Any, Fores
 def train(settings: GRPO, module: nn.ModuleDict, source: Callable[[int], list[Forest]], resume: State | None = None) -> Iterator[Step]:
     """settings: resolved."""
     s = settings
-    how = {"steps": s.plan.steps, "optim": s.optim, "seed": s.seed, "compute": s.compute, "check": check_start(s.sampling.temperature)}
-    return fit(module, source, make_loss(s), resume=resume, **how)
+    check = check_start(s.sampling.temperature)
+    return fit(module, source, make_loss(s), steps=s.plan.steps, optim=s.optim, seed=s.seed, resume=resume, check=check, compute=s.compute)
 
 
 def prepare(settings: GRPO, run: Run) -> Job:

@@ -214,7 +214,8 @@ def prepare(settings: PPO, run: Run) -> Job:
             head: Any = value.score
             head.weight /= float(scale["std"]) / weight
             head.bias = nn.Parameter(torch.full((1,), -float(scale["mean"]) / float(scale["std"]) * weight, device=head.weight.device))
-    card, trees = dict(given.card), []
+    card = dict(given.card)
+    trees: list[Tree] = []
     if s.ptx.ptx_data:
         records, report = read(s.ptx.ptx_data, s.ptx.ptx_as, skip_bad=s.window.skip_bad)
         window = limit_of(given.policy, s.window.max_length)[0] or 1024
