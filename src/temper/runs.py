@@ -155,6 +155,14 @@ def fingerprint(value: Any) -> str:
     return digest.hexdigest()
 
 
+def model_fingerprint(name: str) -> str:
+    """Of a model by the files of its folder, or of a stage's; what is no folder of a model (a hub name) counts as its name."""
+    path = Path(name).expanduser()
+    path = path / "model" if (path / "model").is_dir() else path
+    files = sorted(p for p in path.glob("[!.]*") if p.is_file()) if (path / "config.json").exists() else []
+    return fingerprint({p.name: fingerprint(p) for p in files} or name)
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that results depend on."""
     found = {"python": platform.python_version()}

@@ -21,7 +21,7 @@ from temper.losses.policy import clipped, clipped_surrogate, ratio, sequence_log
 from temper.methods import rated, rollouts
 from temper.methods.base import Job, Window
 from temper.methods.rated import EQUAL, Ending, Sampled
-from temper.methods.start import Plan, Ready, check_start, ready
+from temper.methods.start import Plan, Ready, check_start, prepared, ready
 from temper.methods.switches import Switches, resolved
 from temper.models.heads import token_logp, weighted_nll
 from temper.models.load import export
@@ -83,11 +83,11 @@ class Rollouts(rollouts.Rollouts):
 
     def __init__(self, settings: GRPO, module: Any, given: Ready) -> None:
         super().__init__(settings, module, given)
-        self.switches: Any = settings.switches  # resolved: no "preset" is left
-        self.dynamic = int(self.switches.dynamic)
+        switches: Any = settings.switches
+        self.dynamic = switches.dynamic
 
     def target(self, length: int) -> float:
-        switches = self.switches
+        switches: Any = self.settings.switches
         return {"token": 1.0, "sequence": 1.0 / length, "constant": 1.0 / switches.constant}[switches.aggregation]
 
     def measure(self, forest: Forest, at: Tensor) -> dict[str, Tensor]:
@@ -109,8 +109,8 @@ def advantages(answers: Sequence[Sampled], s: GRPO) -> list[Tensor]:
     """[T] of each answer, by the switches. answers: those that are learned, with their groups."""
     if not answers:
         return []
-    lengths = [len(a.logp) for a in answers]
     switches: Any = s.switches
+    lengths = [len(a.logp) for a in answers]
     group = torch.tensor([a.group for a in answers])
     reward = torch.tensor([a.reward for a in answers], dtype=torch.double)
     in_reward = switches.beta if switches.kl == "k1-in-reward" else 0.0
@@ -134,7 +134,7 @@ def advantages(answers: Sequence[Sampled], s: GRPO) -> list[Tensor]:
     return [x.float() for x in out]
 
 
-def _compared(reward: Tensor, group: Tensor, switches: Any) -> Tensor:
+def _compared(reward: Tensor, group: Tensor, switches: Switches) -> Tensor:
     """[n] rewards less their baselines, standardised by group where that is asked for."""
     x = reward - baseline(reward, group, switches.baseline)
     if switches.scale != "std":
@@ -144,8 +144,8 @@ def _compared(reward: Tensor, group: Tensor, switches: Any) -> Tensor:
 
 def make_loss(s: GRPO, *, on_policy: bool | None = None) -> Callable[[Any, Forest], Loss]:
     """s: resolved. on_policy: the ratio is 1, by default where the plan has it so."""
-    temperature = s.sampling.temperature
     switches: Any = s.switches
+    temperature = s.sampling.temperature
     per = "tokens" if switches.aggregation == "token" else "answers"
     estimator = ESTIMATORS.get(switches.kl)
     fused = s.on_policy if on_policy is None else on_policy
@@ -181,8 +181,14 @@ def make_loss(s: GRPO, *, on_policy: bool | None = None) -> Callable[[Any, Fores
 def train(settings: GRPO, module: nn.ModuleDict, source: Callable[[int], list[Forest]], resume: State | None = None) -> Iterator[Step]:
     """settings: resolved."""
     s = settings
-    check = check_start(s.sampling.temperature)
-    return fit(module, source, make_loss(s), steps=s.plan.steps, optim=s.optim, seed=s.seed, resume=resume, check=check, compute=s.compute)
+    how: dict[str, Any] = {
+        "steps": s.plan.steps,
+        "optim": s.optim,
+        "seed": s.seed,
+        "compute": s.compute,
+        "check": check_start(s.sampling.temperature),
+    }
+    return fit(module, source, make_loss(s), resume=resume, **how)
 
 
 def prepare(settings: GRPO, run: Run) -> Job:
@@ -197,4 +203,5 @@ def prepare(settings: GRPO, run: Run) -> Job:
         card={**given.card, "switches": {**s.switches.model_dump(), "overlong": s.ending.overlong}},
         policy=(given.policy, given.tokenizer),
         asks=[r.messages for r in given.records[:4]],
+        prepared=prepared(s, given, module, make_loss(s), ("old_logp", "ref_logp", "advantage", "sampler_logp")),
     )

@@ -24,7 +24,7 @@ from temper.losses.policy import clipped, clipped_surrogate, clipped_value
 from temper.methods import rated, rollouts
 from temper.methods.base import Batching, Job, Window, offline
 from temper.methods.rated import Ending, Sampled, reward_model
-from temper.methods.start import Plan, Ready, check_start, ready
+from temper.methods.start import Plan, Ready, check_start, prepared, ready
 from temper.models.heads import scalar, token_logp, weighted_nll
 from temper.models.load import export, load_scalar
 from temper.rollout import Sampling
@@ -231,4 +231,5 @@ def prepare(settings: PPO, run: Run) -> Job:
         card=card,
         policy=(given.policy, given.tokenizer),
         asks=[r.messages for r in given.records[:4]],
+        prepared=prepared(s, given, module, make_loss(s), ("old_logp", "advantage", "old_value", "returns")),
     )

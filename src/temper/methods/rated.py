@@ -5,8 +5,6 @@ An answer that could not be rated is left out of learning, of every baseline and
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
 from math import isfinite
 from typing import Any, Literal, Protocol
 
@@ -16,7 +14,7 @@ from torch import Tensor
 from temper.config import Settings, UserError, opt
 from temper.data.packing import pack
 from temper.forest import Forest, Segment, Tree, plant
-from temper.judges import rating
+from temper.judges.process import ProcessReward
 from temper.judges.rating import Answer, Rater
 from temper.judges.reward_model import RewardModel
 from temper.losses.kl import k1
@@ -99,30 +97,12 @@ class Sampled:
         return out
 
 
-def rater(spec: str, tokenizer: Any, **how: Any) -> Rater:
-    """What a --reward names. how: device and precision of reward models."""
-    grammar = getattr(rating, "rater", None)
-    if grammar:
-        found: Rater = grammar(spec, tokenizer=tokenizer, **how)
-        return found
-    model = RewardModel(spec, **how)
-    if model.tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"{spec}: its tokenizer is not that of the policy; train the reward model on this model's tokenizer")
-    return model
-
-
 def step_rater(folder: str, tokenizer: Any, **how: Any) -> StepRater:
-    """What a --step-reward names: a process reward model. Raises UserError for one that rates whole answers alone."""
-    if find_spec("temper.judges.process"):
-        model: Any = import_module("temper.judges.process").ProcessReward(folder, **how)
-    else:
-        model = rater(folder, tokenizer, **how)
-    if not hasattr(model, "steps"):
-        raise UserError(f"--step-reward {folder}: rates whole answers, not their steps; give a process reward model")
+    """What a --step-reward names: a process reward model. Raises UserError for anything else, and for another tokenizer."""
+    model = ProcessReward(folder, **how)
     if model.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{folder}: its tokenizer is not that of the policy; train the process reward model on this model's tokenizer")
-    found: StepRater = model
-    return found
+    return model
 
 
 def reward_model(reward: Rater) -> tuple[float, RewardModel] | None:
@@ -221,9 +201,10 @@ def planted(trees: Sequence[Tree], microbatch: int) -> list[Forest]:
     """Micro-batches, at least one for each rank where there are trees enough. Weights: the learned tokens and answers."""
     sizes = [sum(len(segment.tokens) for segment in tree) for tree in trees]
     groups = [[part[i] for i in g] for part in ranks.shares(sizes) for g in pack([sizes[i] for i in part], microbatch)]
-    return [plant([trees[i] for i in group], _weights([trees[i] for i in group])) for group in groups]
+    return [plant([trees[i] for i in group], weights_of([trees[i] for i in group])) for group in groups]
 
 
-def _weights(trees: Sequence[Tree]) -> dict[str, float]:
+def weights_of(trees: Sequence[Tree]) -> dict[str, float]:
+    """The learned tokens, and the answers that have some."""
     learned = [segment for tree in trees for segment in tree if segment.target and segment.target[0]]
     return {"tokens": float(sum(len(segment.tokens) for segment in learned)), "answers": float(len(learned))}

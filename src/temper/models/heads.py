@@ -164,7 +164,8 @@ def weighted_nll(
 
 
 def scalar(model: PreTrainedModel, forest: Forest, at: Tensor) -> Tensor:
-    """[len(at)] float32 scores of a sequence-classification model with one label, read at the tokens `at`, say forest.last of answers."""
+    """[len(at)] float32 scores of a sequence-classification model, read at the tokens `at`, say forest.last of answers; with several
+    labels [len(at), labels]."""
     states, score = hidden(model, forest)[at].float(), cast(Any, model.score)
     return F.linear(states, score.weight.float(), None if score.bias is None else score.bias.float()).squeeze(-1)
 

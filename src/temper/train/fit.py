@@ -11,6 +11,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -22,7 +23,7 @@ from temper.config import UserError
 from temper.forest import Forest, divide
 from temper.runs import State
 from temper.train import machine, ranks, shard
-from temper.train.compute import Compute, activations
+from temper.train.compute import Compiled, Compute, activations
 from temper.train.optim import Optim, lr_at, optimizer
 
 TIMINGS = ("seconds", "tokens_per_second")  # the only metrics that differ between two runs of the same seed
@@ -183,6 +184,7 @@ class _Training:
         self.trained = self.twin.module if self.twin else module
         self.trainable = {name: p for name, p in self.trained.named_parameters() if p.requires_grad}
         self.optimizer = optimizer(self.trained, optim, multipliers)
+        self.compiled = Compiled(self.trained).used if compute.compile else nullcontext
         if resume is not None:
             shard.resume(self.optimizer, resume["optimizer"])
             if hasattr(source, "restore"):
@@ -215,7 +217,8 @@ class _Training:
         twin, trainable = self.twin, self.trainable
         if twin:
             twin.release()
-        backward = partial(_backward, self.trained, loss=self.loss, weights=weights, step=step, kept=self.compute.activations)
+        kept = self.compute.activations
+        backward = partial(_backward, self.trained, loss=self.loss, weights=weights, step=step, kept=kept, compiled=self.compiled)
         if step == 0 and self.compute.fit_memory:
             self.limit = _fitting(backward, batches, trainable, spread=twin is not None)
             self.optimizer.zero_grad()
@@ -356,10 +359,18 @@ def _terms(module: nn.Module, batch: Forest, loss: Callable, weights: Mapping[st
 
 
 def _backward(
-    module: nn.Module, batch: Forest, *, loss: Callable, weights: Mapping[str, float], step: int, kept: str, scale: float = 1.0
+    module: nn.Module,
+    batch: Forest,
+    *,
+    loss: Callable,
+    weights: Mapping[str, float],
+    step: int,
+    kept: str,
+    compiled: Callable[[], AbstractContextManager],
+    scale: float = 1.0,
 ) -> Loss:
     """Adds the micro-batch's gradients times `scale`. Gives its loss back without the graph. kept: what is, of the activations."""
-    with activations(module, kept):
+    with activations(module, kept), compiled():
         out, shares = _terms(module, batch, loss, weights, step)
         if shares:
             total = cast(Tensor, sum(shares.values()))
