@@ -44,9 +44,9 @@ def test_the_contracts_flags(method):
     assert {"out", "max_length", "skip_bad", "seed", "json_"} <= known
     assert ("too_long" in known) == (method != "pretrain")  # documents are cut into windows
     assert ("model" in known) == (method != "pretrain")
-    assert ("data" in known) == (method in ("pretrain", "sft", "reward", "dpo"))
+    assert ("data" in known) == (method in ("pretrain", "sft", "reward", "process-reward", "dpo"))
     assert ("reward" in known) == (method == "ppo")
-    assert ("prompts" in known) == (method in ("ppo", "collect"))
+    assert ("prompts" in known) == (method in ("ppo", "collect", "process-reward"))
 
 
 def answers(*lines: list[str]) -> tuple[str, set[str]]:

@@ -65,6 +65,6 @@ def story(method: str, run: Run, summary: dict[str, Any]) -> list[str]:
         if name in what and isinstance(value, (int, float)):
             lines.append(f"  {name} {value:.4g}  ({what[name]})")
     if (run.folder / "model").is_dir():
-        after = f"temper ppo --reward {run.folder} ..." if method == "reward" else f"temper chat {run.folder}"
-        lines.append(f"model in {run.model}; next: {after}")
+        after = {"reward": f"; next: temper ppo --reward {run.folder} ...", "process-reward": ""}
+        lines.append(f"model in {run.model}{after.get(method, f'; next: temper chat {run.folder}')}")
     return lines
