@@ -60,7 +60,7 @@ def story(method: str, run: Run, summary: dict[str, Any]) -> list[str]:
         if summary["steps"]
         else method
     ]
-    lines += [f"  {name}: {value}" for name, value in run.stage["card"].items() if value not in (None, "", [])]
+    lines += [f"  {name}: {value}" for name, value in run.stage["card"].items() if value not in (None, "", []) and not _table(value)]
     for name, value in {**summary.get("last", {}), **summary}.items():
         if name in what and isinstance(value, (int, float)):
             lines.append(f"  {name} {value:.4g}  ({what[name]})")
@@ -68,3 +68,8 @@ def story(method: str, run: Run, summary: dict[str, Any]) -> list[str]:
         after = {"reward": f"; next: temper ppo --reward {run.folder} ...", "process-reward": ""}
         lines.append(f"model in {run.model}{after.get(method, f'; next: temper chat {run.folder}')}")
     return lines
+
+
+def _table(value: Any) -> bool:
+    """Whether it is figures for programs rather than a line to read."""
+    return isinstance(value, dict) or (isinstance(value, list) and isinstance(value[0], dict))
