@@ -10,7 +10,7 @@ from temper.models.load import load_policy, save
 from temper.report import front
 from temper.report.build import build
 from temper.report.gather import gather
-from tests.models.test_mix import trained_from
+from tests.models.test_soups import trained_from
 
 
 @pytest.fixture(scope="module")
