@@ -94,7 +94,7 @@ def test_the_same_seed_gives_the_same_figures_and_another_seed_others(whole, tmp
     assert figures(tmp_path / "again") == figures(out)
     assert main([path, "--out", str(tmp_path / "other"), "--seed", "2", "--only", "base"]) == 0
     assert result(tmp_path / "other" / "base") != result(out / "base")
-    assert sorted(p.name for p in (tmp_path / "other").iterdir() if p.is_dir()) == ["base"]
+    assert sorted(p.name for p in (tmp_path / "other").glob("[!.]*") if p.is_dir()) == ["base"]
 
 
 def test_a_failing_stage_is_named_and_the_corrected_recipe_goes_on(toy, tmp_path, capsys):
