@@ -209,11 +209,11 @@ def prepare(settings: PPO, run: Run) -> Job:
     given = ready(s, "PPO")
     weight, own = reward_model(given.reward) or (1.0, None)
     value, _ = load_scalar(s.value_model or (own.name if own else s.model), **s.compute.placed)
-    if scale := getattr(value.config, "temper_reward", None):  # values live on the scale of the rewards
-        with torch.no_grad():
-            head: Any = value.score
-            head.weight /= float(scale["std"]) / weight
-            head.bias = nn.Parameter(torch.full((1,), -float(scale["mean"]) / float(scale["std"]) * weight, device=head.weight.device))
+    scale = getattr(value.config, "temper_reward", None) or {"mean": 0.0, "std": 1.0}
+    with torch.no_grad():  # values live on the scale of the rewards
+        head: Any = value.score
+        head.weight /= float(scale["std"]) / weight
+        head.bias = nn.Parameter(torch.full((1,), -float(scale["mean"]) / float(scale["std"]) * weight, device=head.weight.device))
     card = dict(given.card)
     trees: list[Tree] = []
     if s.ptx.ptx_data:
