@@ -162,7 +162,7 @@ def compute_in(model: PreTrainedModel, precision: Precision) -> None:
     """Take the model's products in this precision from now on: forwards, log-probs, sampling. The weights stay as they are; losses and
     sums are float32. auto: bfloat16 on a GPU that has it, the weights' own elsewhere (on most CPUs bfloat16 is slower)."""
     half = precision == "bfloat16" or (precision == "auto" and model.device.type == "cuda" and torch.cuda.is_bf16_supported())
-    cast(Any, model).precision = torch.bfloat16 if half else model.dtype
+    adapters.beneath(model).precision = torch.bfloat16 if half else model.dtype
 
 
 def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
@@ -303,10 +303,10 @@ def check_forest(model: PreTrainedModel, name: str = "model", tolerance: float |
             raise UserError(f"{name}: {type(model).__name__} depends on padding (by {off:.1e}); temper needs a causal language model")
         log.warning("%s: %s cannot share prefixes (%s); it runs with one padded row per sequence", name, type(model).__name__, problem)
         backend = "rows"
-    cast(Any, model).forest_backend = backend
+    adapters.beneath(model).forest_backend = backend
     if model.get_output_embeddings() is not None:
         ids = rows.ids[:1, : int(rows.mask[0].sum())]
-        theirs = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+        theirs = model(input_ids=ids).logits[0, -ids.shape[1] : -1].float().log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
         off = _difference(heads.log_probs(model, alone[0, : ids.shape[1] - 1], ids[0, 1:]), theirs)
         if not off <= tolerance:
             raise UserError(f"{name}: {type(model).__name__} changes its logits in an unknown way (log-probs off by {off:.1e})")
@@ -337,8 +337,7 @@ def _trial(model: PreTrainedModel) -> Forest:
 def _one_by_one(model: PreTrainedModel, forest: Forest) -> tuple[Rows, torch.Tensor]:
     """(the forest's rows, hidden states [R, L, d]): every path alone and unpadded, by the model's own forward."""
     rows = unroll(forest)
-    trunk = adapters.beneath(model).base_model
-    states = [trunk(input_ids=ids[own][None]).last_hidden_state[0] for ids, own in zip(rows.ids, rows.mask, strict=True)]
+    states = [attention.row_states(model, ids[own][None])[0] for ids, own in zip(rows.ids, rows.mask, strict=True)]
     return rows, torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
 
 
