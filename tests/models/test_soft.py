@@ -38,9 +38,7 @@ CONFIGS = {
 KINDS = {
     "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-    "projected prefix": peft.PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8
-    ),
+    "projected prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8),
 }
 FOREST = plant(
     [
@@ -92,7 +90,7 @@ def test_the_forest_is_pefts_own_forward(name, kind):
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_rollouts_see_what_training_sees(name, kind):
-    """Prompts of several lengths; the sampler's log-probs are the trainer's, so the virtual tokens stand in the cache, once and in place."""
+    """The sampler's log-probs are the trainer's, so the virtual tokens stand in the cache, once and in place."""
     model = soft_model(name, kind)
     prompts = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11, 12, 13, 14]]
     groups = sample(model, Request(prompts, sampling=Sampling(max_new=7), stop=[0], n=2, seed=(1,)))

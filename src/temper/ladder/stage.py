@@ -13,6 +13,7 @@ from temper.data.sources import _files
 from temper.data.template import render_prompt, stop_ids
 from temper.driver import drive, follow, make, peak_mb
 from temper.methods import load
+from temper.models import adapt
 from temper.models.load import load_tokenizer
 from temper.rollout import Request, Sampling, sample
 from temper.runs import Run, code_version, disk, fingerprint
@@ -58,8 +59,11 @@ def input_fingerprint(name: str, value: str) -> str:
     if name in MODELS:
         path = path.expanduser()
         path = path / "model" if (path / "model").is_dir() else path
-        files = sorted(p for p in path.glob("[!.]*") if p.is_file()) if (path / "config.json").exists() else []
-        return fingerprint({p.name: fingerprint(p) for p in files} or value)
+        whole = (path / "config.json").exists() or adapt.is_adapter(path)
+        files = {p.name: fingerprint(p) for p in sorted(path.glob("[!.]*")) if p.is_file()} if whole else {}
+        if adapt.is_adapter(path):
+            files["base"] = input_fingerprint("model", adapt.base_of(path))
+        return fingerprint(files or value)
     if name == "principles":
         return fingerprint(path if path.is_file() else value)
     return fingerprint([fingerprint(p) for p in _files(value)] if path.exists() else value)
@@ -172,7 +176,9 @@ def _train(method: str, settings: Settings, place: Place, context: Context, run:
 
     def finish(module: Any) -> None:
         with disk(artefact, "the last checkpoint is whole"):
-            job.save(artefact)
+            checked = job.save(artefact)
+        if checked:
+            run.update(card={**job.card, "export": checked})
 
     return drive(
         job.steps,

@@ -21,7 +21,8 @@ from temper.losses.preference import RULES, Pairs
 from temper.losses.registry import settings as keywords
 from temper.methods.base import Batching, Job, Split, Window, forests, given, offline
 from temper.methods.reward import count_records, ends
-from temper.models.adapters import without_adapter
+from temper.models.adapt import Adapter
+from temper.models.adapters import shifts, without_adapter
 from temper.models.heads import precision, slack, token_logp
 from temper.models.load import export, load_policy
 from temper.models.references import Kept
@@ -53,6 +54,7 @@ class Preference(Settings):
     batching: Batching = Batching(batch=64)
     optim: Optim = Optim(lr=1e-4, schedule="cosine", warmup=0.1)
     compute: Compute = Compute()
+    adapters: Adapter = Adapter()
 
     def own(self) -> dict[str, Any]:
         """What the rule itself is told."""
@@ -127,7 +129,9 @@ def make_loss(rule):
 
 
 def check_reference(model, batches: Sequence[Forest]) -> None:
-    """At step 0 the policy is the reference, so every h is 0 and DPO's loss is ln 2."""
+    """At step 0 the policy is the reference, so every h is 0 and DPO's loss is ln 2. (But for a new soft prompt, which is something.)"""
+    if shifts(model):
+        return
     with torch.no_grad():
         gap = max((float((answer_logp(model, b) - b.columns["ref_logp"]).abs().max()) for b in batches), default=0.0)
     if gap > slack(model, 1e-3, 0.5):
@@ -149,7 +153,7 @@ def train(settings: Preference, model, trees, resume: State | None = None) -> It
 
 def prepare(settings: Preference, run: Run) -> Job:
     b = settings.batching
-    model, tokenizer = load_policy(settings.model, **settings.compute.placed)
+    model, tokenizer = load_policy(settings.model, **settings.compute.placed, adapters=settings.adapters, seed=b.seed)
     trees, tests, out, _, card = given(settings, "pairs", lambda pairs: comparison_trees(tokenizer, pairs, model, settings.window))
     with_reference(model, [*trees, *tests], b.tokens_per_microbatch, references(run))
 

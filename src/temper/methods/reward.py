@@ -22,6 +22,7 @@ from temper.forest import Forest, Tree
 from temper.judges.reward_model import remember_scale
 from temper.losses.reward import bradley_terry
 from temper.methods.base import Batching, Job, Split, Window, forests, given, learn
+from temper.models.adapt import Adapter
 from temper.models.heads import scalar
 from temper.models.load import export, load_scalar
 from temper.records import Pair, Ranked
@@ -57,6 +58,7 @@ class Reward(Settings):
     batching: Batching = Batching(batch=64)
     optim: Optim = Optim(lr=1e-3, schedule="cosine", warmup=0.05)
     compute: Compute = Compute()
+    adapters: Adapter = Adapter()
 
 
 def settings(name: str) -> type[Settings]:
@@ -144,13 +146,13 @@ def train(settings: Reward, model, trees, resume: State | None = None) -> Iterat
 
 def prepare(settings: Reward, run: Run) -> Job:
     b = settings.batching
-    model, tokenizer = load_scalar(settings.model, seed=b.seed, **settings.compute.placed)
+    model, tokenizer = load_scalar(settings.model, seed=b.seed, **settings.compute.placed, adapters=settings.adapters)
     trees, tests, _, tested, card = given(settings, "comparisons", lambda rows: comparison_trees(tokenizer, rows, model, settings.window))
 
-    def finish(path: Path) -> None:
+    def finish(path: Path) -> str:
         seen = scores(model, trees[:SCALED], b.tokens_per_microbatch)
         remember_scale(model, torch.tensor([score for each in seen for score in each]))
-        export(model, tokenizer, path)
+        return export(model, tokenizer, path)
 
     return Job(
         total=b.steps(len(trees)),

@@ -15,6 +15,7 @@ from temper.data.template import attach_default_template, stop_ids
 from temper.data.trees import chat_trees
 from temper.forest import Forest, Tree
 from temper.methods.base import Batching, Job, Split, Window, forests, given, learn
+from temper.models.adapt import Adapter
 from temper.models.heads import weighted_nll
 from temper.models.load import export, load_policy, resize
 from temper.runs import Run
@@ -42,6 +43,7 @@ class SFT(Settings):
     batching: Batching = Batching()
     optim: Optim = Optim(lr=3e-4, schedule="cosine", warmup=0.1)
     compute: Compute = Compute()
+    adapters: Adapter = Adapter()
 
 
 def settings(name: str) -> type[Settings]:
@@ -86,7 +88,7 @@ def train(settings: SFT, model, trees, resume: State | None = None) -> Iterator[
 
 
 def prepare(settings: SFT, run: Run) -> Job:
-    model, tokenizer = load_policy(settings.model, **settings.compute.placed)
+    model, tokenizer = load_policy(settings.model, **settings.compute.placed, adapters=settings.adapters, seed=settings.batching.seed)
     if attach_default_template(tokenizer):
         resize(model, tokenizer)
     trees, tests, out, _, card = given(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from temper.config import UserError
 
 OWN = "default"  # the adapter that is trained and saved, by PEFT's own name for it
-REFERENCE = "reference"  # the same as it was loaded, where training goes on from an adapter
+REFERENCE = "reference_model"  # the same as it was loaded, where training goes on from an adapter
 
 
 class LowRank(NamedTuple):
@@ -27,7 +27,7 @@ class LowRank(NamedTuple):
 
 
 class Soft(NamedTuple):
-    """What stands before every root: embeddings of virtual tokens (arXiv:2104.08691), or keys and values of each layer (arXiv:2101.00190)."""
+    """What stands before every root: embeddings (arXiv:2104.08691), or keys and values of each layer (arXiv:2101.00190)."""
 
     many: int  # virtual tokens
     embeds: Tensor | None  # [k, d]
@@ -83,9 +83,11 @@ def using(model: Any, name: str | None) -> Iterator[None]:
         if name is not None:
             m._active_adapter = [name]
     model.active_adapter, model._adapters_disabled = name or whole[0], name is None
+    _at_work.append((model, name))
     try:
         yield
     finally:
+        _at_work.pop()
         model.active_adapter, model._adapters_disabled = whole
         for m, active, disabled in before:
             m._disable_adapters = disabled
@@ -104,6 +106,15 @@ def without_adapter(model: Any) -> Iterator[None]:
 def acting(model: Any) -> AbstractContextManager:
     """Within it a model that shares its weights with others (`temper.models.shared`) has its own adapter at work."""
     return model.acting() if hasattr(type(model), "acting") else nullcontext()
+
+
+_at_work: list[tuple[Any, str | None]] = []  # of shared models, innermost last
+
+
+def again() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For torch's checkpoint: within what a layer is computed now, and within what once more in the backward pass: with the adapter that
+    is at work now."""
+    return nullcontext(), using(*_at_work[-1]) if _at_work else nullcontext()
 
 
 def parts(module: nn.Module) -> Iterator[nn.Module]:

@@ -14,9 +14,11 @@ Backends, which agree to 1e-5 in float32, in values and gradients:
 A run is a segment followed by its first child, that one's first child, and so on. Its tokens are contiguous and each sees all that
 come before it in the run, so one causal call serves the whole run. What remains are the subtrees of later children: all their tokens
 see the run up to where they branch off, which is one unmasked call per branching, with its result merged into what these tokens have
-seen elsewhere. A soft prompt or prefix (an adapter's) is one more root, computed once, that every tree continues. A pair costs two causal pieces and one branching, a chain of process steps a single causal piece. Long pieces are
+seen elsewhere. A pair costs two causal pieces and one branching, a chain of process steps a single causal piece. Long pieces are
 views of the tokens, short ones of similar length are copied to share a call, padded on the right, where causality keeps the padding
 unseen.
+
+A soft prompt or prefix (an adapter's) is one more root, computed once, that every tree continues.
 """
 
 from __future__ import annotations

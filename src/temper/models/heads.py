@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,7 +164,12 @@ def weighted_nll(model: PreTrainedModel, forest: Forest, weight: Tensor | None =
 
 def scalar(model: PreTrainedModel, forest: Forest, at: Tensor) -> Tensor:
     """[len(at)] float32 scores of a sequence-classification model with one label, read at the tokens `at`, say forest.last of answers."""
-    states = hidden(model, forest)[at].float()
+    return score_of(model, hidden(model, forest)[at])
+
+
+def score_of(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """[n] float32 scores of final states [n, d]."""
+    states = states.float()
     with adapters.acting(model):
         score, added = adapters.linear(model.score)
     if added:

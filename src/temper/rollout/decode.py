@@ -22,8 +22,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from temper.forest import Segment, plant
-from temper.models.attention import attend, laid_out, trunk
 from temper.models import adapters
+from temper.models.attention import attend, laid_out, trunk
 from temper.models.heads import computing, logits, precision
 from temper.models.load import check_forest
 from temper.rollout import kernel
