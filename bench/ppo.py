@@ -15,6 +15,7 @@ from bench.rollout import EACH, Generate, generate, left_padded
 from bench.training import LATER
 from temper.forest import Forest, Segment
 from temper.methods import ppo
+from temper.methods.start import Plan
 from temper.records import write_jsonl
 from temper.rollout import Sampling
 from temper.train import Optim, Step
@@ -74,10 +75,7 @@ class PPO:
             model=str(self.setup.folder / "policy"),
             reward=str(self.setup.folder / "reward"),
             prompts=str(self.setup.folder / "prompts.jsonl"),
-            rollouts=steps,
-            prompts_per_step=len(self.prompts),
-            samples_per_prompt=EACH,
-            epochs_per_batch=EPOCHS,
+            plan=Plan(rollouts=steps, prompts_per_step=len(self.prompts), samples_per_prompt=EACH, epochs_per_batch=EPOCHS),
             sampling=Sampling(max_new=self.setup.scale.max_new),
             window=self.setup.window,
             seed=SEED,

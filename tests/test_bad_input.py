@@ -232,6 +232,7 @@ def test_models(toy, tmp_path, capsys):
     for command in (
         ["collect", "--model", endless, "--prompts", "world:prompts?n=3"],
         ["ppo", "--model", endless, "--reward", toy.reward, "--prompts", toy.prompts],
+        ["grpo", "--model", endless, "--reward", toy.reward, "--prompts", toy.prompts],
     ):
         assert "temper" in refused([*command, "--out", tmp_path / "other", "--quiet"], capsys)
         assert not (tmp_path / "other").exists()

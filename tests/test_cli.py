@@ -45,8 +45,8 @@ def test_the_contracts_flags(method):
     assert ("too_long" in known) == (method != "pretrain")  # documents are cut into windows
     assert ("model" in known) == (method != "pretrain")
     assert ("data" in known) == (method in ("pretrain", "sft", "reward", "dpo"))
-    assert ("reward" in known) == (method == "ppo")
-    assert ("prompts" in known) == (method in ("ppo", "collect"))
+    assert ("reward" in known) == (method in ("ppo", "grpo"))
+    assert ("prompts" in known) == (method in ("ppo", "grpo", "collect"))
 
 
 def answers(*lines: list[str]) -> tuple[str, set[str]]:

@@ -124,6 +124,15 @@ def values_of(method: str, toy: Toy) -> dict[str, Any]:
             "minibatches": 2,
             **short,
         },
+        "grpo": {
+            "model": toy.sft,
+            "reward": toy.reward,
+            "prompts": toy.prompts,
+            "rollouts": 8,
+            "prompts_per_step": 4,
+            "samples_per_prompt": 3,
+            **short,
+        },
         "constitution": {
             **{"model": toy.sft, "red_team": toy.red, "helpful": toy.calm, "helpful_pairs": toy.pairs, "principles": toy.principles},
             **{"batch": 4, "judged_by": 1, **short},

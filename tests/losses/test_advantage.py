@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from temper.losses.advantage import gae, kl_shaped_reward, whiten
+from temper.losses.advantage import baseline, gae, group_std, kl_shaped_reward, standardised, to_go, whiten
 
 from .reference import VECTORS, close, t
 
@@ -65,3 +65,71 @@ def test_whitening():
 def test_whitening_of_equal_numbers_is_zero(unbiased):
     assert whiten(t(3, 3, 3), unbiased=unbiased).tolist() == [0, 0, 0]
     assert whiten(t(3), unbiased=unbiased).tolist() == [0]
+
+
+G = VECTORS["group_adv"]
+ONE = torch.zeros(4, dtype=torch.int64)
+
+
+def compared(reward, group, how="group", **more):
+    return standardised(reward - baseline(reward, group, how), group_std(reward, group, **more), 1e-6)
+
+
+def test_vectors_of_groups():
+    reward, binary = t(*G["rewards"]), t(1, 0, 0, 0)
+    close(reward - baseline(reward, ONE), G["mean_sub"])
+    close(reward - baseline(reward, ONE, "leave-one-out"), G["rloo"])
+    close(baseline(reward, ONE, "none"), [0, 0, 0, 0])
+    close(compared(reward, ONE), G["grpo_pop"])
+    close(compared(reward, ONE, unbiased=True), G["grpo_bessel"])
+    close(compared(binary, ONE), G["binary_1000_pop"])
+    close(compared(binary, ONE, unbiased=True), G["binary_1000_bessel"])
+
+
+def test_reinforce_plus_plus_with_baseline():
+    reward, group = t(1, 0.2, 0.5, 0.3, 2, 2, 1, 0), torch.tensor([0] * 4 + [1] * 4)
+    close(whiten(reward - baseline(reward, group)).view(2, 4), VECTORS["reinforcepp_baseline"]["adv"])
+
+
+@pytest.mark.parametrize("how", ["group", "leave-one-out"])
+def test_what_a_prompt_is_worth_cancels_and_groups_do_not_mix(how):
+    g = torch.Generator().manual_seed(1)
+    reward, group = torch.randn(7, generator=g).double(), torch.tensor([1, 0, 1, 1, 0, 0, 1])
+    got = reward - baseline(reward, group, how)
+    close(reward + t(5, -3)[group] - baseline(reward + t(5, -3)[group], group, how), got)
+    for k in 0, 1:
+        own = reward[group == k]
+        others = (own.sum() - own) / (len(own) - 1) if how == "leave-one-out" else own.mean()
+        close(got[group == k], own - others)
+
+
+def test_an_answer_alone_in_its_group_teaches_nothing():
+    reward, group = t(3, 1, 2), torch.tensor([0, 1, 1])
+    for how in "group", "leave-one-out":
+        assert float((reward - baseline(reward, group, how))[0]) == 0
+    for unbiased in False, True:
+        assert float(group_std(reward, group, unbiased=unbiased)[0]) == 0
+
+
+def test_weights_stand_for_answers_drawn_more_than_once():
+    reward, group, often = t(1, 0, 5, 2), torch.tensor([0, 0, 1, 1]), torch.tensor([3, 1, 2, 1])
+    many = reward.repeat_interleave(often), group.repeat_interleave(often)
+    for how in "group", "leave-one-out":
+        weighted = baseline(reward, group, how, often.double())
+        # the others of an answer drawn three times are, without its weight, those that are not itself
+        plain = baseline(*many, how)[torch.tensor([0, 3, 4, 6])]
+        if how == "group":
+            close(weighted, plain)
+        else:
+            close(weighted, t(0, 1, 2, 5))
+    close(group_std(reward, group, weight=often.double()), group_std(*many)[torch.tensor([0, 3, 4, 6])])
+
+
+def test_a_group_that_differs_by_rounding_is_not_blown_up():
+    close(compared(t(1, 1, 1, 1), ONE), [0, 0, 0, 0])
+    close(compared(t(1, 1 + 1e-7, 1, 1), ONE), [0, 0, 0, 0])
+    assert compared(t(1, 1.01, 1, 1), ONE).abs().max() > 1  # one that differs is, whatever by: what dividing by the deviation means
+
+
+def test_sums_from_each_token_on():
+    close(to_go(t(1, 0, 2, -1)), [2, 1, 1, -1])

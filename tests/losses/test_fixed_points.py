@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from temper.losses.kl import k1, k2, k3
+from temper.losses.advantage import baseline, group_std, standardised
+from temper.losses.kl import k1, k2, k3, slope
 from temper.losses.policy import clipped_surrogate
 from temper.losses.preference import Pairs, dpo
 from temper.losses.reward import bradley_terry
@@ -81,37 +82,93 @@ def test_bradley_terry_of_mixed_annotators_is_not_the_mean_utility():
     close(score, v["bt_fit"], atol=1e-6)
 
 
+ONE = torch.zeros(3, dtype=torch.int64)  # all answers are of one prompt
+
+
 def advantage(reward, policy):
-    return reward - (policy * reward).sum()
+    return reward - baseline(reward, ONE, "group", policy)
 
 
-def k1_in_the_reward(logp):
+def by_deviation(reward, policy):
+    return standardised(advantage(reward, policy), group_std(reward, ONE, weight=policy), 1e-12)
+
+
+def k1_in_the_reward(logp, compare=advantage):
     policy = logp.detach().exp()
     shaped = REWARD - BETA * k1(logp, REF.log()).detach()
+    return (policy * clipped_surrogate(logp, logp.detach(), compare(shaped, policy))).sum()
+
+
+def k1_after_comparing(logp):
+    """The task's reward is standardised, the KL is not."""
+    policy = logp.detach().exp()
+    shaped = by_deviation(REWARD, policy) - BETA * k1(logp, REF.log()).detach()
     return (policy * clipped_surrogate(logp, logp.detach(), advantage(shaped, policy))).sum()
 
 
-def in_the_loss(estimator):
+def in_the_loss(estimator, compare=advantage):
     def surrogate(logp):
         policy = logp.detach().exp()
-        task = clipped_surrogate(logp, logp.detach(), advantage(REWARD, policy))
+        task = clipped_surrogate(logp, logp.detach(), compare(REWARD, policy))
         return (policy * (task + BETA * estimator(logp, REF.log()))).sum()
 
     return surrogate
 
 
-@pytest.mark.parametrize(
-    ("key", "surrogate"),
-    [
-        ("std=False,kl=reward_k1", k1_in_the_reward),
-        ("std=False,kl=loss_k2", in_the_loss(k2)),
-        ("std=False,kl=loss_k3", in_the_loss(k3)),  # its own place: the forward KL keeps rare answers alive
-    ],
-)
-def test_policy_gradient_comes_to_rest(key, surrogate):
-    policy = follow(surrogate)
+RESTS = {
+    "std=False,kl=reward_k1": k1_in_the_reward,
+    "std=False,kl=loss_k2": in_the_loss(k2),
+    "std=False,kl=loss_k3": in_the_loss(k3),  # its own place: the forward KL keeps rare answers alive
+    "std=True,kl=loss_k3": in_the_loss(k3, by_deviation),  # GRPO as published: its own place too
+}
+
+
+@pytest.mark.parametrize("key", RESTS)
+def test_policy_gradient_comes_to_rest(key):
+    policy = follow(RESTS[key])
     close(policy, FIXED_POINTS[key], atol=1e-6)
     assert (torch.allclose(policy, t(*BEST), atol=0.02)) == ("k3" not in key)
+
+
+def test_standardised_with_the_kl_inside_it_finds_the_optimum():
+    """Where reward and KL are standardised together, their ratio stays."""
+    close(follow(lambda logp: k1_in_the_reward(logp, by_deviation), lr=0.02, steps=1500), BEST, atol=0.02)
+
+
+@pytest.mark.parametrize("surrogate", [k1_after_comparing, in_the_loss(k2, by_deviation)])
+def test_standardised_with_the_kl_outside_it_collapses(surrogate):
+    """As the deviation shrinks, 1 / std outgrows the KL."""
+    assert follow(surrogate, lr=0.2, steps=1500)[0] > 0.99
+
+
+def test_the_weight_that_the_fused_gradient_takes_is_the_losses_gradient():
+    """At ratio 1 the push on each token is -A + beta times the estimator's slope: the same places of rest."""
+    for estimator in k2, k3:
+        for compare in advantage, by_deviation:
+            logits = t(0.3, -0.2, 0.1, grad=True)
+            (want,) = torch.autograd.grad(in_the_loss(estimator, compare)(logits.log_softmax(-1)), logits)
+            logp = logits.log_softmax(-1)
+            policy = logp.detach().exp()
+            push = compare(REWARD, policy) - BETA * slope(estimator, logp, REF.log())
+            (got,) = torch.autograd.grad(-(policy * push * logp).sum(), logits)
+            close(got, want)
+
+
+@pytest.mark.parametrize("key", RESTS)
+def test_no_policy_is_above_the_frontier(key):
+    """Of all policies with the same KL the tilted reference has the most reward: nothing on the way there, or at rest, has more."""
+
+    def tilted(beta):
+        policy = (REF.log() + REWARD / beta).softmax(-1)
+        return float((policy * REWARD).sum()), float((policy * (policy / REF).log()).sum())
+
+    for steps in 3, 30, 300:
+        policy = follow(RESTS[key], steps=steps)
+        kl, low, high = float((policy * (policy / REF).log()).sum()), 1e-3, 1e3
+        for _ in range(200):  # the beta whose optimum has this KL
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if tilted(middle)[1] > kl else (low, middle)
+        assert float((policy * REWARD).sum()) <= tilted(high)[0] + 1e-6
 
 
 def test_k1_in_the_loss_holds_nothing_back():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from temper.losses.kl import adaptive_beta, horizon_rate, k1, k2, k3
+from temper.losses.kl import adaptive_beta, horizon_rate, k1, k2, k3, slope
 
 from .reference import VECTORS, close, t
 
@@ -51,3 +51,11 @@ def test_adaptive_beta():
     assert adaptive_beta(0.2, 5.5, 6) == pytest.approx(v["below"], abs=1e-12)
     assert adaptive_beta(0.2, 6, 6) == 0.2
     assert adaptive_beta(0.2, -100, 6) == pytest.approx(0.2 * 0.98, abs=1e-12)
+
+
+def test_what_an_estimator_pushes_each_token_with():
+    logp, ref = t(-1, -2, -0.5), t(-1.2, -1, -0.5)
+    close(slope(k2, logp, ref), logp - ref)
+    close(slope(k3, logp, ref), 1 - (ref - logp).exp())
+    with torch.no_grad():
+        assert not slope(k3, logp, ref).requires_grad

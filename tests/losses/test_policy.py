@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from temper.losses.kl import k2, k3
-from temper.losses.policy import clipped, clipped_surrogate, clipped_value, ratio
+from temper.losses.policy import clipped, clipped_surrogate, clipped_value, ratio, sequence_logp
 
 from .reference import VECTORS, close, t
 
@@ -74,3 +74,26 @@ def test_clipped_value_has_no_gradient_past_the_clip():
     value = t(0.9, 0.35, grad=True)
     clipped_value(value, t(0.3, 0.4), t(1, 0.1)).sum().backward()
     close(value.grad, [0, 0.25])
+
+
+def test_the_ratio_of_a_sequence():
+    """GSPO: the mean of the log-ratios, not their sum; each token's own gradient times it."""
+    old, gaps, sequence = t(-1, -2, -3), t(0.3, -0.1, 0.7), torch.tensor([0, 0, 1])
+    logp = (old + gaps).requires_grad_()
+    rho = ratio(sequence_logp(logp, old, sequence), old)
+    close(rho[0], VECTORS["gspo_ratio"]["seq_ratio"])
+    close(rho, [math.exp(0.1), math.exp(0.1), math.exp(0.7)])
+    rho.sum().backward()
+    close(logp.grad, rho)
+    assert ratio(sequence_logp(old, old, sequence), old).tolist() == [1, 1, 1]
+
+
+def test_with_one_advantage_per_answer_it_is_the_objective_of_the_sequence():
+    """d/d logp of mean_i -A_i exp(mean_t log rho_t), arXiv:2507.18071 eq. 5."""
+    old, advantage, sequence, length = t(-1, -2, -3, -1), t(2, 2, 2, -1), torch.tensor([0, 0, 0, 1]), t(3, 3, 3, 1)
+    given = t(-0.9, -2.2, -2.8, -1.1)
+    ours, plain = given.clone().requires_grad_(), given.clone().requires_grad_()
+    (clipped_surrogate(sequence_logp(ours, old, sequence), old, advantage) / length).sum().backward()
+    gap = plain - old
+    (-2 * gap[:3].mean().exp() + gap[3].exp()).backward()
+    close(ours.grad, plain.grad)

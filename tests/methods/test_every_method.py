@@ -19,7 +19,7 @@ from temper.records import Message
 from temper.rollout import Request, Sampling, sample
 from temper.runs import Run
 
-TRAINED = ("pretrain", "sft", "reward", "dpo", "ppo", "constitution")
+TRAINED = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo", "constitution")
 MORE = {"pretrain": {"lr": 1e-2}, "sft": {"lr": 2e-2, "epochs": 6}, "reward": {"lr": 1e-2}}
 
 
@@ -74,7 +74,7 @@ def test_held_out_records_are_not_trained_on_and_are_reported(trained, method):
     assert any(name.startswith("held_out_") for name in summary)
 
 
-@pytest.mark.parametrize("method", ["pretrain", "sft", "dpo", "ppo", "constitution"])
+@pytest.mark.parametrize("method", ["pretrain", "sft", "dpo", "ppo", "grpo", "constitution"])
 def test_any_program_can_load_the_model_and_it_gives_the_same_greedy_answers(trained, toy, method):
     """`AutoModelForCausalLM` and plain `generate`, no setting but the length: it stops at the end of the turn as the sampler does."""
     folder = trained(method) / "model"
@@ -99,7 +99,7 @@ def test_any_program_can_load_the_model_and_it_gives_the_same_greedy_answers(tra
         assert any(a.finish == "stop" for (a,) in answers)
 
 
-SHORT: dict[str, dict[str, float]] = {"ppo": {"rollouts": 2}, "constitution": {"sl_epochs": 0.5, "epochs": 1}}
+SHORT: dict[str, dict[str, float]] = {"ppo": {"rollouts": 2}, "grpo": {"rollouts": 3}, "constitution": {"sl_epochs": 0.5, "epochs": 1}}
 
 
 @pytest.mark.slow
@@ -123,7 +123,13 @@ def test_packing_changes_no_figure(toy, tmp_path, method):
 @pytest.mark.parametrize("method", TRAINED)
 def test_the_seed_decides(toy, tmp_path, method):
     """The same seed gives the same bytes, another seed others."""
-    short = {"rollouts": 1} if method == "ppo" else {"sl_epochs": 0.1, "epochs": 0.2} if method == "constitution" else {"epochs": 0.25}
+    short = (
+        {"rollouts": 1}
+        if method in ("ppo", "grpo")
+        else {"sl_epochs": 0.1, "epochs": 0.2}
+        if method == "constitution"
+        else {"epochs": 0.25}
+    )
     made = []
     for folder, seed in ("a", 0), ("b", 0), ("c", 1):
         train(method, tmp_path / folder, **(values_of(method, toy) | short | {"seed": seed}))

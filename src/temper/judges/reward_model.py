@@ -21,13 +21,13 @@ from temper.records import Message
 class RewardModel:
     """Scores are (raw - mean) / std, with the mean and deviation over the answers seen in training (arXiv:2203.02155, sec. 3.5)."""
 
-    def __init__(self, folder: str | Path, loaded: tuple[Any, Any, Any] | None = None, **how: Any) -> None:
-        """how: device and precision, see `load_scalar`. loaded: (model, tokenizer, scale) where they are there already."""
+    def __init__(self, folder: str | Path, **how: Any) -> None:
+        """how: device and precision, see `load_scalar`."""
         self.name = str(folder)
-        self.model, self.tokenizer, scale = loaded or (*load_scalar(str(folder), **how), None)
-        if not loaded and not any(kind.endswith("ForSequenceClassification") for kind in self.model.config.architectures or []):
+        self.model, self.tokenizer = load_scalar(str(folder), **how)
+        if not any(kind.endswith("ForSequenceClassification") for kind in self.model.config.architectures or []):
             raise UserError(f"{folder}: a language model, not a reward model; train one from it with `temper reward`")
-        scale = scale or (None if loaded else getattr(self.model.config, "temper_reward", None)) or {"mean": 0.0, "std": 1.0}
+        scale = getattr(self.model.config, "temper_reward", None) or {"mean": 0.0, "std": 1.0}
         self.mean, self.std = float(scale["mean"]), float(scale["std"])
 
     def score(self, forest: Forest, at: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from temper.train import machine, ranks
 from temper.world.streams import VERSION
 
 ROUNDING = ("ranks", "shard", "activations", "fit_memory", "tokens_per_microbatch")  # of an identity: another one changes last digits
-MODELS = ("model", "reward")  # settings that name a model
-INPUTS = (*MODELS, "data", "prompts", "red_team", "helpful", "helpful_pairs", "principles")  # settings that name what is read
+MODELS = ("model", "reward", "step_reward", "value_model")  # settings that name a model
+INPUTS = (*MODELS, "data", "prompts", "red_team", "helpful", "helpful_pairs", "ptx_data", "principles")  # settings that name what is read
 WORLD = "temper.world.datasets"  # the module that decides what `world:` gives
 
 

@@ -67,3 +67,57 @@ def whiten(x: Tensor, *, keep_mean: bool = False, unbiased: bool = False) -> Ten
     variance = (x - mean).square().sum() / max(x.numel() - int(unbiased), 1)
     white = (x - mean) * (variance + 1e-8).rsqrt()
     return white + mean if keep_mean else white
+
+
+# ---------------------------------------------------------------- without a value model: answers to one prompt compared with each other
+
+
+@torch.no_grad()
+def baseline(reward: Tensor, group: Tensor, how: str = "group", weight: Tensor | None = None) -> Tensor:
+    """What is subtracted from an answer's reward.
+
+    Args:
+        reward: [n] one number per answer.
+        group: [n] int64 from 0 on: answers to one prompt have one number.
+        how: "group" the mean of the group (arXiv:2402.03300); "leave-one-out" the mean of the others in it (arXiv:2402.14740), so that
+            r - b = n / (n - 1) (r - mean), and an answer alone in its group is its own baseline; "none" 0.
+        weight: [n] how often each answer was drawn, or its probability; None: once.
+
+    Returns:
+        [n]
+    """
+    if how == "none":
+        return torch.zeros_like(reward)
+    w = torch.ones_like(reward) if weight is None else weight
+    total, mass = _sums(w * reward, group), _sums(w, group)
+    if how == "group":
+        return total / mass
+    others = mass - w
+    return torch.where(others > 0, (total - w * reward) / torch.where(others > 0, others, 1), reward)
+
+
+@torch.no_grad()
+def group_std(reward: Tensor, group: Tensor, *, unbiased: bool = False, weight: Tensor | None = None) -> Tensor:
+    """[n] the standard deviation of the rewards of each answer's group: over n, or over n - 1 if `unbiased` (0 for one answer alone).
+
+    The publications do not say which; of [1, 0, 0, 0] the standardised first is 1.732 or 1.5. Arguments as of `baseline`.
+    """
+    w = torch.ones_like(reward) if weight is None else weight
+    mass = _sums(w, group)
+    squares = _sums(w * (reward - _sums(w * reward, group) / mass).square(), group)
+    return (squares / ((mass - 1).clamp(min=1) if unbiased else mass)).sqrt()
+
+
+def standardised(x: Tensor, std: Tensor, floor: float) -> Tensor:
+    """x / std, and 0 where std < floor: a group whose rewards differ by rounding says nothing, and 1 / std would make it say the most."""
+    return torch.where(std < floor, 0.0, x / std.clamp(min=floor))
+
+
+def to_go(x: Tensor) -> Tensor:
+    """[T] -> [T]: the sum from each token on."""
+    return x.flip(0).cumsum(0).flip(0)
+
+
+def _sums(x: Tensor, group: Tensor) -> Tensor:
+    """[n] -> [n]: for each, the sum over its group."""
+    return x.new_zeros(int(group.max()) + 1).index_add(0, group, x)[group]

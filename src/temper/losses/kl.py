@@ -10,6 +10,9 @@ As a loss means differentiated through `logp` at samples that are data (arXiv:25
 sequence is the sum of k1 over its tokens: report its mean over answers with an interval, neither clamped nor divided by length.
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 _SWING = 0.2  # the largest relative error the controller answers to (arXiv:1909.08593, sec. 2.2)
@@ -29,6 +32,13 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """e^-l - 1 + l: unbiased and never negative; heavy-tailed where the policy is far away. Any shape -> the same shape."""
     log_ratio = ref_logp - logp
     return log_ratio.expm1() - log_ratio  # expm1: near l = 0, exp(-l) - 1 in float32 would be rounding noise
+
+
+def slope(estimator: Callable[[Tensor, Tensor], Tensor], logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """d estimator / d logp, as data: what the estimator in a loss pushes each token with. Any shape -> the same shape."""
+    with torch.enable_grad():
+        at = logp.detach().requires_grad_()
+        return torch.autograd.grad(estimator(at, ref_logp.detach()).sum(), at)[0]
 
 
 def adaptive_beta(beta: float, kl: float, target: float, rate: float = 0.1) -> float:

@@ -32,6 +32,23 @@ def clipped_surrogate(
     return torch.where(advantage < 0, torch.minimum(loss, -dual * advantage), loss)
 
 
+def sequence_logp(logp: Tensor, old_logp: Tensor, sequence: Tensor) -> Tensor:
+    """Log-probs whose ratio to old_logp is that of their sequence, s_i = exp(mean_t log rho_t), with each token's own gradient times s_i
+    (GSPO-token, arXiv:2507.18071 eq. 14; with one advantage per sequence it is GSPO, eq. 5).
+
+    Args:
+        logp, old_logp: [n], as of `ratio`.
+        sequence: [n] int64 from 0 on, which sequence a token belongs to.
+
+    Returns:
+        [n] to be given to `clipped_surrogate` in the place of logp.
+    """
+    gap = (logp - old_logp).detach()
+    count = gap.new_zeros(int(sequence.max()) + 1 if len(sequence) else 0)
+    mean = count.index_add(0, sequence, gap) / count.index_add(0, sequence, torch.ones_like(gap)).clamp(min=1)
+    return old_logp + mean[sequence] + (logp - logp.detach())
+
+
 def clipped(logp: Tensor, old_logp: Tensor, advantage: Tensor, *, low: float = 0.2, high: float = 0.2) -> Tensor:
     """Where the clip takes the gradient away: A > 0 and rho > 1 + high, or A < 0 and rho < 1 - low -> bool."""
     rho = ratio(logp, old_logp)

@@ -19,6 +19,7 @@ NAMES = {  # command -> file
     "reward": "reward",
     **dict.fromkeys(_rules(), "preference"),
     "ppo": "ppo",
+    "grpo": "grpo",
     "constitution": "constitution",
 }
 

@@ -127,25 +127,9 @@ def put_on(model: Any, how: Adapter, tokenizer: Any, *, seed: int) -> Any:
 
     Raises UserError for target layers that the model lacks.
     """
-    peft = _peft()
-    task = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
-    if how.adapter in ("lora", "dora"):
-        config = peft.LoraConfig(
-            task_type=task,
-            r=how.lora_rank,
-            lora_alpha=how.lora_alpha,
-            lora_dropout=how.lora_dropout,
-            use_rslora=how.rslora,
-            use_dora=how.adapter == "dora",
-            target_modules=list(how.lora_targets) or "all-linear",
-        )
-    elif how.adapter == "prompt":
-        config = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=how.virtual_tokens, prompt_tuning_init="SAMPLE_VOCAB")
-    else:
-        config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=how.virtual_tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        out = _wrap(model, config)
+        out = _wrap(model, _config_of(how, "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"))
     if how.adapter == "prompt" and how.init_text:
         ids = tokenizer(how.init_text, add_special_tokens=False)["input_ids"]
         if not ids:
@@ -154,6 +138,30 @@ def put_on(model: Any, how: Adapter, tokenizer: Any, *, seed: int) -> Any:
             words = model.get_input_embeddings()(torch.tensor(ids, device=model.device))
             out.prompt_encoder[OWN].embedding.weight.copy_(words.repeat(-(-how.virtual_tokens // len(ids)), 1)[: how.virtual_tokens])
     return _ready(out, how)
+
+
+def put_beside(model: Any, how: Adapter, name: str, *, seed: int) -> None:
+    """One more new adapter of that name on an adapted model; the one at work stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _wrap(model, _config_of(how, "CAUSAL_LM"), name)
+
+
+def _config_of(how: Adapter, task: str) -> Any:
+    peft = _peft()
+    if how.adapter in ("lora", "dora"):
+        return peft.LoraConfig(
+            task_type=task,
+            r=how.lora_rank,
+            lora_alpha=how.lora_alpha,
+            lora_dropout=how.lora_dropout,
+            use_rslora=how.rslora,
+            use_dora=how.adapter == "dora",
+            target_modules=list(how.lora_targets) or "all-linear",
+        )
+    if how.adapter == "prompt":
+        return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=how.virtual_tokens, prompt_tuning_init="SAMPLE_VOCAB")
+    return peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=how.virtual_tokens)
 
 
 def _wrap(model: Any, config: Any, name: str = OWN) -> Any:
@@ -262,6 +270,16 @@ def restore(model: Any, folder: str | Path) -> None:
     _fill(model, _weights(folder), OWN, folder, "")
 
 
+def head_of(folder: str | Path) -> nn.Linear | None:
+    """The scalar head in a reward model's adapter, if there is one."""
+    found = {key.rpartition(".")[2]: x for key, x in _weights(folder).items() if "score" in key.split(".")}
+    if "weight" not in found:
+        return None
+    head = nn.Linear(found["weight"].shape[1], found["weight"].shape[0], bias="bias" in found)
+    head.load_state_dict(found)
+    return head
+
+
 def _weights(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / WEIGHTS
     if not file.is_file():
@@ -312,8 +330,11 @@ def merged(model: Any) -> Any:
     return out
 
 
-def write(model: Any, folder: Path, *, name: str = OWN, score: nn.Linear | None = None, target: Path | None = None) -> None:
-    """Write one adapter in PEFT's format, and what its base is. score: a head of its own (see `shared`). target: where it will lie."""
+def write(
+    model: Any, folder: Path, *, name: str = OWN, score: nn.Linear | None = None, config_of: Any = None, target: Path | None = None
+) -> None:
+    """Write one adapter in PEFT's format, and what its base is. score: a head of its own (see `shared`). config_of: where what Temper
+    notes of a reward model stands, if not in the model's configuration. target: where it will lie."""
     peft = _peft()
     config = copy.deepcopy(model.peft_config[name])
     base = Path(model.get_base_model().name_or_path)
@@ -335,6 +356,5 @@ def write(model: Any, folder: Path, *, name: str = OWN, score: nn.Linear | None 
     known: dict[str, Any] = {}
     if local:
         known = {"base": os.path.relpath(base.absolute(), (target or folder).absolute()), "weights": weights_of(base)}
-    if scale := getattr(model.config, "temper_reward", None):
-        known["temper_reward"] = scale
+    known |= {key: value for key, value in vars(config_of or model.config).items() if key.startswith("temper_")}
     (folder / RECORD).write_text(json.dumps(known, indent=1) + "\n", "utf-8")

@@ -145,7 +145,9 @@ def logits(model: PreTrainedModel, states: Tensor) -> Tensor:
     return out
 
 
-def weighted_nll(model: PreTrainedModel, forest: Forest, weight: Tensor | None = None, *, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+def weighted_nll(
+    model: PreTrainedModel, forest: Forest, weight: Tensor | None = None, *, smoothing: float = 0.0, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """(Σ -weight · logp over forest.learned, logp [n] without gradient) for weights [n] known beforehand, by default the
     targets.
 
@@ -157,7 +159,7 @@ def weighted_nll(model: PreTrainedModel, forest: Forest, weight: Tensor | None =
         weight = forest.target[indices]
     if weight.shape != indices.shape:
         raise ValueError(f"{tuple(weight.shape)} weights for {len(indices)} learned tokens")
-    head = _head(model, hidden(model, forest)[sources], 1.0)
+    head = _head(model, hidden(model, forest)[sources], temperature)
     tokens, learn = forest.tokens[indices], torch.is_grad_enabled()
     return _WeightedNll.apply(head.final, tokens, weight.float(), smoothing, learn, head.bias, *head.factors)
 

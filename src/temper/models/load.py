@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -40,7 +40,7 @@ from transformers.utils import logging as hf_logging
 
 from temper.config import Settings, UserError, opt
 from temper.forest import Forest, Rows, Segment, plant, unroll
-from temper.models import adapt, adapters, attention, heads
+from temper.models import adapt, adapters, attention, heads, shared
 from temper.models.adapt import Adapter
 from temper.runs import fsync
 
@@ -134,16 +134,22 @@ def load_scalar(
     seed: int = 0,
     precision: Precision = "auto",
     adapters: Adapter | None = None,
+    beside: Any = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A scoring model with one label (reward, value): a saved one, or a language model's trunk under a new head.
 
     A new head has no bias and weights from N(0, 1/sqrt(d + 1)) (arXiv:1909.08593, 2009.01325), drawn from `seed`.
-    precision, adapters: see `load_policy`. Raises UserError as `load_policy` does, and for a model with more than one label.
+    precision, adapters: see `load_policy`. beside: a role (`temper.models.shared`) whose backbone an adapter of the same base shares.
+    Raises UserError as `load_policy` does, and for a model with more than one label.
     """
     given, name = name_or_dir, _source(name_or_dir)
     adapter = name if adapt.is_adapter(name) else None
     name = adapt.base_of(name) if adapter else name
     config, tokenizer = _config(name), load_tokenizer(adapter or name)
+    if role := shared.beside(beside, adapter or name, name, partial(_new_head, seed=seed), adapters, seed=seed):
+        return cast(Any, role), tokenizer
+    if beside is not None and adapter and adapters and adapters.adapter != "full":
+        adapters = adapters.model_copy(update={"adapter": "auto"})  # the kind is the policy's; this one is trained on as it is
     scoring = _scores(config)
     if scoring and config.num_labels != 1:
         raise UserError(f"{name}: scores {config.num_labels} labels; a reward or value model has one")
@@ -158,14 +164,20 @@ def load_scalar(
         raise UserError(f"{name}: {type(model).__name__} has no linear `score` head")
     _complete(name, missing - ({"score.weight", "score.bias"} if not scoring else set()))
     if not scoring:
-        head = nn.Linear(cast(nn.Linear, model.score).in_features, 1, bias=False)
-        with torch.no_grad():
-            head.weight.normal_(0.0, 1 / math.sqrt(head.in_features + 1), generator=torch.Generator().manual_seed(seed))
-        model.score = head.to(dtype)
+        model.score = _new_head(cast(nn.Linear, model.score).in_features, seed=seed).to(dtype)
     if adapter and adapt.described(adapter).get("task_type") == "SEQ_CLS":
         model.config.architectures = [type(model).__name__]  # the base may be a language model; the two together score
-        cast(Any, model.config).temper_reward = adapt.record(adapter).get("temper_reward")
+        for key, value in adapt.record(adapter).items():
+            if key.startswith("temper_"):
+                setattr(model.config, key, value)
     return _made_ready(_adapted(model, adapter or name, name, adapters, tokenizer, seed), str(given), device, precision), tokenizer
+
+
+def _new_head(width: int, *, seed: int) -> nn.Linear:
+    head = nn.Linear(width, 1, bias=False)
+    with torch.no_grad():
+        head.weight.normal_(0.0, 1 / math.sqrt(width + 1), generator=torch.Generator().manual_seed(seed))
+    return head
 
 
 def _adapted(model: Any, name: str, base: str, how: Adapter | None, tokenizer: Any, seed: int) -> Any:
@@ -287,7 +299,8 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, aside: Pa
     with _quiet():
         if adapters.adapted(model):
             role = getattr(type(model), "acting", None) and cast(Any, model)
-            adapt.write(model, aside, name=role.adapter if role else adapters.OWN, score=role and role.head, target=target)
+            own = {"name": role.adapter, "score": role.head, "config_of": role.config} if role else {}
+            adapt.write(model, aside, target=target, **own)
             cast(Any, adapters.beneath(model)).generation_config.save_pretrained(aside)
         else:
             model.save_pretrained(aside)

@@ -1,7 +1,7 @@
-"""One backbone for several models: named LoRA adapters and scalar heads on the same frozen weights. Floor 2.
+"""One backbone for several models: named adapters and scalar heads on the same frozen weights. Floor 2.
 
-PPO needs a policy, a reference, a value model and a reward model. Where policy and reward model are adapters of one base, all four are
-roles of one PeftModel: the reference is the policy's adapter as it was loaded (or none), the value starts as the reward's. Each role is
+PPO needs a policy, a reference, a value model and a reward model. Where they are adapters of one base, all four are roles of one
+PeftModel: the reference is the policy's adapter as it was loaded (or none), the value starts as a copy of the reward's. Each role is
 what heads, rollouts, the loop and `export` take for a model; while one computes, its adapter is the one at work.
 """
 
@@ -10,18 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from safetensors.torch import load_file
 from torch import nn
 
-from temper.config import UserError
-from temper.models import adapt, load
+from temper.models import adapt
 from temper.models.adapt import Adapter
-from temper.models.adapters import OWN, REFERENCE, adapted, using
-
-VALUE, REWARD = "value_model", "reward_model"
+from temper.models.adapters import OWN, REFERENCE, using
 
 
 class Role(nn.Module):
@@ -30,18 +25,20 @@ class Role(nn.Module):
     It owns the parameters of its adapter and its head; the backbone is borrowed, so it is in no checkpoint and no optimiser.
     """
 
-    def __init__(self, backbone: Any, adapter: str | None, head: nn.Linear | None = None, *, learns: bool = False) -> None:
+    def __init__(self, backbone: Any, adapter: str | None, head: nn.Linear | None = None, *, pace: float = 0.0) -> None:
+        """pace: the factor on the learning rate; 0: it does not learn."""
         super().__init__()
         self.__dict__["backbone"] = backbone
-        self.adapter = adapter
-        self.pace = backbone.pace if learns else 1.0
+        self.adapter, self.head, self.pace = adapter, head, pace
         for name, p in backbone.named_parameters():
             if adapter and f".{adapter}." in name:
-                p.requires_grad = learns
+                p.requires_grad = pace > 0
                 self.register_parameter(name.replace(".", "/"), p)
-        self.head = head
         if head is not None:
-            head.requires_grad_(learns)
+            head.requires_grad_(pace > 0)
+            self.config = copy.copy(backbone.config)
+            self.config.architectures = ["RoleForSequenceClassification"]
+        self.eval()
 
     def __getattr__(self, name: str) -> Any:
         if name == "score" and self._modules.get("head") is not None:
@@ -62,68 +59,33 @@ class Role(nn.Module):
         return self.backbone.modules()
 
 
-class Four(NamedTuple):
-    """PPO's models, with what else is read from the reward model's folder."""
-
-    policy: Any
-    reference: Any
-    value: Any
-    reward: Any
-    tokenizer: Any
-    reward_tokenizer: Any
-    scale: dict[str, float] | None  # mean and deviation of the reward model's scores
+def roles(model: Any) -> tuple[Role, Role]:
+    """An adapted policy as (policy, reference): the reference is the policy as it was loaded, and no second model."""
+    return Role(model, OWN, pace=model.pace), Role(model, REFERENCE if REFERENCE in model.peft_config else None)
 
 
-def four(model: str, reward: str, how: Adapter, *, seed: int = 0, **placed: Any) -> Four | None:
-    """Policy, reference, value and reward on one backbone; None where they are not adapters of one base.
+def beside(role: Any, name: str, base: str, head: Any, how: Adapter | None, *, seed: int) -> Role | None:
+    """A scoring model on the backbone of a role; None where it cannot share it.
 
-    model: the policy's start, an adapter or, with a kind in `how`, the base itself. reward: a reward model's adapter. placed: device and
-    precision. Raises UserError as `load_policy` does.
+    name: the folder of an adapter, or the base itself, which gets a new adapter. head(width): its head, where the folder has none.
+    how: what of it is trained; None: nothing.
     """
-    policy_folder, reward_folder = (_folder(name) for name in (model, reward))
-    if reward_folder is None or not adapt.is_adapter(reward_folder) or adapt.described(reward_folder)["peft_type"] != "LORA":
+    if not isinstance(role, Role) or not adapt.same_base(base, str(role.get_base_model().name_or_path)):
         return None
-    if how.adapter == "full" or (not (policy_folder and adapt.is_adapter(policy_folder)) and how.adapter not in ("lora", "dora")):
+    if role.active_peft_config.is_prompt_learning or (how and how.adapter in ("full", "prompt", "prefix")):
         return None
-    base = adapt.base_of(policy_folder) if policy_folder and adapt.is_adapter(policy_folder) else str(policy_folder or model)
-    if not adapt.same_base(base, adapt.base_of(reward_folder)):
+    backbone, called = role.backbone, f"role_{len(role.peft_config)}"
+    if name != base and adapt.described(name).get("peft_type") == "LORA":
+        adapt.read_onto(backbone, name, name=called)
+    elif name == base and how and how.adapter in ("lora", "dora"):
+        adapt.put_beside(backbone, how, called, seed=seed)
+    else:
         return None
-    if adapt.described(reward_folder).get("task_type") != "SEQ_CLS":
-        raise UserError(f"{reward}: a language model, not a reward model; train one from it with `temper reward`")
-    backbone, tokenizer = load.load_policy(model, **placed, adapters=how, seed=seed)
-    if not adapted(backbone) or getattr(backbone.active_peft_config, "num_virtual_tokens", 0):
-        return None
-    for name in (REWARD, VALUE):
-        adapt.read_onto(backbone, reward_folder, name=name)
-    nn.Module.to(backbone, placed.get("device", "cpu"))
-    head = _head(reward_folder, backbone)
-    return Four(
-        Role(backbone, OWN, learns=True),
-        Role(backbone, REFERENCE if REFERENCE in backbone.peft_config else None),
-        Role(backbone, VALUE, copy.deepcopy(head), learns=True),
-        Role(backbone, REWARD, head),
-        tokenizer,
-        load.load_tokenizer(reward_folder),
-        adapt.record(reward_folder).get("temper_reward"),
-    )
-
-
-def _folder(name: str) -> Path | None:
-    path = Path(name).expanduser()
-    path = path / "model" if (path / "model").is_dir() else path
-    return path if path.is_dir() else None
-
-
-def _head(folder: Path, like: Any) -> nn.Linear:
-    """The scalar head in a reward model's adapter."""
-    found = {key.rpartition(".")[2]: x for key, x in load_file(folder / adapt.WEIGHTS).items() if "score" in key.split(".")}
-    if "weight" not in found:
-        raise UserError(f"{folder}: a reward model's adapter without its head `score`")
-    head = nn.Linear(found["weight"].shape[1], 1, bias="bias" in found, device=like.device, dtype=like.dtype)
-    head.load_state_dict(found)
-    return head
-
-
-def without(policy: Any) -> Any:
-    """The reference of an adapted policy that shares no backbone with others: the policy as it was loaded, no second model."""
-    return Role(policy, REFERENCE if REFERENCE in policy.peft_config else None)
+    backbone.to(role.device)
+    found = adapt.head_of(name) if name != base else None
+    one = (found or head(backbone.get_input_embeddings().embedding_dim)).to(role.device, backbone.dtype)
+    out = Role(backbone, called, one, pace=(how.adapter_lr or adapt.PACE["lora"]) if how else 0.0)
+    for key, value in adapt.record(name).items():
+        if key.startswith("temper_"):
+            setattr(out.config, key, value)
+    return out
