@@ -314,15 +314,16 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, aside: Pa
 
 
 @torch.no_grad()
-def check_export(model: PreTrainedModel, aside: Path, folder: Path, dtype: torch.dtype) -> str:
-    """Compares the logits (or score) of a few tokens. The second model is on the CPU, where the first one found room when it was loaded.
+def check_export(model: PreTrainedModel, aside: Path, folder: Path, dtype: torch.dtype, *, again: Any = None) -> str:
+    """Compares the logits (or score) of a few tokens of the model with what lies in `aside` (or with `again`), which is to be in `folder`.
+    The second model is on the CPU, where the first one found room when it was loaded.
 
     An adapter, or weights with one merged in, may also be no further from the model than half of what the adapter changes: rounding must
     not erase what was learned. Raises ExportError.
     """
     scoring = hasattr(model, "score")
     try:
-        again, _ = (load_scalar if scoring else load_policy)(aside, dtype=dtype)
+        again = again or (load_scalar if scoring else load_policy)(aside, dtype=dtype)[0]
     except UserError as error:
         raise ExportError(f"{folder}: what was saved cannot be read back ({str(error).replace(str(aside), folder.name)})") from error
     ids = torch.linspace(0, model.config.get_text_config().vocab_size - 1, PROBE, dtype=torch.int64).tolist()
