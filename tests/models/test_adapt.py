@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from temper.config import UserError
-from temper.data.packing import pack  # noqa: F401
 from temper.forest import Segment, plant
 from temper.models import adapt, heads
 from temper.models.adapt import Adapter
@@ -236,7 +235,6 @@ def test_what_is_refused(base, tmp_path, tokenizer):
         with pytest.raises(UserError, match=message):
             load_policy(base, adapters=Adapter(**how))
     model, _ = adapted(base)
-    tokenizer.add_tokens(["<|new|>"]) if False else None
     export(model, tokenizer, tmp_path / "out")
     with pytest.raises(UserError, match="is an adapter already; leave --adapter out"):
         load_policy(tmp_path / "out", adapters=Adapter(adapter="lora"))

@@ -75,7 +75,14 @@ def using(model: Any, name: str | None) -> Iterator[None]:
 
     PEFT's own switches change `requires_grad` along the way, so its layers are switched here one by one.
     """
-    layers = [m for m in model.modules() if "_disable_adapters" in vars(m)]
+    if hasattr(type(model), "borrowed"):  # a role: it switches the backbone when it acts
+        own, model.adapter = model.adapter, name
+        try:
+            yield
+        finally:
+            model.adapter = own
+        return
+    layers = _switched(model)
     before = [(m, vars(m).get("_active_adapter"), m._disable_adapters) for m in layers]
     whole = model.active_adapter, model._adapters_disabled
     for m in layers:
@@ -93,6 +100,15 @@ def using(model: Any, name: str | None) -> Iterator[None]:
             m._disable_adapters = disabled
             if active is not None:
                 m._active_adapter = active
+
+
+def _switched(model: Any) -> list[Any]:
+    """PEFT's layers in the model, looked for again when an adapter was added."""
+    known = vars(model).get("_switched", (0, []))
+    if known[0] != len(model.peft_config):
+        known = len(model.peft_config), [m for m in model.modules() if "_disable_adapters" in vars(m)]
+        vars(model)["_switched"] = known
+    return known[1]
 
 
 @contextmanager
