@@ -75,9 +75,8 @@ def main(size: str = "small") -> dict[str, dict[str, float]]:
             for way in WAYS
         }
     for way, x in found.items():
-        print(
-            f"{way:<18} {x['mb']:8.0f} MB above the loaded model at {x['tokens']:.0f} tokens, {x['mb'] / found[WAYS[0]]['mb']:.2f} x LoRA SFT"
-        )
+        share = x["mb"] / found[WAYS[0]]["mb"]
+        print(f"{way:<18} {x['mb']:8.0f} MB above the loaded model at {x['tokens']:.0f} tokens, {share:.2f} x LoRA SFT")
     return found
 
 

@@ -210,7 +210,7 @@ def test_another_base_is_refused(base, tmp_path, tokenizer):
     load_policy(out)
     shutil.rmtree(tmp_path / "base")
     save(new_model(SIZE.model_copy(update={"width": 48}), len(tokenizer), tokenizer, seed=2), tokenizer, tmp_path / "base" / "model")
-    with pytest.raises(UserError, match=r"an adapter for another base: .*lora_A.weight has shape \(4, 32\), not \(4, 48\)"):
+    with pytest.raises(UserError, match=r"an adapter for another base: .*lora_A.weight has shape \(4, \d+\), not \(4, \d+\)"):
         load_policy(out)
 
 

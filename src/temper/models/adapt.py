@@ -306,7 +306,7 @@ def _fill(model: Any, weights: Mapping[str, Any], name: str, folder: str | Path,
         raise UserError(f"{folder}: an adapter for another base: {key} {what}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft.set_peft_model_state_dict(model, dict(weights), adapter_name=name)
+        peft.set_peft_model_state_dict(model, {**there, **weights}, adapter_name=name)
 
 
 def merged(model: Any) -> Any:

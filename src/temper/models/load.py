@@ -300,7 +300,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, aside: Pa
         if adapters.adapted(model):
             role = getattr(type(model), "acting", None) and cast(Any, model)
             own = {"name": role.adapter, "score": role.head, "config_of": role.config} if role else {}
-            adapt.write(model, aside, target=target, **own)
+            adapt.write(role.backbone if role else model, aside, target=target, **own)
             cast(Any, adapters.beneath(model)).generation_config.save_pretrained(aside)
         else:
             model.save_pretrained(aside)
