@@ -21,7 +21,7 @@ from temper.models.load import Size, export, load_policy, load_scalar, new_model
 from temper.models.tokenizer import train_tokenizer
 from temper.train import machine
 
-SIZES = {"small": Size(width=512, layers=8, heads=8, context=256), "tiny": Size(width=64, layers=2, heads=4, context=256)}
+SIZES = {"small": Size(width=256, layers=6, heads=8, context=256), "tiny": Size(width=64, layers=2, heads=4, context=256)}
 ROWS, ASKED, ANSWER = 16, 60, 64  # answers of a rollout, words of a prompt, tokens of an answer
 WAYS = ("lora sft", "ppo, one backbone", "ppo, four models")
 

@@ -118,11 +118,11 @@ def test_the_commands(ladder, toy, tmp_path, capsys):
     assert main(["check", str(ladder / "sft"), "--against", str(tmp_path / "whole")]) == 0
     assert main(["export", str(ladder / "sft"), "--out", str(tmp_path / "half"), "--form", "merged", "--precision", "bfloat16"]) == 0
     assert main(["export", str(ladder / "reward"), "--out", str(tmp_path / "judge")]) == 0
+    other = {"adapter": "lora", "lora_rank": 3, "rslora": True, "lr": 5e-3, "epochs": 0.5}
+    train("sft", tmp_path / "other", **(values_of("sft", toy) | other))
     with torch.no_grad():
         alone, bare, whole = (heads.token_logp(load_policy(x)[0], FOREST) for x in (ladder / "sft", toy.base, tmp_path / "whole"))
         torch.testing.assert_close(whole, alone, atol=1e-5, rtol=1e-5)
-        other = {"adapter": "lora", "lora_rank": 3, "rslora": True, "lr": 5e-3, "epochs": 0.5}
-        train("sft", tmp_path / "other", **(values_of("sft", toy) | other))
         both = [str(ladder / "sft"), str(tmp_path / "other")]
         for command, more, weights in (
             ("stack", [], (1, 1)),
