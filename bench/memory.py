@@ -21,8 +21,11 @@ from temper.models.load import Size, export, load_policy, load_scalar, new_model
 from temper.models.tokenizer import train_tokenizer
 from temper.train import machine
 
-SIZES = {"small": Size(width=256, layers=6, heads=8, context=256), "tiny": Size(width=64, layers=2, heads=4, context=256)}
-ROWS, ASKED, ANSWER = 16, 60, 64  # answers of a rollout, words of a prompt, tokens of an answer
+SIZES = {  # and answers of a rollout: where activations outweigh the model, and where the model outweighs them, as large ones do
+    "small": (Size(width=256, layers=6, heads=8, context=256), 16),
+    "wide": (Size(width=768, layers=8, heads=8, context=256), 4),
+}
+ASKED, ANSWER = 60, 64  # words of a prompt, tokens of an answer
 WAYS = ("lora sft", "ppo, one backbone", "ppo, four models")
 
 
@@ -31,11 +34,11 @@ def files(folder: Path, size: str) -> None:
     words = ["the", "baker", "lives", "in", "a", "red", "house", "by", "old", "harbour", "where", "boats", "lie"]
     tokenizer = train_tokenizer([" ".join(words)] * 3, 320)
     attach_default_template(tokenizer)
-    save(new_model(SIZES[size], 8192, tokenizer, seed=0), tokenizer, folder / "base")
+    save(new_model(SIZES[size][0], 8192, tokenizer, seed=0), tokenizer, folder / "base")
     export(load_policy(folder / "base", adapters=Adapter(adapter="lora"))[0], tokenizer, folder / "sft")
     export(load_scalar(folder / "base", adapters=Adapter(adapter="lora"))[0], tokenizer, folder / "reward")
     export(load_scalar(folder / "base")[0], tokenizer, folder / "whole_reward")
-    asks = [" ".join(words[(i * (k + 1)) % len(words)] for i in range(ASKED)) for k in range(4 * ROWS)]
+    asks = [" ".join(words[(i * (k + 1)) % len(words)] for i in range(ASKED)) for k in range(4 * SIZES[size][1])]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"messages": [{"role": "user", "content": a}]}) + "\n" for a in asks))
     chats = [[{"role": "user", "content": a}, {"role": "assistant", "content": " ".join([*words] * 8)[: 5 * ANSWER]}] for a in asks]
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": c}) + "\n" for c in chats))
@@ -43,15 +46,16 @@ def files(folder: Path, size: str) -> None:
 
 def peak(folder: Path, way: str) -> dict[str, float]:
     """Megabytes above the loaded base, and tokens of a step."""
+    rows = len((folder / "prompts.jsonl").read_text().splitlines()) // 4
     torch.set_num_threads(1)
     common: dict[str, Any] = {"model": str(folder / ("base" if way == "ppo, four models" else "sft"))}
     if way == "lora sft":
         method = "sft"
-        values = common | {"data": str(folder / "chats.jsonl"), "held_out": 0.0, "batch": ROWS, "epochs": 0.5}
+        values = common | {"data": str(folder / "chats.jsonl"), "held_out": 0.0, "batch": rows, "epochs": 0.5}
     else:
         method = "ppo"
         reward = str(folder / ("whole_reward" if way == "ppo, four models" else "reward"))
-        values = common | {"reward": reward, "prompts": str(folder / "prompts.jsonl"), "rollouts": 2, "prompts_per_step": ROWS}
+        values = common | {"reward": reward, "prompts": str(folder / "prompts.jsonl"), "rollouts": 2, "prompts_per_step": rows}
         values |= {"max_new": ANSWER, "epochs_per_batch": 1, "missing_eos": None}
     load_policy(folder / "base")  # what imports and loading take once is not counted
     base = sum(f.stat().st_size for f in (folder / "base").glob("*.safetensors"))

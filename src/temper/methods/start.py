@@ -61,6 +61,8 @@ def ready(s: Any, title: str) -> Ready:
     if s.plan.minibatches > s.plan.prompts_per_step:
         few = f"--minibatches {s.plan.minibatches} > --prompts-per-step {s.plan.prompts_per_step}"
         raise UserError(f"{few}: each needs at least one prompt")
+    policy: Any
+    reference: Any
     policy, tokenizer = load_policy(s.model, **s.compute.placed, adapters=s.adapters, seed=s.seed)
     stop = stop_ids(tokenizer)
     if adapted(policy):  # its reference needs no second model, nor does a reward model that is an adapter of the same base

@@ -369,9 +369,9 @@ def _terms(
         yield (
             first,
             {
-                name: term.total * (term.coefficient / weights[term.per])
+                name: cast(Tensor, term.total) * (term.coefficient / weights[term.per])
                 for name, term in first.terms.items()
-                if weights[term.per] != 0 and term.total.requires_grad
+                if weights[term.per] != 0 and cast(Tensor, term.total).requires_grad
             },
         )
         if not later:
@@ -392,7 +392,7 @@ def _backward(
             if shares:
                 total = cast(Tensor, sum(shares.values()))
                 (total if scale == 1.0 else total * scale).backward()
-            terms |= {name: term._replace(total=term.total.detach()) for name, term in out.terms.items()}
+            terms |= {name: term._replace(total=cast(Tensor, term.total).detach()) for name, term in out.terms.items()}
             metrics |= {name: (_detached(total), _detached(weight)) for name, (total, weight) in out.metrics.items()}
     return Loss(terms, metrics)
 
@@ -411,7 +411,7 @@ def _measure(
     sums: dict[tuple[str, str], float] = defaultdict(float)
     for i, part in enumerate(parts):
         for name, term in part.terms.items():
-            value = float(term.total)
+            value = float(cast(Tensor, term.total))
             if not math.isfinite(value):
                 problem = problem or f"loss term {name!r} is {value} in micro-batch {i + 1} of {len(parts)}; {ADVICE}"
             if weights[term.per] != 0:
