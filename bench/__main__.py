@@ -1,7 +1,8 @@
 """Side by side on one machine, in turn, on the same work.
 
     python -m bench                            all rows, tiny and small, one thread; bench/results.json and docs/performance.md
-    python -m bench sft dpo --model tiny       some of it, printed (and written with --out)
+    python -m bench sft dpo --model tiny       some of it, printed
+    python -m bench sft --model tiny --update  the same, put in the place of these rows in bench/results.json and docs/performance.md
     python -m bench --smoke                    in seconds: do both sides compute the same? nothing is timed
     python -m bench --page                     the table and picture of docs/performance.md again, from bench/results.json
 
@@ -41,6 +42,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--times", type=int, default=7, help="turns that are timed, at least five")
     parser.add_argument("--out", type=Path, help="where the results go when only some rows are asked for")
+    parser.add_argument("--update", action="store_true", help="replace these rows in bench/results.json, if it is of this machine")
     parser.add_argument("--smoke", action="store_true", help="compare the two sides, measure nothing")
     parser.add_argument("--page", action="store_true", help="make docs/performance.md from bench/results.json")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
@@ -114,10 +116,9 @@ def full(args: argparse.Namespace) -> int:
                     results["curves"].append(point)
                     console.print(point)
     table.show(results["rows"], console)
-    if args.rows or args.model:
-        if args.out:
-            table.write(results, args.out)
-    else:
+    if args.update:
+        results = table.merged(json.loads(table.RESULTS.read_text()), results) if table.RESULTS.is_file() else results
+    if args.out or args.update or not (args.rows or args.model):
         table.write(results, args.out or table.RESULTS)
         if not args.out:
             table.page(results)

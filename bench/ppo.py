@@ -3,7 +3,7 @@ value and reward, then padded updates. The peer is here, whole and plain; `compa
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class Part(NamedTuple):
 
 class PPO:
     name = "ppo"
+    named: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -174,7 +175,7 @@ class Peer:
             value = self._value(part)
             score = self._states(self.reward, part)[:, -1] @ self.reward.score.weight[0]
             ended = torch.tensor([rollout.ended[i] for i in chosen], device=score.device)
-            score = torch.where(ended, score, score.clamp(max=s.missing_eos))
+            score = torch.where(ended, score, score.clamp(max=s.ending.missing_eos))
             shaped = -s.beta * (logp - ref) * part.own
             shaped[:, -1] += score
             advantage, running, after = torch.zeros_like(value), torch.zeros_like(score), torch.zeros_like(score)
@@ -198,7 +199,8 @@ class Peer:
                 rho, advantage = (self._logp(self.policy, part) - old["logp"]).exp(), old["advantage"]
                 policy = torch.maximum(-advantage * rho, -advantage * rho.clamp(1 - s.clip, 1 + s.clip))[own].sum()
                 value = self._value(part)
-                near = value.clamp(old["value"] - s.value_clip, old["value"] + s.value_clip)
+                clip = float(s.value_clip or 0)
+                near = value.clamp(old["value"] - clip, old["value"] + clip)
                 off = torch.maximum((value - old["returns"]) ** 2, (near - old["returns"]) ** 2)[own].sum() / 2
                 loss = (policy + s.value_weight * off) / tokens
                 loss.backward()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -33,16 +33,18 @@ class Generate:
 
 class Rollouts:
     name = "rollout"
+    kernel: Literal["torch", "c"] = "torch"
+    named: ClassVar = {"static": lambda how: how.cache == "static"}  # peers that get a row of their own beside the best
 
     def __init__(self, setup: Setup, each: int = EACH) -> None:
         self.setup, self.each = setup, each
         self.prompts = setup.prompts
-        few = max(1, len(self.prompts) // 4)
+        self.few = few = max(1, len(self.prompts) // 4)
         self.candidates = [
             *(Generate(cache, n) for cache in ("dynamic", "static") for n in sorted({few, 2 * few, len(self.prompts)})),
             Generate("continuous"),
         ]
-        self.default = Generate("dynamic")
+        self.default: Generate | None = Generate("dynamic")
         self.turn = 0
 
     def side(self, who: str, how: Generate) -> Callable[[], object]:
@@ -56,7 +58,7 @@ class Rollouts:
     def ours(self, model: Any, greedy: bool = False) -> list[list[int]]:
         """The answers' tokens, all of the first prompt first."""
         self.turn += 1
-        how = Sampling(temperature=0.0 if greedy else 1.0, max_new=self.setup.scale.max_new)
+        how = Sampling(temperature=0.0 if greedy else 1.0, max_new=self.setup.scale.max_new, kernel=self.kernel)
         groups = sample(model, Request(self.prompts, sampling=how, stop=self.setup.stop, n=self.each, seed=("bench", self.turn)))
         return [answer.tokens for group in groups for answer in group]
 
@@ -95,6 +97,18 @@ class Rollouts:
         ]
         head = 2 * model.get_output_embeddings().weight.numel()
         return forward_flops(model, plant(trees)) + head * sum(map(len, answers))
+
+
+class CompiledRollouts(Rollouts):
+    """Ours with the attention of decoding compiled from C; against the peers that the search of `rollout` finds near each other."""
+
+    name = "rollout-c"
+    kernel = "c"
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.candidates = [how for how in self.candidates if how.cache == "continuous" or (how.cache, how.prompts) == ("static", self.few)]
+        self.default = None
 
 
 def left_padded(rows: list[list[int]], pad: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,11 +17,11 @@ from bench.data import Setup
 from bench.machine import Peak, Refused, can_measure_memory, in_turn, now, ratio
 from bench.ppo import PPO
 from bench.preference import DPO, Reward
-from bench.rollout import Rollouts
+from bench.rollout import CompiledRollouts, Rollouts
 from bench.sft import SFT
 
 TRAINING: dict[str, Any] = {task.name: task for task in (SFT, DPO, Reward)}
-CALLS: dict[str, Any] = {task.name: task for task in (Rollouts, PPO)}
+CALLS: dict[str, Any] = {task.name: task for task in (Rollouts, CompiledRollouts, PPO)}
 NAMES = (*TRAINING, *CALLS)
 
 Say = Callable[[str, float | None], None]  # one setting that was tried, and its seconds
@@ -33,7 +33,7 @@ class Row:
 
     name: str
     model: str
-    against: str  # best, default
+    against: str  # best, default; of rollouts also the best with a static cache
     ratio: float
     ratio_low: float
     ratio_high: float
@@ -89,12 +89,19 @@ def _calls(name: str, setup: Setup, times: int, ceiling: float, say: Say) -> Ite
         say(str(how), seconds[i])
     best = task.candidates[min(seconds, key=seconds.__getitem__)]
     flops = task.flops()
-    for against, how in ("best", best), ("default", task.default):
+    named = {name: [i for i in seconds if test(task.candidates[i])] for name, test in task.named.items()}
+    others = [
+        (name, task.candidates[min(found, key=seconds.__getitem__)])
+        for name, found in named.items()
+        if found and best not in map(task.candidates.__getitem__, found)
+    ]
+    default = [("default", task.default)] if task.default else []
+    for against, how in ("best", best), *others, *default:
         task.compare(how)
         of = ratio(*in_turn(task.side("ours", how), task.side("peer", how), times if against == "best" else 5, setup.device))
         peaks = alone(task, "ours", how, None), alone(task, "peer", how, None)
         share = flops / of.ours / (ceiling * 1e9)
-        unit = "s per rollout" if name == "rollout" else "s per step"
+        unit = "s per rollout" if isinstance(task, Rollouts) else "s per step"
         yield Row(name, setup.name, against, *of, unit, *peaks, share, str(how))
 
 

@@ -7,6 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.machine import Refused
+from bench.rows import NAMES
+
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, PICTURE = ROOT / "bench" / "results.json", ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.png"
 BEGIN, END = "<!-- figures: made by `python -m bench --page` -->", "<!-- end of figures -->"
@@ -44,6 +47,24 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 def write(results: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The new results, and of the old those of other rows and models. Raises Refused where they are not of one machine."""
+    for what in "device", "threads", "torch":
+        if old["machine"][what] != new["machine"][what]:
+            raise Refused(f"{what}: {RESULTS.name} has {old['machine'][what]}, this is {new['machine'][what]}; run all of it")
+    if old["versions"] != new["versions"] or old["records"] != new["records"]:
+        raise Refused(f"{RESULTS.name} is of other versions or records; run all of it")
+    out = dict(new)
+    for part in "rows", "tried", "scaling", "refused":
+        fresh = {(row["name"], row["model"]) for each in ("rows", "refused") for row in new[each]} if part != "scaling" else set()
+        fresh |= {(row["name"], row["model"]) for row in new[part]}
+        out[part] = [row for row in old[part] if (row["name"], row["model"]) not in fresh] + new[part]
+    out["curves"] = new["curves"] or old["curves"]
+    out["rows"].sort(key=lambda row: (row["model"] != "tiny", NAMES.index(row["name"])))
+    out["command"] = "; ".join(dict.fromkeys([*old["command"].split("; "), new["command"]]))
+    return out
 
 
 def figures(results: dict[str, Any] | None) -> str:

@@ -37,6 +37,16 @@ def test_help_of_a_method_names_every_flag_with_its_default_and_examples(method,
     assert "(default: " in out
 
 
+FROM = {  # what a method learns from; the others: from --data
+    "collect": {"prompts"},
+    "process-reward": {"data", "prompts"},
+    "ppo": {"reward", "prompts"},
+    "grpo": {"reward", "prompts"},
+    "online-dpo": {"reward", "prompts"},
+    "constitution": set(),
+}
+
+
 @pytest.mark.parametrize("method", NAMES)
 def test_the_contracts_flags(method):
     """--model --data --out, --reward and --prompts where they belong, --max-length, --too-long, --skip-bad, --seed."""
@@ -44,9 +54,7 @@ def test_the_contracts_flags(method):
     assert {"out", "max_length", "skip_bad", "seed", "json_"} <= known
     assert ("too_long" in known) == (method != "pretrain")  # documents are cut into windows
     assert ("model" in known) == (method != "pretrain")
-    assert ("data" in known) == (method in ("pretrain", "sft", "reward", "dpo"))
-    assert ("reward" in known) == (method in ("ppo", "grpo"))
-    assert ("prompts" in known) == (method in ("ppo", "grpo", "collect"))
+    assert {"data", "reward", "prompts"} & known == FROM.get(method, {"data"})
 
 
 def answers(*lines: list[str]) -> tuple[str, set[str]]:

@@ -21,7 +21,7 @@ FLOORS = {
     3: ["rollout", "train"],
     4: ["judges"],
     5: ["methods", "evals", "safety"],
-    6: ["driver", "serve"],
+    6: ["driver", "serve", "checks"],
     7: ["ladder", "report"],
     8: ["redteam", "doctor", "advise", "studio"],
     9: ["cli"],

@@ -13,7 +13,7 @@ import torch
 
 from temper.config import build
 from temper.ladder.stage import Place, run_stage
-from temper.methods import load
+from temper.methods import NAMES, load
 from temper.train.fit import TIMINGS
 from temper.world import dataset
 
@@ -58,7 +58,7 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 
 def write_files(folder: Path) -> None:
-    """text, chats, pairs, prompts (and two parts of them) and principles about the boats."""
+    """text, chats, pairs, prompts (and two parts of them) and principles about the boats; solutions in steps."""
     asked = [(q.format(name), k) for q in QUESTIONS for k, name in enumerate(BOATS)]
     answers = ["It is {}.", "{}.", "The boat is {}, I think."]
     lines = [f"The {name} is {colour(k)}. {q.format(name)} It is {colour(k)}." for q in QUESTIONS for k, name in enumerate(BOATS)]
@@ -84,6 +84,12 @@ def write_files(folder: Path) -> None:
         for i, (q, k) in enumerate(asked)
     ]
     write(folder / "pairs.jsonl", pairs)
+    sums = [(k, n, (k + n) % 3 != 0) for k in range(8) for n in range(3)]
+    solved = [
+        {"prompt": user(f"Add {n} to {k}."), "steps": [f"{k} and {n}.", f"So {k + n}." if ok else "So what?"], "labels": [1.0, float(ok)]}
+        for k, n, ok in sums
+    ]
+    write(folder / "steps.jsonl", [{**row, "meta": {}} for row in solved])
     for name, some in ("prompts", asked), ("red", asked[:12]), ("calm", asked[12:]):
         write(folder / f"{name}.jsonl", [{"messages": user(q)} for q, _ in some])
     (folder / "principles.yaml").write_text(PRINCIPLES)
@@ -109,12 +115,15 @@ def make_toy(folder: Path) -> Toy:
 def values_of(method: str, toy: Toy) -> dict[str, Any]:
     """Settings of a run of each method that takes about a second."""
     short = {"max_new": 12}
+    pairs = {"model": toy.sft, "data": toy.pairs, "batch": 4, "epochs": 5, "held_out": 0.2, "lr": 1e-3}
     return {
+        **{name: pairs for name, file in NAMES.items() if file in ("preference", "unpaired")},
         "pretrain": {"data": toy.text, "batch": 8, "epochs": 4, "optimizer": "muon", **TINY},
         "sft": {"model": toy.base, "data": toy.chats, "batch": 8, "epochs": 2},
         "collect": {"model": toy.sft, "prompts": "world:prompts?n=12", **short},
         "reward": {"model": toy.sft, "data": toy.pairs, "batch": 4, "epochs": 5, "held_out": 0.2},
-        "dpo": {"model": toy.sft, "data": toy.pairs, "batch": 4, "epochs": 5, "held_out": 0.2, "lr": 1e-3},
+        "process-reward": {"model": toy.sft, "data": toy.steps, "batch": 4, "epochs": 4, "held_out": 0.2},
+        "online-dpo": {"model": toy.sft, "reward": toy.reward, "prompts": toy.prompts, "rollouts": 6, "prompts_per_step": 6, **short},
         "ppo": {
             "model": toy.sft,
             "reward": toy.reward,

@@ -68,6 +68,12 @@ def test_a_byte_that_is_not_utf8_in_a_list(tmp_path):
     assert len(read(str(tmp_path / "x.json"), "chat", skip_bad=True).records) == 2
 
 
+def test_rows_of_a_list_on_one_line_are_told_by_their_columns(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('[{"a": 1}, {"a": 2},\n {\n"a": 3}, {"a": 4}, {"a": 5}]')
+    assert [row.line for row in rows(path)] == [1, "1:12", 2, 3, "3:20"]
+
+
 def test_a_line_that_is_too_long_is_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_LINE", 1 << 20)
     path = tmp_path / "x.jsonl"

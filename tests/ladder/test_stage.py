@@ -10,7 +10,7 @@ from toy import train, values_of
 
 from temper.config import UserError
 from temper.ladder import stage
-from temper.ladder.stage import input_fingerprint
+from temper.ladder.stage import absent, input_fingerprint
 from temper.methods import sft
 from temper.runs import Run, save_checkpoint
 
@@ -160,3 +160,22 @@ def test_every_tensor_moves_at_the_first_update(toy, tmp_path):
             assert row["declared"] == row["changed"] > 0, (method, row)
             assert "note" not in row, (method, row)
     assert Path(tmp_path / "ppo" / "model").is_dir()
+
+
+def test_what_a_reward_is_made_of_is_an_input(toy, tmp_path):
+    """A --reward that names models and files is another where one of them is; the names of checks are no folders."""
+    score = tmp_path / "score.py"
+    score.write_text("def f(prompts, answers, metas): ...")
+    spec = f"0.5*{toy.reward} + python:{score}:f - 0.1*format:words=..9"
+    before = input_fingerprint("reward", spec)
+    assert before == input_fingerprint("reward", spec) != input_fingerprint("reward", spec.replace("0.5", "0.6"))
+    score.write_text("def f(prompts, answers, metas): pass")
+    assert before != input_fingerprint("reward", spec)
+    assert input_fingerprint("reward", toy.reward) == input_fingerprint("model", toy.reward)
+    assert absent({"reward": spec}) is None
+    assert absent({"reward": "maths + gold/3"}) is None  # may be a name of the hub
+    assert absent({"reward": f"maths + {tmp_path}/nothing"}) == f"{tmp_path}/nothing: no such folder"
+    score.unlink()
+    assert absent({"reward": spec}) == f"{score}: no such file"
+    with pytest.raises(UserError, match="no rater 'mahts'"):
+        absent({"reward": "mahts"})

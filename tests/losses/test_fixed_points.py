@@ -1,13 +1,16 @@
 """On a bandit of three answers, in exact expectation: where each objective comes to rest."""
 
+from itertools import permutations
+
 import pytest
 import torch
 
 from temper.losses.advantage import baseline, group_std, standardised
 from temper.losses.kl import k1, k2, k3, slope
 from temper.losses.policy import clipped_surrogate
-from temper.losses.preference import Pairs, dpo
+from temper.losses.preference import Pairs, Rankings, cpo, dpo, fdpo, hinge, ipo, pldpo, rdpo
 from temper.losses.reward import bradley_terry
+from temper.losses.unpaired import Answers, bco
 
 from .reference import FIXED_POINTS, VECTORS, close, t
 
@@ -66,6 +69,99 @@ def test_population_dpo_finds_the_optimum(shift):
     policy = settle(loss).softmax(-1)
     close(policy, BEST, atol=1e-6)
     close(policy, VECTORS["dpo_population_fixed_point"]["pi"], atol=1e-6)
+
+
+def population(fn, soft, **how):
+    """Where a rule comes to rest on all pairs of the three answers, with these chances that the first is preferred -> the policy."""
+
+    def loss(logits):
+        chosen, rejected = all_pairs(logits.log_softmax(-1))
+        return fn(Pairs(chosen, rejected, *all_pairs(REF.log()), *[torch.ones(3)] * 2), soft=soft, **how).sum()
+
+    return settle(loss, steps=300).softmax(-1)
+
+
+def test_robust_dpo_finds_it_from_flipped_labels():
+    """Where DPO itself, and its smoothed form, go elsewhere."""
+    flipped = 0.8 * preferences(REWARD) + 0.2 * (1 - preferences(REWARD))
+    close(population(rdpo, flipped, beta=BETA, flip_rate=0.2), BEST, atol=1e-6)
+    assert not torch.allclose(population(dpo, flipped, beta=BETA), t(*BEST), atol=0.05)
+
+
+def test_population_ipo_tilts_by_the_chance_to_win():
+    """pi_ref exp(P(y beats one drawn evenly) / tau), arXiv:2310.12036 eq. 7 with the identity; no Bradley-Terry anywhere."""
+    wins, tau = torch.full((3, 3), 0.5, dtype=torch.double), 0.3
+    better, worse = torch.triu_indices(3, 3, 1)
+    wins[better, worse] = t(0.9, 0.4, 0.8)  # not transitive
+    wins[worse, better] = 1 - wins[better, worse]
+    tilted = REF * (wins.mean(1) / tau).exp()
+    close(population(ipo, wins[better, worse], tau=tau), tilted / tilted.sum(), atol=1e-6)
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.5, 1.0, 2.0])
+def test_ipo_of_a_certain_label_stays_near_the_reference(tau):
+    """sigma(1 / (2 tau)) of two answers, where DPO would run away."""
+
+    def loss(logits):
+        a, b = logits.log_softmax(-1)
+        return ipo(Pairs(a[None], b[None], t(0.5).log(), t(0.5).log(), t(1), t(1)), tau=tau).sum()
+
+    close(settle(loss, start=t(0.5, 0.5)).softmax(-1)[0], VECTORS["ipo_two_action_det"][str(tau)], atol=1e-6)
+
+
+def test_cpo_without_its_likelihood_is_dpo_from_the_uniform_reference():
+    close(population(cpo, preferences(REWARD), beta=BETA, nll_weight=0.0), (REWARD / BETA).softmax(-1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "slope"),
+    [
+        ("forward-kl", lambda u: -1 / u),
+        ("js", lambda u: (2 * u / (1 + u)).log()),
+        ("alpha", lambda u: (1 - u**-0.5) / 0.5),
+        ("chi2", lambda u: u + u.log()),
+    ],
+)
+def test_population_f_dpo_finds_the_optimum_under_its_divergence(divergence, slope):
+    """Where r - beta f'(pi / pi_ref) is the same for all answers: the condition for the most E r - beta D_f (arXiv:2309.16240 eq. 6)."""
+    policy = population(fdpo, preferences(REWARD), beta=BETA, divergence=divergence)
+    level = REWARD - BETA * slope(policy / REF)
+    close(level, level.mean().expand(3), atol=1e-5)
+    assert not torch.allclose(policy, t(*BEST), atol=0.01)
+
+
+def test_population_plackett_luce_finds_the_optimum():
+    """From all six rankings, each as often as raters who choose by the reward, place by place, give it."""
+    orders = torch.tensor(list(permutations(range(3))))
+    chance = torch.stack([(REWARD[o] - torch.stack([REWARD[o[k:]].logsumexp(0) for k in range(3)])).sum().exp() for o in orders])
+    close(chance.sum(), 1)
+    record = torch.arange(6).repeat_interleave(3)
+
+    def loss(logits):
+        logp = logits.log_softmax(-1)
+        return (chance * pldpo(Rankings(logp[orders].flatten(), REF.log()[orders].flatten(), torch.ones(18), record), beta=BETA)).sum()
+
+    close(settle(loss).softmax(-1), BEST, atol=1e-6)
+
+
+def test_the_hinge_stops_at_its_margin():
+    """Whatever the label's chance, if it is above a half: h = 1 / beta."""
+    h = torch.linspace(-4, 6, 1001, dtype=torch.double)
+    z, n = torch.zeros_like(h), torch.ones_like(h)
+    for soft in 0.6, 0.95:
+        close(h[hinge(Pairs(h, z, z, z, n, n), beta=0.5, soft=soft * n).argmin()], 2.0)
+
+
+def test_a_classifier_of_thumbs_finds_the_optimum_where_its_shift_is_right():
+    """BCO of thumbs that go up with chance sigma(r): its logit is r where the point is -log Z of pi_ref e^(r / beta)."""
+    up, point = torch.sigmoid(REWARD), -torch.tensor(VECTORS["rlhf_optimum"]["beta_logZ"]).double() / BETA
+
+    def loss(logits):
+        gain = logits.log_softmax(-1) - REF.log()
+        good = torch.ones(3, dtype=torch.bool)
+        return (up * bco(Answers(gain, good, point), beta=BETA) + (1 - up) * bco(Answers(gain, ~good, point), beta=BETA)).sum()
+
+    close(settle(loss).softmax(-1), BEST, atol=1e-6)
 
 
 def test_population_bradley_terry_finds_the_reward():

@@ -167,7 +167,8 @@ def test_the_reference_is_the_model_at_the_start_computed_once(toy, pairs, monke
         mine = torch.tensor([tree[1 + side].labels["ref_logp"] for tree in trees])
         torch.testing.assert_close(mine, plain_logp(toy.sft, [row[side] for row in both]), atol=1e-4, rtol=1e-5)
     forwards = []
-    monkeypatch.setattr(preference, "token_logp", lambda m, f, inner=preference.token_logp: (forwards.append(f.T), inner(m, f))[1])
+    inner = preference.token_logp
+    monkeypatch.setattr(preference, "token_logp", lambda m, f, **how: (forwards.append(f.T), inner(m, f, **how))[1])
     b = Batching(batch=6, epochs=1)
     steps = list(preference.train_on(model, trees, "dpo", {"beta": 0.1}, b, Optim(lr=1e-3), 3))
     assert len(forwards) == 1 + 3  # the check before the first step, then one forward per step: none of a reference
@@ -229,7 +230,7 @@ def test_its_second_loss_is_that_of_the_formula(toy, pairs):
         now = preference.answer_logp(model, forest)
         h = [
             float(now[s] - forest.columns["ref_logp"][s] - (now[r] - forest.columns["ref_logp"][r]))
-            for s, r in zip(*preference.ends(forest), strict=True)
+            for s, r in zip(*reward.ends(forest), strict=True)
         ]
     second = next(run).metrics
     assert abs(sum(h)) > 0.1
@@ -258,16 +259,13 @@ def test_dpo_prefers_what_it_was_shown(toy, tmp_path, pairs):
     assert float((gains[0] - gains[1]).mean()) > 1.0
 
 
-def test_a_tie_pulls_neither_way(toy, tmp_path, pairs):
+def test_a_tie_pulls_neither_way(toy, pairs):
     """Soft label 1/2 at the reference: the gradient is zero, so nothing moves."""
-    rows = [
-        {"prompt": user(p.prompt[0].content), "chosen": p.chosen, "rejected": p.rejected, "margin": None, "soft": 0.5, "meta": {}}
-        for p in pairs
-    ]
-    data = write(tmp_path / "ties.jsonl", rows)
-    train("dpo", tmp_path / "dpo", model=toy.sft, data=str(data), batch=18, held_out=0)
-    row = Run(tmp_path / "dpo").rows("metrics")[0]
-    assert row["grad_norm"] == pytest.approx(0, abs=1e-4)
+    model, tokenizer = load_policy(toy.sft)
+    trees, _ = comparison_trees(tokenizer, [p.model_copy(update={"soft": 0.5}) for p in pairs], model, WINDOW)
+    preference.with_reference(model, trees, 8192)
+    step = next(preference.train_on(model, trees, "dpo", {"beta": 0.1}, Batching(batch=18), Optim(), 1))
+    assert step.metrics["grad_norm"] == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["pairs", "rankings"])
@@ -278,12 +276,15 @@ def test_what_collect_writes_feeds_both(toy, tmp_path, name):
     assert min(summary["expected_accuracy"], 1 - summary["expected_accuracy"]) >= 1 - summary["ceiling"] - 1e-9
     if name == "rankings":
         train("dpo", tmp_path / "dpo", model=toy.sft, data=str(tmp_path / "pairs" / "rankings.jsonl"))
-        assert "rankings as all their pairs" in Run(tmp_path / "dpo").stage["card"]["source"]
+        card = Run(tmp_path / "dpo").stage["card"]
+        assert card["comparisons"] > card["records"] > 0
         return
     data = str(tmp_path / "pairs" / "pairs.jsonl")
     train("dpo", tmp_path / "dpo", model=toy.sft, data=data)
     read_back = [json.loads(line) for line in Path(data).read_text().splitlines()]
-    assert Run(tmp_path / "dpo").stage["card"]["pairs"] + Run(tmp_path / "dpo").stage["card"]["held_out"] == len(read_back)
+    card = Run(tmp_path / "dpo").stage["card"]
+    assert card["records"] + card["held_out"] == len(read_back)
+    assert card["records"] == card["comparisons"]
 
 
 def test_settings_reach_the_loss(toy):

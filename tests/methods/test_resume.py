@@ -12,7 +12,7 @@ from toy import command, result, start, train, values_of
 
 from temper.runs import Run, save_checkpoint
 
-TRAINED = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo", "constitution")
+TRAINED = ("pretrain", "sft", "reward", "process-reward", "dpo", "kto", "bco", "online-dpo", "ppo", "grpo", "constitution")
 LIMIT = 120.0  # seconds after which a command is taken to hang
 
 

@@ -25,7 +25,19 @@ from transformers import (
 from temper.config import UserError
 from temper.forest import Segment, plant
 from temper.models import heads
-from temper.models.load import ExportError, Size, check_forest, export, load_policy, load_scalar, load_tokenizer, new_model, resize, save
+from temper.models.load import (
+    ExportError,
+    Size,
+    check_forest,
+    export,
+    load_policy,
+    load_scalar,
+    load_tokenizer,
+    new_model,
+    parameters_in,
+    resize,
+    save,
+)
 from temper.models.tokenizer import train_tokenizer
 
 SIZE = Size(width=32, layers=2, heads=4, kv_heads=2, context=64)
@@ -71,6 +83,16 @@ def test_any_program_reads_what_is_saved(folder, tokenizer):
     generation = json.loads((folder / "generation_config.json").read_text())
     ids = {name: generation[f"{name}_token_id"] for name in ("bos", "eos", "pad")}
     assert ids == {name: getattr(tokenizer, f"{name}_token_id") for name in ids}
+
+
+def test_the_numbers_in_a_models_files_are_counted_without_reading_them(folder, monkeypatch):
+    model, _ = load_policy(folder)
+    monkeypatch.setattr("temper.models.load._load", lambda *a: pytest.fail("loaded"))
+    assert parameters_in(folder) == sum(p.numel() for p in model.parameters())
+    (folder / "model.safetensors").write_bytes(b"no header")
+    assert parameters_in(folder) == 0
+    with pytest.raises(UserError, match="no such folder"):
+        parameters_in(folder / "not" / "there")
 
 
 def test_stop_ids_join_the_generation_config(folder, tokenizer):

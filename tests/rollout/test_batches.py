@@ -122,6 +122,23 @@ def test_the_slow_way_is_said_once(llama, caplog, monkeypatch):
     ]
 
 
+def test_the_weights_lie_transposed_while_rows_are_decoded_and_only_then(llama, monkeypatch):
+    weight = llama.model.layers[0].mlp.up_proj.weight
+    before, seen, step = weight.data_ptr(), [], decode.Shared.step
+    monkeypatch.setattr(decode.Shared, "step", lambda self, b, t: (seen.append(weight.t().is_contiguous()), step(self, b, t))[1])
+    request = Request(prompts(2, 6), sampling=Sampling(max_new=4), stop=[])
+    with torch.inference_mode():
+        sample(llama, request)
+    assert seen == [True] * 3
+
+    def told(done):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(llama, request, told)
+    assert (weight.data_ptr(), weight.is_contiguous(), weight.is_inference()) == (before, True, False)
+
+
 def test_a_model_that_was_not_checked_is_checked():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()

@@ -1,6 +1,7 @@
 """Memory that is short, activations that are not kept, products in bfloat16: the same update, or nearly, or one clear line."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from temper.models.load import Size, check_forest, compute_in, new_model
 from temper.rollout import Request, Sampling, sample
 from temper.runs import Run
 from temper.train import Compute, Loss, Term, TrainingError, fit, machine
-from temper.train.compute import activations
+from temper.train.compute import Compiled, activations, blocks
 
 SHORT = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes"
 
@@ -171,6 +172,23 @@ def test_activations_recomputed_or_moved_give_the_same_gradients(model):
         saved[how] = sum(sizes)
     assert saved["recompute"] < saved["keep"] / 2
     assert not any(part.training for part in model.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="compiling on a CPU takes a C++ compiler")
+@pytest.mark.parametrize("how", ["keep", "recompute"])
+def test_compiled_blocks_give_the_same_gradients_and_decode_as_they_are(model, how):
+    before = gradients(model, "keep")
+    request = Request([[1, 2, 3], [4, 5]], sampling=Sampling(max_new=8), stop=[0], seed=(0,))
+    answers = sample(model, request)
+    torch._dynamo.reset()
+    compiled = Compiled(model)
+    with compiled.used():
+        assert all(block._compiled_call_impl is not None for block in blocks(model))
+        for x, y in zip(gradients(model, how), before, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert sample(model, request) == answers
 
 
 def test_bfloat16_products_with_float32_weights_and_losses(model):

@@ -10,6 +10,7 @@ from temper.config import UserError
 COMMANDS = {  # command -> (module with main(argv) -> int, what it does)
     "inspect": ("temper.report.inspect", "see rows as they will be trained, and what a file holds"),
     "convert": ("temper.data.convert", "write any readable data in another format"),
+    "synthesize": ("temper.data.synthesize", "have a teacher model write instructions and answers, from seed tasks"),
     "catalogue": ("temper.data.catalogue", "what is known of the instruction sets that the literature compares"),
     "clean": ("temper.data.quality.clean", "clean data by a recipe of the steps below"),
     "dedup": ("temper.data.quality.dedup", "remove exact and near duplicates"),

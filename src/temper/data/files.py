@@ -31,9 +31,9 @@ _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of such 
 
 
 class Row(NamedTuple):
-    """value: what was read; line: 1-based. broken: why there is no value (a line that cannot be read)."""
+    """value: what was read; line: 1-based, `line:column` of a row that stands behind another. broken: why there is no value."""
 
-    line: int
+    line: int | str
     value: Any
     broken: str = ""
 
@@ -137,7 +137,7 @@ def _json(path: Path, file: Any) -> Iterator[Row]:
     def stop(at: int, why: str) -> Row:
         return Row(1 + text.count("\n", 0, at), None, cut or f"not JSON ({why}); nothing after it can be read")
 
-    at, line, counted = skip(0), 1, 0
+    at, line, counted, begin = skip(0), 1, 0, 0  # begin: of the line
     array = text.startswith("[", at)
     if array:
         at = skip(at + 1)
@@ -152,7 +152,10 @@ def _json(path: Path, file: Any) -> Iterator[Row]:
                 yield stop(at, "expected ',' or ']' after a row")
                 return
             at = skip(at + 1)
-        line, counted = line + text.count("\n", counted, at), at
+        breaks = text.count("\n", counted, at)
+        begin = text.rfind("\n", counted, at) + 1 if breaks else begin
+        line, counted = line + breaks, at
+        place = line if first or breaks else f"{line}:{at - begin + 1}"
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
@@ -160,7 +163,7 @@ def _json(path: Path, file: Any) -> Iterator[Row]:
             yield stop(pos, why)
             return
         wrong = _NOT_UTF8.search(text, at, end)
-        yield Row(line, None, f"byte {_byte(wrong[0])} in the row is not UTF-8") if wrong else Row(line, value)
+        yield Row(place, None, f"byte {_byte(wrong[0])} in the row is not UTF-8") if wrong else Row(place, value)
         at, first = skip(end), False
     if array or cut:
         yield stop(len(text), "the list is not closed; the file may be cut")

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from temper.config import UserError
 from temper.data.template import bos_id, chat_template, common, encode_plain, end_id, render_chat, render_prompt
 from temper.forest import Segment, Tree
-from temper.records import Chat, Message, Pair, Prompt, Ranked, Record, Text
+from temper.records import Chat, Message, Pair, Prompt, Ranked, Rated, Record, Text
 
 TooLong = Literal["error", "drop", "cut-prompt"]
 
@@ -36,6 +36,7 @@ class Report:
     tokens_unshared: int = 0  # what the same rows would be one by one
     dropped: dict[int, str] = field(default_factory=dict)
     cut: dict[int, str] = field(default_factory=dict)
+    long: dict[int, int] = field(default_factory=dict)  # tokens of the rows that are beyond the limit
 
     @property
     def kept(self) -> int:
@@ -78,13 +79,6 @@ def limit_of(model: Any, max_length: int | None) -> tuple[int | None, str]:
     return max_length, f"--max-length {max_length}"
 
 
-def _refuse_tools(record: Record) -> None:
-    """Raises UserError for tools and calls, which no rendering here writes: trained without them, a conversation would be another."""
-    said = getattr(record, "messages", None) or getattr(record, "prompt", [])
-    if getattr(record, "tools", None) or any(m.tool_calls for m in said):
-        raise UserError("has tools or calls some, which cannot be rendered yet; leave such rows out")
-
-
 class _Fit:
     """The policy at work on one list of records."""
 
@@ -92,7 +86,6 @@ class _Fit:
         limit, source = limit_of(model, window.max_length)
         self.records, self.window, self.room = records, window, room
         self.report = Report(rows=len(records), limit=limit, limit_from=source)
-        self.long: list[tuple[int, int]] = []
         if limit is not None and limit - room < 2:
             raise UserError(f"{source} leaves no room for a prompt beside {room} tokens of answer; allow fewer tokens to the answer")
 
@@ -104,7 +97,6 @@ class _Fit:
         """What `render` returns; None when the template refuses the row and bad rows are skipped."""
         at = where(self.records[index], index)
         try:
-            _refuse_tools(self.records[index])
             return render(*args, **kwargs)
         except UserError as error:
             if not self.window.skip_bad:
@@ -117,12 +109,13 @@ class _Fit:
         limit = self.report.limit
         if limit is None or length + self.room <= limit:
             return 0
+        self.report.long[index] = length
+        if self.window.too_long == "error":
+            return None
         at = where(self.records[index], index)
         over = length + self.room - limit
         beside = f" beside {self.room} of answer" if self.room else ""
-        if self.window.too_long == "error":
-            self.long.append((index, length))
-        elif self.window.too_long == "drop":
+        if self.window.too_long == "drop":
             self.report.dropped[index] = f"{at}: {length} tokens{beside}"
         elif over > cuttable:
             self.report.dropped[index] = f"{at}: {length} tokens{beside}, the answer alone does not fit"
@@ -133,12 +126,12 @@ class _Fit:
 
     def done(self, kept: Sequence[Any]) -> Report:
         """The report. Raises UserError for rows that are too long under the policy `error`, and when nothing is left."""
-        if self.long:
-            index, length = self.long[0]
-            r = self.report
+        r = self.report
+        if r.long and self.window.too_long == "error":
+            index, length = next(iter(r.long.items()))
             limit = f"--max-length {r.limit}" if self.window.max_length is not None else f"{r.limit}, the model's window"
             beside = f" + {self.room} for the answer" if self.room else ""
-            more = f" (and {len(self.long) - 1} more rows, the longest {max(n for _, n in self.long)})" if len(self.long) > 1 else ""
+            more = f" (and {len(r.long) - 1} more rows, the longest {max(r.long.values())})" if len(r.long) > 1 else ""
             larger = " or a larger --max-length" if self.window.max_length is not None else ""
             raise UserError(
                 f"{where(self.records[index], index)}: {length} tokens{beside} > {limit}{more}; use --too-long drop|cut-prompt{larger}"
@@ -209,12 +202,21 @@ def chat_trees(
     return trees, fit.done(trees)
 
 
-def _render_answers(tokenizer, record: Pair | Ranked) -> tuple[int, list[tuple[list[int], list[float]]]]:
+Compared = Pair | Ranked | Rated
+
+
+def _render_answers(tokenizer, record: Compared) -> tuple[int, list[tuple[list[int], list[float]]]]:
     """(shared tokens, ids and target of the conversation with each answer, the best first).
 
     Shared is the rendered prompt where it is proven to be a token prefix of all; else the longest common prefix.
     """
-    answers = [record.chosen, record.rejected] if isinstance(record, Pair) else record.answers
+    match record:
+        case Pair():
+            answers = [record.chosen, record.rejected]
+        case Ranked():
+            answers = record.answers
+        case Rated():
+            answers = [record.answer]
     chats = [render_chat(tokenizer, [*record.prompt, Message(role="assistant", content=a)], "last") for a in answers]
     prompt = render_prompt(tokenizer, record.prompt)
     n = len(prompt)
@@ -223,11 +225,12 @@ def _render_answers(tokenizer, record: Pair | Ranked) -> tuple[int, list[tuple[l
     return min(n, *(target.index(1.0) for _, target in chats)), chats
 
 
-def _compared(record: Pair | Ranked, shared: int, chats: Sequence[tuple[list[int], list[float]]]) -> Tree:
+def _compared(record: Compared, shared: int, chats: Sequence[tuple[list[int], list[float]]]) -> Tree:
     soft, margin = (record.soft, record.margin or 0.0) if isinstance(record, Pair) else (1.0, 0.0)
+    rating = {"rating": record.rating} if isinstance(record, Rated) else {}
     top = 0 if shared else -1
     answers = [
-        Segment(ids[shared:], target[shared:], top, labels={"rank": float(rank), "soft": soft, "margin": margin})
+        Segment(ids[shared:], target[shared:], top, labels={"rank": float(rank), "soft": soft, "margin": margin, **rating})
         for rank, (ids, target) in enumerate(chats)
     ]
     if not shared:
@@ -235,15 +238,16 @@ def _compared(record: Pair | Ranked, shared: int, chats: Sequence[tuple[list[int
     return [Segment(chats[0][0][:shared], [0.0] * shared, labels={"rank": -1.0, "soft": 0.0, "margin": 0.0}), *answers]
 
 
-def comparison_tree(tokenizer, record: Pair | Ranked) -> Tree:
+def comparison_tree(tokenizer, record: Compared) -> Tree:
     """The prompt, and the answers under it: the prompt's tokens stand once.
 
-    Labels: rank (0 the best or chosen answer, 1 the next, ...; -1 the prompt), soft, margin (of a pair; 0 where none was given).
+    Labels: rank (0 the best or chosen answer, 1 the next, ...; -1 the prompt), soft, margin (of a pair; 0 where none was given),
+    rating (of a rated answer, which stands alone under its prompt).
     """
     return _compared(record, *_render_answers(tokenizer, record))
 
 
-def comparison_trees(tokenizer, records: Sequence[Pair | Ranked], model: Any, window: Window) -> tuple[list[Tree], Report]:
+def comparison_trees(tokenizer, records: Sequence[Compared], model: Any, window: Window) -> tuple[list[Tree], Report]:
     """One tree per record that fits, in order: prompt + the longest answer must be within the limit.
 
     Raises UserError for a tokenizer without a chat template, and `file:row: ...`.

@@ -1,1 +1,1 @@
-"""Raters that are programs: reward models and the embedded world's annotators. Floor 4."""
+"""Raters that are programs: reward models, verifiable rewards, the embedded world's annotators. Floor 4."""

@@ -8,7 +8,7 @@ import pydantic
 
 from temper.config import Settings, UserError, dump, opt, parse
 from temper.ladder.stage import Context, Place, absent, run_stage
-from temper.methods import load
+from temper.methods import examples, load
 from temper.runs import Run
 from temper.train import ranks
 
@@ -30,7 +30,7 @@ def command_of(method: str) -> type[Settings]:
 def read(argv: list[str]) -> Any:
     """The settings of the method that argv begins with. Raises UserError for wrong ones, and for inputs that are not there."""
     method, *flags = argv
-    settings: Any = parse(command_of(method), flags, f"temper {method}", load(method).EXAMPLES)
+    settings: Any = parse(command_of(method), flags, f"temper {method}", examples(method))
     if problem := absent(dump(settings.method)):
         raise UserError(problem)
     return settings
@@ -60,7 +60,8 @@ def story(method: str, run: Run, summary: dict[str, Any]) -> list[str]:
         if summary["steps"]
         else method
     ]
-    lines += [f"  {name}: {value}" for name, value in run.stage["card"].items() if value not in (None, "", [])]
+    told = ("doctor",)  # at the start
+    lines += [f"  {name}: {value}" for name, value in run.stage["card"].items() if value not in (None, "", []) and name not in told]
     for name, value in {**summary.get("last", {}), **summary}.items():
         if name in what and isinstance(value, (int, float)):
             lines.append(f"  {name} {value:.4g}  ({what[name]})")

@@ -40,7 +40,8 @@ def stale(stage: Stage, settings: Settings, place: Place) -> str | None:
 def make(stage: Stage, out: Path, command: str, probe: Mapping[str, str] | None, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
     """Run one stage of a recipe if it is stale. Returns {"status", "seconds"}."""
     settings = build(load(stage.method).settings(stage.method), stage.resolved(out))
-    place = Place(out=str(out / stage.name), threads=stage.threads, quiet=True)
+    sets = list(stage.evaluation_sets)
+    place = Place(out=str(out / stage.name), threads=stage.threads, quiet=True, doctor=stage.doctor, evaluation_sets=sets)
     why = ranks.led(stale(stage, settings, place) if ranks.rank() == 0 else None)
     if why is None:
         return {"status": "skipped", "seconds": Run(place.out).stage["summary"]["seconds"]}

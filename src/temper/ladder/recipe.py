@@ -4,9 +4,10 @@ A setting that begins with @ names another stage (`@sft`, `@comparisons/pairs.js
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 import yaml
@@ -18,12 +19,16 @@ PACKAGED = Path(__file__).parents[1] / "recipes"  # where those that come with T
 
 
 class Recipe(pydantic.BaseModel):
-    """A recipe file: a name, a seed, the stages with their method, budget and settings, and how the policies are evaluated."""
+    """A recipe file: a name, a seed, the stages with their method, budget and settings, and how the policies are evaluated.
+
+    evaluation_sets: files of test questions that no stage may train on.
+    """
 
     model_config = pydantic.ConfigDict(extra="forbid")
     name: str
     seed: int = 0
     evaluation: dict[str, Any] | None = None
+    evaluation_sets: list[str] = []
     stages: dict[str, dict[str, Any]] = pydantic.Field(min_length=1)
 
 
@@ -34,6 +39,7 @@ class Entry(Settings):
     threads: int = opt(1, "CPU threads", ge=1)
     ranks: int = opt(1, "processes that train it together, each with its threads", ge=1)
     budget: float | None = opt(None, "seconds it may take; shown, not enforced", gt=0)
+    doctor: Literal["refuse", "warn", "off"] = opt("refuse", "checks before the first step")
 
 
 @dataclass
@@ -46,6 +52,8 @@ class Stage:
     threads: int
     ranks: int
     budget: float | None
+    doctor: Literal["refuse", "warn", "off"] = "refuse"
+    evaluation_sets: Sequence[str] = ()
 
     @property
     def needs(self) -> list[str]:
@@ -87,7 +95,7 @@ def read_recipe(path: str, seed: int | None) -> tuple[Recipe, list[Stage]]:
         from temper.evals.harbour import Evaluation
 
         build(Evaluation, recipe.evaluation, where=f"{path}: evaluation")
-    stages = [_stage(path, name, dict(values), recipe.seed) for name, values in recipe.stages.items()]
+    stages = [_stage(path, name, dict(values), recipe) for name, values in recipe.stages.items()]
     known = [s.name for s in stages]
     for stage in stages:
         for need in stage.needs:
@@ -96,7 +104,7 @@ def read_recipe(path: str, seed: int | None) -> tuple[Recipe, list[Stage]]:
     return recipe, _ordered(path, stages)
 
 
-def _stage(path: str, name: str, values: dict[str, Any], seed: int) -> Stage:
+def _stage(path: str, name: str, values: dict[str, Any], recipe: Recipe) -> Stage:
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
         raise UserError(f"{path}: a stage called {name!r}; its name is its folder: give letters, digits, - and _")
     method = values.get("method")
@@ -104,10 +112,19 @@ def _stage(path: str, name: str, values: dict[str, Any], seed: int) -> Stage:
         raise UserError(f"{path}: {name}: method {method!r}; there are {', '.join(NAMES)}")
     kind = load(method).settings(method)
     if "seed" in leaves(kind):
-        values.setdefault("seed", seed)
+        values.setdefault("seed", recipe.seed)
     whole: Any = pydantic.create_model(kind.__name__, __base__=Settings, own=(kind, ...), entry=(Entry, ...))
     entry = build(whole, values, where=f"{path}: {name}").entry
-    return Stage(name, method, {k: v for k, v in values.items() if k not in Entry.model_fields}, entry.threads, entry.ranks, entry.budget)
+    return Stage(
+        name,
+        method,
+        {k: v for k, v in values.items() if k not in Entry.model_fields},
+        entry.threads,
+        entry.ranks,
+        entry.budget,
+        entry.doctor,
+        recipe.evaluation_sets,
+    )
 
 
 def _ordered(path: str, stages: list[Stage]) -> list[Stage]:
@@ -125,8 +142,11 @@ def _ordered(path: str, stages: list[Stage]) -> list[Stage]:
 
 def resolved(recipe: Recipe, stages: list[Stage]) -> str:
     """The run's recipe.yaml: every default written out."""
-    full = {s.name: {"method": s.method, "threads": s.threads, "ranks": s.ranks, "budget": s.budget, **_flat(s)} for s in stages}
-    whole = {"name": recipe.name, "seed": recipe.seed, "evaluation": recipe.evaluation, "stages": full}
+    full = {
+        s.name: {"method": s.method, "threads": s.threads, "ranks": s.ranks, "budget": s.budget, "doctor": s.doctor, **_flat(s)}
+        for s in stages
+    }
+    whole = {**recipe.model_dump(exclude={"stages"}), "stages": full}
     return yaml.safe_dump(whole, sort_keys=False, width=120)
 
 

@@ -256,4 +256,6 @@ def by_hand(stage: Stage, out: Path) -> str:
         else:
             each = value if isinstance(value, list) else ["none" if value is None else value]
             words += [f"--{key.replace('_', '-')}", *map(str, each)]
+    words += ["--doctor", stage.doctor] if stage.doctor != "refuse" else []
+    words += ["--evaluation-sets", *stage.evaluation_sets] if stage.evaluation_sets else []
     return shlex.join([*words, "--threads", str(stage.threads), "--out", str(out / stage.name)])

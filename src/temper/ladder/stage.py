@@ -2,17 +2,20 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from temper.checks import Finding, examine, foresee, headline
 from temper.config import Settings, UserError, build, dump, opt
 from temper.data import hub
 from temper.data.sources import _files
 from temper.data.template import render_prompt, stop_ids
 from temper.driver import drive, follow, make, peak_mb
+from temper.judges.rating import reads
 from temper.methods import load
+from temper.methods.base import Job
 from temper.models import adapt
 from temper.models.load import load_tokenizer
 from temper.rollout import Request, Sampling, sample
@@ -35,6 +38,14 @@ class Place(Settings):
     save_seconds: float = opt(60.0, "seconds between checkpoints", gt=0)
     fresh: bool = opt(False, "remove what temper wrote in --out and start over")
     quiet: bool = opt(False, "no progress")
+    doctor: Literal["refuse", "warn", "off"] = opt("refuse", "checks before the first step: refuse on errors, only tell them, or none")
+    evaluation_sets: list[str] = opt([], "files of test questions that no row may hold")
+
+
+class Refused(UserError):
+    """The checks before the first step found errors."""
+
+    code = 1
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,8 @@ def input_fingerprint(name: str, value: str) -> str:
         return fingerprint([VERSION, code_version(WORLD), value])
     if value == "-":
         raise UserError(f"{name}: standard input cannot be read again when the stage goes on; save it and name the file")
+    if name == "reward" and reads(value) != [value]:
+        return fingerprint([value, *(input_fingerprint(part, one) for part, one in _named({name: value}))])
     path = Path(value)
     if name in MODELS:
         path = path.expanduser()
@@ -121,7 +134,8 @@ def _follow(method: str, settings: Settings, place: Place) -> dict[str, Any]:
     """A rank that does not lead: it does what the leader does and writes nothing."""
     if ranks.led(True):
         return {}
-    job = load(method).prepare(settings, Run(place.out))
+    run = Run(place.out)
+    job = _prepare(method, settings, place, run)
     if job.make:
         job.make(Path(place.out) / job.artefact, lambda done, of: None)
         peak_mb()
@@ -130,20 +144,29 @@ def _follow(method: str, settings: Settings, place: Place) -> dict[str, Any]:
     return {}
 
 
+def _named(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(setting, what it names that is read); of a --reward every model and file that it is made of."""
+    for name in INPUTS:
+        value = values.get(name)
+        if name == "reward" and value and not value.startswith("@"):
+            yield from (("data" if part.endswith((".py", ".json")) else name, part) for part in reads(value))
+        elif value:
+            yield name, value
+
+
 def _must_be_there(values: Mapping[str, Any]) -> None:
     """Before an old run is removed: files exist, models have at least a tokenizer. A typo then loses nothing."""
     if problem := absent(values):
         raise UserError(problem)
-    for name in MODELS:
-        if values.get(name):
-            load_tokenizer(values[name])
+    for name, value in _named(values):
+        if name in MODELS:
+            load_tokenizer(value)
 
 
 def absent(values: Mapping[str, Any]) -> str | None:
     """The first input that is not there, in words. Not looked for: the embedded world, other stages (@), what may be a name of the hub."""
-    for name in INPUTS:
-        value = values.get(name)
-        if not value or value.startswith(("world:", "@")):
+    for name, value in _named(values):
+        if value.startswith(("world:", "@")):
             continue
         if name not in MODELS and not Path(value).exists() and not hub.is_name(value):
             return f"{value}: no such file"
@@ -156,7 +179,7 @@ def absent(values: Mapping[str, Any]) -> str | None:
 def _train(method: str, settings: Settings, place: Place, context: Context, run: Run) -> dict[str, Any]:
     """Prepare, then train or make; the run is done after it."""
     run.set_status(phase="prepare", now=True)
-    job = load(method).prepare(settings, run)
+    job = _prepare(method, settings, place, run)
     if job.notes:
         job.card["notes"] = list(job.notes)  # a stage of a recipe has no other way to say them
     run.update(card=job.card, artefact=job.artefact)
@@ -194,6 +217,33 @@ def _train(method: str, settings: Settings, place: Place, context: Context, run:
         title=Path(place.out).name,
         command=context.command,
     )
+
+
+def _prepare(method: str, settings: Settings, place: Place, run: Run) -> Job:
+    """The job; on its card what the checks say of it. They look before the model is loaded and again at what was made of the data, unless a
+    checkpoint says that it went well before. All ranks refuse together.
+    """
+    looks = place.doctor != "off" and ranks.rank() == 0 and not any(run.checkpoints.glob("*"))
+    values = dump(settings)
+    _heed(foresee(method, values, ranks.count()) if looks else [], method, place)
+    job = load(method).prepare(settings, run)
+    prepared, job.prepared = job.prepared, None
+    found = examine(method, values, prepared, job.total, place.evaluation_sets) if looks and prepared else []
+    if found:
+        job.card["doctor"] = [line.strip() for line in headline(found)]
+    _heed(found, method, place)
+    return job
+
+
+def _heed(found: Sequence[Finding], method: str, place: Place) -> None:
+    """Tell what was found. Raises Refused on errors, if that is asked for."""
+    if found and not place.quiet:
+        print("doctor:", "\n".join(headline(found)), file=sys.stderr)
+    errors = [f.lines()[0].removeprefix("error: ") for f in found if f.severity == "error"]
+    more = f" (and {len(errors) - 1} more errors)" if len(errors) > 1 else ""
+    wrong = f"{errors[0]}{more}; `temper doctor {method} ...` says more, --doctor warn trains all the same" if errors else None
+    if wrong := ranks.agree(wrong if place.doctor == "refuse" else None):
+        raise Refused(wrong)
 
 
 def _samples(job) -> Callable[[], list[dict[str, Any]]]:

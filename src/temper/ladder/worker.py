@@ -7,6 +7,7 @@ import temper.methods.constitution
 import temper.methods.ppo
 import temper.methods.preference
 import temper.methods.pretrain
+import temper.methods.process_reward
 import temper.methods.reward
 import temper.methods.sft  # noqa: F401
 from temper.ladder.stage import WORLD, code_of

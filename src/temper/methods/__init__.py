@@ -6,9 +6,9 @@ from pathlib import Path
 from types import ModuleType
 
 
-def _rules() -> list[str]:
-    """The losses over pairs, read off the text of their file: importing it takes torch, and seconds."""
-    text = (Path(__file__).parents[1] / "losses" / "preference.py").read_text("utf-8")
+def _rules(file: str) -> list[str]:
+    """The losses registered in a file, read off its text: importing it takes torch, and seconds."""
+    text = (Path(__file__).parents[1] / "losses" / file).read_text("utf-8")
     return re.findall(r"^@rule\(.*\)\ndef (\w+)", text, re.MULTILINE)
 
 
@@ -17,7 +17,10 @@ NAMES = {  # command -> file
     "sft": "sft",
     "collect": "collect",
     "reward": "reward",
-    **dict.fromkeys(_rules(), "preference"),
+    "process-reward": "process_reward",
+    **dict.fromkeys(_rules("preference.py"), "preference"),
+    **dict.fromkeys(_rules("unpaired.py"), "unpaired"),
+    "online-dpo": "online",
     "ppo": "ppo",
     "grpo": "grpo",
     "constitution": "constitution",
@@ -27,3 +30,8 @@ NAMES = {  # command -> file
 def load(name: str) -> ModuleType:
     """The module of a method, with its `settings(name)`, METRICS, EXAMPLES and `prepare(settings, run)`."""
     return import_module(f"temper.methods.{NAMES[name]}")
+
+
+def examples(name: str) -> str:
+    """A method's examples of commands; METHOD in them stands for its own name, where several share a file."""
+    return load(name).EXAMPLES.replace("METHOD", name)

@@ -9,13 +9,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from temper.config import Settings, opt
+from temper.data import sources
 from temper.data.packing import batch_indices, pack
 from temper.data.sources import Kind, read
 from temper.data.split import split
 from temper.data.trees import Report
 from temper.forest import Forest, Tree, plant
-from temper.records import Message
-from temper.train import Compute, Optim, State, Step, fit, ranks
+from temper.records import Message, Record
+from temper.train import Compute, Loss, Optim, State, Step, fit, ranks
 
 Weigh = Callable[[Sequence[Tree]], dict[str, float]]  # the weights of a forest's items, by name
 
@@ -51,6 +52,30 @@ class Split(Settings):
     held_out: float = opt(0.05, "share of the records kept out of training and reported", ge=0, lt=1)
 
 
+class Corpus(NamedTuple):
+    """Records and what was made of them: one tree for each that is not in `kept.dropped`, in order; of documents, their windows; of a
+    prompt, its tokens alone.
+    """
+
+    records: Sequence[Record]
+    trees: Sequence[Tree]
+    read: sources.Report
+    kept: Report
+
+
+@dataclass
+class Prepared:
+    """What the checks before the first step look at."""
+
+    corpus: Corpus
+    tokenizer: Any
+    module: torch.nn.Module  # what is trained
+    loss: Callable[[Any, Forest], Loss] | None = None
+    weigh: Weigh | None = None
+    check: Callable[[Any, Sequence[Forest]], None] | None = None  # policy equals reference; raises AssertionError
+    answered: Callable[[Tree], Tree] | None = None  # a prompt with as long an answer as may be sampled, as it will be learned from
+
+
 @dataclass
 class Job:
     """One run of a method, ready to go. A driver pulls `steps`, evaluates, saves and stops as it likes."""
@@ -65,6 +90,7 @@ class Job:
     asks: Sequence[list[Message]] = ()  # a few prompts whose answers are written down along the way
     artefact: str = "model"  # the file or folder that `save` writes
     notes: Sequence[str] = ()  # said to the user before the first step
+    prepared: Prepared | None = None  # what is looked at before the first step; forgotten then
 
 
 class Given(NamedTuple):
@@ -75,6 +101,7 @@ class Given(NamedTuple):
     out: list[Any]  # the records kept out of training
     tested: list[Any]  # those of them that `tests` were written from
     card: dict[str, Any]
+    corpus: Corpus  # those that are learned from
 
 
 def given(settings: Any, kind: Kind, write: Callable[[Sequence[Any]], tuple[list[Tree], Report]]) -> Given:
@@ -89,7 +116,9 @@ def given(settings: Any, kind: Kind, write: Callable[[Sequence[Any]], tuple[list
         "kept": cut.summary(),
         "kept_held_out": test_cut.summary() if out else "",
     }
-    return Given(trees, tests, out, [record for i, record in enumerate(out) if i not in test_cut.dropped], card)
+    return Given(
+        trees, tests, out, [record for i, record in enumerate(out) if i not in test_cut.dropped], card, Corpus(kept, trees, report, cut)
+    )
 
 
 def learn(
@@ -102,15 +131,20 @@ def learn(
 
 def offline(trees: Sequence[Tree], batching: Batching, weigh: Weigh | None = None) -> Callable[[int], list[Forest]]:
     """The source of an offline method: step -> this rank's micro-batches, a pure function of (records, seed, step)."""
-    sizes = [sum(len(s.tokens) for s in tree) for tree in trees]
 
     def source(step: int) -> list[Forest]:
         rows = batch_indices(len(trees), batching.rows(len(trees)), batching.seed, step)
-        chosen = [rows[i] for i in ranks.share([sizes[row] for row in rows])]
-        groups = pack([sizes[i] for i in chosen], batching.tokens_per_microbatch)
-        return [plant(picked, weigh(picked) if weigh else None) for group in groups for picked in [[trees[chosen[g]] for g in group]]]
+        return microbatches([trees[row] for row in rows], batching.tokens_per_microbatch, weigh)
 
     return source
+
+
+def microbatches(trees: Sequence[Tree], budget: int, weigh: Weigh | None = None) -> list[Forest]:
+    """This rank's share of one step's trees, packed into forests of at most `budget` tokens."""
+    sizes = [sum(len(s.tokens) for s in tree) for tree in trees]
+    mine = ranks.share(sizes)
+    groups = pack([sizes[i] for i in mine], budget)
+    return [plant(picked, weigh(picked) if weigh else None) for group in groups for picked in [[trees[mine[g]] for g in group]]]
 
 
 def forests(
@@ -123,3 +157,14 @@ def forests(
     for group in pack([sum(len(s.tokens) for s in tree) for tree in trees], microbatch):
         picked = [trees[i] for i in group]
         yield list(group), plant(picked, weigh(picked) if weigh else None).to(device)
+
+
+def numbered(steps: Iterator[Step], phase: int, offset: int) -> Iterator[Step]:
+    """Steps of one phase (from 1) as steps of the whole: numbered on, with a snapshot that says which phase it is of."""
+
+    def snapshot_of(step: Step) -> Callable[[], State]:
+        return lambda: {"phase": phase, "state": step.snapshot()}
+
+    for step in steps:
+        metrics = {**step.metrics, "phase": phase} if step.metrics else {}  # none: a step taken before, which only shows its module
+        yield step._replace(n=step.n + offset, metrics=metrics, snapshot=snapshot_of(step))

@@ -9,7 +9,7 @@ letter, soft and unclamped; preference training (DPO) follows, with human compar
 Deviations: (1) starts from the SFT model, not the base; (2) trains by DPO where the paper trained a preference model and used RL.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from temper.config import Settings, UserError, opt
-from temper.data.sources import read
+from temper.data.sources import Report, read
 from temper.data.template import chat_template, render_prompt, stop_ids
 from temper.data.trees import chat_trees, comparison_trees, limit_of, prompt_ids
 from temper.forest import Segment, Tree
 from temper.methods import preference, sft
-from temper.methods.base import Batching, Job, Window, forests
+from temper.methods.base import Batching, Corpus, Job, Prepared, Window, forests, numbered
 from temper.models.adapt import Adapter, hold
 from temper.models.heads import token_logp
 from temper.models.load import export, load_policy, restore, save
@@ -259,7 +259,7 @@ def prepare(settings: CAI, run: Run) -> Job:
     red_team, helpful, human = read_inputs(s, model, tokenizer)
     single_letters(tokenizer)
     chats = demonstrations(s, run, author, rules["harm"], red_team, helpful)
-    trees, _ = chat_trees(tokenizer, chats, model, s.window, learn="last")
+    trees, cut = chat_trees(tokenizer, chats, model, s.window, learn="last")
     revising = b.model_copy(update={"epochs": s.phase1.sl_epochs})
     first = revising.steps(len(trees))
     second = b.steps(len(red_team) + len(helpful) + len(human))
@@ -284,17 +284,17 @@ def prepare(settings: CAI, run: Run) -> Job:
         pairs += human[: len(pairs)]
         if not pairs:
             raise UserError(f"{s.red_team}: no prompt got two different answers that could be compared; raise --temperature or --max-new")
-        hold(model)
         answer_trees, _ = comparison_trees(tokenizer, pairs, model, s.window)
+        hold(model)
         preference.with_reference(model, answer_trees, b.tokens_per_microbatch, preference.references(run))
         return preference.train_on(model, answer_trees, "dpo", {"beta": s.beta}, b, s.optim, second, resume, s.compute)
 
     def steps(resume: State | None) -> Iterator[Step]:
         phase = resume["phase"] if resume else 1
         if phase == 1:
-            yield from _numbered(phase1(resume["state"] if resume else None), 1, 0)
+            yield from numbered(phase1(resume["state"] if resume else None), 1, 0)
             resume = None
-        yield from _numbered(phase2(resume["state"] if resume else None), 2, first)
+        yield from numbered(phase2(resume["state"] if resume else None), 2, first)
 
     return Job(
         total=first + second,
@@ -314,15 +314,5 @@ def prepare(settings: CAI, run: Run) -> Job:
         ],
         policy=(model, tokenizer),
         asks=[*red_team[:2], *helpful[:2]],
+        prepared=Prepared(Corpus(chats, trees, Report(s.red_team), cut), tokenizer, model, sft.lm_loss),
     )
-
-
-def _numbered(steps: Iterator[Step], phase: int, offset: int) -> Iterator[Step]:
-    """Steps of one phase as steps of the whole: numbered on, with a snapshot that says which phase it is of."""
-
-    def snapshot_of(step: Step) -> Callable[[], State]:
-        return lambda: {"phase": phase, "state": step.snapshot()}
-
-    for step in steps:
-        metrics = {**step.metrics, "phase": phase} if step.metrics else {}  # none: a step taken before, which only shows its module
-        yield step._replace(n=step.n + offset, metrics=metrics, snapshot=snapshot_of(step))

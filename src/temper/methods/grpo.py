@@ -21,7 +21,7 @@ from temper.losses.policy import clipped, clipped_surrogate, ratio, sequence_log
 from temper.methods import rated, rollouts
 from temper.methods.base import Job, Window
 from temper.methods.rated import EQUAL, Ending, Sampled
-from temper.methods.start import Plan, Ready, check_start, ready
+from temper.methods.start import Plan, Ready, check_start, prepared, ready
 from temper.methods.switches import Switches, resolved
 from temper.models.adapt import Adapter
 from temper.models.heads import token_logp, weighted_nll
@@ -85,10 +85,11 @@ class Rollouts(rollouts.Rollouts):
 
     def __init__(self, settings: GRPO, module: Any, given: Ready) -> None:
         super().__init__(settings, module, given)
-        self.dynamic = settings.switches.dynamic
+        switches: Any = settings.switches
+        self.dynamic = switches.dynamic
 
     def target(self, length: int) -> float:
-        switches = self.settings.switches
+        switches: Any = self.settings.switches
         return {"token": 1.0, "sequence": 1.0 / length, "constant": 1.0 / switches.constant}[switches.aggregation]
 
     def measure(self, forest: Forest, at: Tensor) -> dict[str, Tensor]:
@@ -110,7 +111,8 @@ def advantages(answers: Sequence[Sampled], s: GRPO) -> list[Tensor]:
     """[T] of each answer, by the switches. answers: those that are learned, with their groups."""
     if not answers:
         return []
-    switches, lengths = s.switches, [len(a.logp) for a in answers]
+    switches: Any = s.switches
+    lengths = [len(a.logp) for a in answers]
     group = torch.tensor([a.group for a in answers])
     reward = torch.tensor([a.reward for a in answers], dtype=torch.double)
     in_reward = switches.beta if switches.kl == "k1-in-reward" else 0.0
@@ -144,7 +146,8 @@ def _compared(reward: Tensor, group: Tensor, switches: Switches) -> Tensor:
 
 def make_loss(s: GRPO, *, on_policy: bool | None = None) -> Callable[[Any, Forest], Loss]:
     """s: resolved. on_policy: the ratio is 1, by default where the plan has it so."""
-    switches, temperature = s.switches, s.sampling.temperature
+    switches: Any = s.switches
+    temperature = s.sampling.temperature
     per = "tokens" if switches.aggregation == "token" else "answers"
     estimator = ESTIMATORS.get(switches.kl)
     fused = s.on_policy if on_policy is None else on_policy
@@ -180,7 +183,13 @@ def make_loss(s: GRPO, *, on_policy: bool | None = None) -> Callable[[Any, Fores
 def train(settings: GRPO, module: nn.ModuleDict, source: Callable[[int], list[Forest]], resume: State | None = None) -> Iterator[Step]:
     """settings: resolved."""
     s = settings
-    how = {"steps": s.plan.steps, "optim": s.optim, "seed": s.seed, "compute": s.compute, "check": check_start(s.sampling.temperature)}
+    how: dict[str, Any] = {
+        "steps": s.plan.steps,
+        "optim": s.optim,
+        "seed": s.seed,
+        "compute": s.compute,
+        "check": check_start(s.sampling.temperature),
+    }
     return fit(module, source, make_loss(s), resume=resume, **how)
 
 
@@ -196,4 +205,5 @@ def prepare(settings: GRPO, run: Run) -> Job:
         card={**given.card, "switches": {**s.switches.model_dump(), "overlong": s.ending.overlong}},
         policy=(given.policy, given.tokenizer),
         asks=[r.messages for r in given.records[:4]],
+        prepared=prepared(s, given, module, make_loss(s), ("old_logp", "ref_logp", "advantage", "sampler_logp")),
     )

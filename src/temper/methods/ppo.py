@@ -18,14 +18,13 @@ from temper.config import Settings, UserError, opt
 from temper.data.sources import read
 from temper.data.trees import chat_trees, limit_of, text_trees
 from temper.forest import Forest, Tree
-from temper.judges.reward_model import RewardModel
 from temper.losses.advantage import gae, kl_shaped_reward, whiten
 from temper.losses.kl import adaptive_beta, horizon_rate, k3
 from temper.losses.policy import clipped, clipped_surrogate, clipped_value
 from temper.methods import rated, rollouts
 from temper.methods.base import Batching, Job, Window, offline
-from temper.methods.rated import Ending, Sampled
-from temper.methods.start import Plan, Ready, check_start, ready
+from temper.methods.rated import Ending, Sampled, reward_model
+from temper.methods.start import Plan, Ready, check_start, prepared, ready
 from temper.models.adapt import Adapter
 from temper.models.adapters import linear
 from temper.models.heads import scalar, token_logp, weighted_nll
@@ -214,16 +213,16 @@ def prepare(settings: PPO, run: Run) -> Job:
     if s.ptx.ptx_data and s.compute.shard == "full":
         raise UserError("--ptx-data with --shard full: its batches have no values, and ranks would wait for each other; leave one out")
     given = ready(s, "PPO")
-    own = given.reward if isinstance(given.reward, RewardModel) else None
+    weight, own = reward_model(given.reward) or (1.0, None)
     start = s.value_model or (own.name if own else s.model)
     value, _ = load_scalar(start, **s.compute.placed, adapters=s.adapters, seed=s.seed, beside=given.policy)
-    scale = getattr(value.config, "temper_reward", None)
-    if scale:  # values live on the scale of the normalised scores
+    if scale := getattr(value.config, "temper_reward", None):  # values live on the scale of the rewards
         with torch.no_grad():
             head, _ = linear(value.score)
-            head.weight /= float(scale["std"])
-            head.bias = nn.Parameter(torch.full((1,), -float(scale["mean"]) / float(scale["std"]), device=head.weight.device))
-    card, trees = dict(given.card), []
+            head.weight /= float(scale["std"]) / weight
+            head.bias = nn.Parameter(torch.full((1,), -float(scale["mean"]) / float(scale["std"]) * weight, device=head.weight.device))
+    card = dict(given.card)
+    trees: list[Tree] = []
     if s.ptx.ptx_data:
         records, report = read(s.ptx.ptx_data, s.ptx.ptx_as, skip_bad=s.window.skip_bad)
         window = limit_of(given.policy, s.window.max_length)[0] or 1024
@@ -239,4 +238,5 @@ def prepare(settings: PPO, run: Run) -> Job:
         card=card,
         policy=(given.policy, given.tokenizer),
         asks=[r.messages for r in given.records[:4]],
+        prepared=prepared(s, given, module, make_loss(s), ("old_logp", "advantage", "old_value", "returns")),
     )

@@ -10,8 +10,8 @@ from temper.config import Settings, opt
 from temper.data.sources import read
 from temper.data.split import split
 from temper.data.trees import limit_of, text_trees
-from temper.methods.base import Batching, Job, Split
-from temper.methods.sft import held_out_loss, train_on
+from temper.methods.base import Batching, Corpus, Job, Prepared, Split
+from temper.methods.sft import held_out_loss, lm_loss, train_on
 from temper.models.load import Size, export, new_model
 from temper.models.tokenizer import train_tokenizer
 from temper.runs import Run
@@ -74,4 +74,5 @@ def prepare(settings: Pretrain, run: Run) -> Job:
         },
         evaluate=(lambda: {"held_out_loss": held_out_loss(model, tests, settings.batching.tokens_per_microbatch)}) if tests else None,
         policy=(model, tokenizer),
+        prepared=Prepared(Corpus(kept, trees, report, cut), tokenizer, model, lm_loss),
     )

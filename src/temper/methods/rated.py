@@ -14,6 +14,7 @@ from torch import Tensor
 from temper.config import Settings, UserError, opt
 from temper.data.packing import pack
 from temper.forest import Forest, Segment, Tree, plant
+from temper.judges.process import ProcessReward
 from temper.judges.rating import Answer, Rater
 from temper.judges.reward_model import RewardModel
 from temper.losses.kl import k1
@@ -58,8 +59,8 @@ class StepRater(Protocol):
 
     name: str
 
-    def rate_steps(self, answers: Sequence[Answer]) -> list[list[tuple[int, float]] | None]:
-        """Of each answer, in order, (index of a step's last token among the answer's, its reward); None where there is none to be had."""
+    def steps(self, answers: Sequence[Answer]) -> Sequence[Sequence[tuple[int, float]]]:
+        """Of each answer its steps, in order, as (index of the step's last token among the answer's, its reward)."""
         ...
 
 
@@ -96,12 +97,18 @@ class Sampled:
         return out
 
 
-def rater(spec: str, tokenizer: Any, **how: Any) -> Rater:
-    """What a --reward names: the folder of a reward model. how: device and precision."""
-    model = RewardModel(spec, **how)
+def step_rater(folder: str, tokenizer: Any, **how: Any) -> StepRater:
+    """What a --step-reward names: a process reward model. Raises UserError for anything else, and for another tokenizer."""
+    model = ProcessReward(folder, **how)
     if model.tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"{spec}: its tokenizer is not that of the policy; train the reward model on this model's tokenizer")
+        raise UserError(f"{folder}: its tokenizer is not that of the policy; train the process reward model on this model's tokenizer")
     return model
+
+
+def reward_model(reward: Rater) -> tuple[float, RewardModel] | None:
+    """The first reward model with one head among the parts of a reward, and its weight there."""
+    parts = getattr(reward, "terms", [(1.0, reward)])
+    return next(((w, part) for w, part in parts if w and isinstance(part, RewardModel) and not getattr(part, "heads", ())), None)
 
 
 def rate(answers: Sequence[Sampled], reward: Rater, steps: StepRater | None) -> None:
@@ -109,15 +116,17 @@ def rate(answers: Sequence[Sampled], reward: Rater, steps: StepRater | None) -> 
     asked = [a.answer for a in answers]
     if not asked:
         return
-    found = reward.rate(asked)
-    parts = getattr(reward, "parts", None) or [{}] * len(asked)
-    stepwise = steps.rate_steps(asked) if steps else [()] * len(asked)
-    for what, many in (reward.name, len(found)), (reward.name, len(parts)), (steps and steps.name, len(stepwise)):
+    told = reward.ratings(asked) if hasattr(reward, "ratings") else None
+    scores = told.scores if told else reward.rate(asked)
+    parts = told.parts if told and len(told.parts) > 1 else {}
+    stepwise = steps.steps(asked) if steps else [()] * len(asked)
+    for what, many in (reward.name, len(scores)), (steps and steps.name, len(stepwise)):
         if many != len(asked):
             raise UserError(f"{what}: {many} ratings for {len(asked)} answers; it must give one for each")
-    for answer, rated, part, step in zip(answers, found, parts, stepwise, strict=True):
-        answer.parts, answer.steps = part, step or ()
-        answer.rated = None if rated is None or step is None or not isfinite(rated) else float(rated)
+    for i, (answer, score) in enumerate(zip(answers, scores, strict=True)):
+        answer.parts = {name: x for name, given in parts.items() if (x := given[i]) is not None}
+        answer.steps = stepwise[i]
+        answer.rated = None if score is None or not isfinite(score) else float(score)
 
 
 def dead(group: Sequence[Sampled]) -> bool:
@@ -190,9 +199,10 @@ def planted(trees: Sequence[Tree], microbatch: int) -> list[Forest]:
     """Micro-batches, at least one for each rank where there are trees enough. Weights: the learned tokens and answers."""
     sizes = [sum(len(segment.tokens) for segment in tree) for tree in trees]
     groups = [[part[i] for i in g] for part in ranks.shares(sizes) for g in pack([sizes[i] for i in part], microbatch)]
-    return [plant([trees[i] for i in group], _weights([trees[i] for i in group])) for group in groups]
+    return [plant([trees[i] for i in group], weights_of([trees[i] for i in group])) for group in groups]
 
 
-def _weights(trees: Sequence[Tree]) -> dict[str, float]:
+def weights_of(trees: Sequence[Tree]) -> dict[str, float]:
+    """The learned tokens, and the answers that have some."""
     learned = [segment for tree in trees for segment in tree if segment.target and segment.target[0]]
     return {"tokens": float(sum(len(segment.tokens) for segment in learned)), "answers": float(len(learned))}

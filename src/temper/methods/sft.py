@@ -14,7 +14,7 @@ from temper.config import Settings, opt
 from temper.data.template import attach_default_template, stop_ids
 from temper.data.trees import chat_trees
 from temper.forest import Forest, Tree
-from temper.methods.base import Batching, Job, Split, Window, forests, given, learn
+from temper.methods.base import Batching, Job, Prepared, Split, Window, forests, given, learn
 from temper.models.adapt import Adapter
 from temper.models.heads import weighted_nll
 from temper.models.load import export, load_policy, resize
@@ -91,7 +91,7 @@ def prepare(settings: SFT, run: Run) -> Job:
     model, tokenizer = load_policy(settings.model, **settings.compute.placed, adapters=settings.adapters, seed=settings.batching.seed)
     if attach_default_template(tokenizer):
         resize(model, tokenizer)
-    trees, tests, out, _, card = given(
+    trees, tests, out, _, card, corpus = given(
         settings, "chat", lambda chats: chat_trees(tokenizer, chats, model, settings.window, learn=settings.learn)
     )
     return Job(
@@ -106,4 +106,5 @@ def prepare(settings: SFT, run: Run) -> Job:
         evaluate=(lambda: {"held_out_loss": held_out_loss(model, tests, settings.batching.tokens_per_microbatch)}) if tests else None,
         policy=(model, tokenizer),
         asks=[chat.messages[:-1] for chat in out[:4] if chat.messages[-1].role == "assistant"],
+        prepared=Prepared(corpus, tokenizer, model, lm_loss),
     )

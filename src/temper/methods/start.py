@@ -3,18 +3,23 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+from torch import nn
+
 from temper.config import Settings, UserError, opt
 from temper.data.sources import read
 from temper.data.template import stop_ids
 from temper.data.trees import prompt_ids
-from temper.forest import Forest
-from temper.judges.rating import Rater
-from temper.methods.rated import StepRater, rater
+from temper.forest import Forest, Segment, Tree
+from temper.judges.rating import Rater, rater
+from temper.methods.base import Corpus, Prepared
+from temper.methods.rated import StepRater, step_rater, weights_of
 from temper.models import shared
 from temper.models.adapters import adapted, shifts
 from temper.models.heads import slack, token_logp
 from temper.models.load import load_policy
 from temper.records import Prompt
+from temper.train import Loss
 
 
 class Plan(Settings):
@@ -49,6 +54,15 @@ class Ready(NamedTuple):
     steps: StepRater | None
     stop: list[int]
     card: dict[str, Any]
+    corpus: Corpus
+
+
+def begin(s: Any, *, seed: int) -> tuple[Any, Any, Any]:
+    """(policy, reference, tokenizer). With an adapter they share one backbone, and reward models on the same base can."""
+    policy, tokenizer = load_policy(s.model, **s.compute.placed, adapters=s.adapters, seed=seed)
+    if adapted(policy):
+        return *shared.roles(policy), tokenizer
+    return policy, load_policy(s.model, **s.compute.placed)[0], tokenizer
 
 
 def ready(s: Any, title: str) -> Ready:
@@ -61,23 +75,42 @@ def ready(s: Any, title: str) -> Ready:
     if s.plan.minibatches > s.plan.prompts_per_step:
         few = f"--minibatches {s.plan.minibatches} > --prompts-per-step {s.plan.prompts_per_step}"
         raise UserError(f"{few}: each needs at least one prompt")
-    policy: Any
-    reference: Any
-    policy, tokenizer = load_policy(s.model, **s.compute.placed, adapters=s.adapters, seed=s.seed)
+    policy, reference, tokenizer = begin(s, seed=s.seed)
     stop = stop_ids(tokenizer)
-    if adapted(policy):  # its reference needs no second model, nor does a reward model that is an adapter of the same base
-        policy, reference = shared.roles(policy)
-    else:
-        reference, _ = load_policy(s.model, **s.compute.placed)
-    reward = rater(s.reward, tokenizer, **s.compute.placed, beside=policy)
-    steps: Any = rater(s.step_reward, tokenizer, **s.compute.placed) if s.step_reward else None
-    if steps and not hasattr(steps, "rate_steps"):
-        raise UserError(f"--step-reward {s.step_reward}: rates whole answers, not their steps; give a process reward model")
+    reward = rater(s.reward, tokenizer=tokenizer, **s.compute.placed, beside=policy)
+    steps = step_rater(s.step_reward, tokenizer, **s.compute.placed) if s.step_reward else None
     records, report = read(s.prompts, "prompts", skip_bad=s.window.skip_bad)
     prompts, cut = prompt_ids(tokenizer, records, policy, s.window, room=s.sampling.max_new)
     kept = [record for i, record in enumerate(records) if i not in cut.dropped]
     card = {"source": report.summary(), "prompts": len(prompts), "kept": cut.summary(), "reward": reward.name}
-    return Ready(policy, reference, tokenizer, kept, prompts, reward, steps, stop, card)
+    corpus = Corpus(records, [[Segment(ids)] for ids in prompts], report, cut)
+    return Ready(policy, reference, tokenizer, kept, prompts, reward, steps, stop, card, corpus)
+
+
+def prepared(s: Any, given: Ready, module: nn.Module, loss: Callable[[Any, Forest], Loss], columns: Sequence[str]) -> Prepared:
+    """What the checks before the first step look at: a prompt's answer is one of --max-new tokens with these columns."""
+
+    def longest(tree: Tree) -> Tree:
+        n = s.sampling.max_new
+        return [*tree, Segment([tree[0].tokens[-1]] * n, [1.0] * n, 0, dict.fromkeys(columns, [0.0] * n))]
+
+    check = check_reference(s.sampling.temperature, given.reference)
+    return Prepared(given.corpus, given.tokenizer, module, loss, weights_of, check, longest)
+
+
+def check_reference(temperature: float, reference: Any) -> Callable[[Any, Sequence[Forest]], None]:
+    """Before anything is learned the policy is the reference. (But for a new soft prompt, which is something.)"""
+
+    def check(module: Any, batches: Sequence[Forest]) -> None:
+        if shifts(module["policy"]):
+            return
+        with torch.no_grad():
+            for batch in batches:
+                mine, theirs = (token_logp(model, batch, temperature=temperature) for model in (module["policy"], reference))
+                if (gap := float((mine - theirs).abs().max())) > slack(module["policy"], 1e-4, 0.2):
+                    raise AssertionError(f"the policy is not the reference: log-probs differ by up to {gap:.2g} nats")
+
+    return check
 
 
 def check_start(temperature: float) -> Callable[[Any, Sequence[Forest]], None]:

@@ -356,5 +356,8 @@ def write(
     known: dict[str, Any] = {}
     if local:
         known = {"base": os.path.relpath(base.absolute(), (target or folder).absolute()), "weights": weights_of(base)}
-    known |= {key: value for key, value in vars(config_of or model.config).items() if key.startswith("temper_")}
+    about = config_of or model.config
+    known |= {key: value for key, value in vars(about).items() if key.startswith("temper_")}
+    if config.task_type == "SEQ_CLS":
+        known["labels"] = [about.id2label[i] for i in range(about.num_labels)] if about.num_labels > 1 else ["score"]
     (folder / RECORD).write_text(json.dumps(known, indent=1) + "\n", "utf-8")

@@ -165,12 +165,13 @@ def weighted_nll(
 
 
 def scalar(model: PreTrainedModel, forest: Forest, at: Tensor) -> Tensor:
-    """[len(at)] float32 scores of a sequence-classification model with one label, read at the tokens `at`, say forest.last of answers."""
+    """[len(at)] float32 scores of a sequence-classification model, read at the tokens `at`, say forest.last of answers; with several
+    labels [len(at), labels]."""
     return score_of(model, hidden(model, forest)[at])
 
 
 def score_of(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """[n] float32 scores of final states [n, d]."""
+    """[n] or [n, labels] float32 scores of final states [n, d]."""
     states = states.float()
     with adapters.acting(model):
         score, added = adapters.linear(model.score)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, get_safetensors_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -133,27 +133,39 @@ def load_scalar(
     *,
     seed: int = 0,
     precision: Precision = "auto",
+    labels: Sequence[str] | None = ("score",),
     adapters: Adapter | None = None,
     beside: Any = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A scoring model with one label (reward, value): a saved one, or a language model's trunk under a new head.
+    """A scoring model (reward, value): a saved one, or a language model's trunk under a new head.
 
     A new head has no bias and weights from N(0, 1/sqrt(d + 1)) (arXiv:1909.08593, 2009.01325), drawn from `seed`.
-    precision, adapters: see `load_policy`. beside: a role (`temper.models.shared`) whose backbone an adapter of the same base shares.
-    Raises UserError as `load_policy` does, and for a model with more than one label.
+    labels: what it scores, by name, one output each; None: whatever a saved one does. precision, adapters: see `load_policy`.
+    beside: a role (`temper.models.shared`) whose backbone an adapter of the same base shares.
+    Raises UserError as `load_policy` does, and for a saved model with other labels.
     """
     given, name = name_or_dir, _source(name_or_dir)
     adapter = name if adapt.is_adapter(name) else None
     name = adapt.base_of(name) if adapter else name
     config, tokenizer = _config(name), load_tokenizer(adapter or name)
-    if role := shared.beside(beside, adapter or name, name, partial(_new_head, seed=seed), adapters, seed=seed):
+    if role := shared.beside(beside, adapter or name, name, partial(_new_head, labels=labels, seed=seed), adapters, seed=seed):
         return cast(Any, role), tokenizer
     if beside is not None and adapter and adapters and adapters.adapter != "full":
         adapters = adapters.model_copy(update={"adapter": "auto"})  # the kind is the policy's; this one is trained on as it is
-    scoring = _scores(config)
-    if scoring and config.num_labels != 1:
-        raise UserError(f"{name}: scores {config.num_labels} labels; a reward or value model has one")
-    config.num_labels = 1
+    scoring, saved = _scores(config), adapt.record(adapter).get("labels") if adapter else None
+    if saved and labels is None:
+        labels = saved
+    if saved and list(labels or ()) != list(saved):
+        raise UserError(f"{adapter}: scores {', '.join(saved)}; needed are {', '.join(labels or ())}")
+    if scoring and labels is not None and (config.num_labels != len(labels) or (len(labels) > 1 and label_names(config) != list(labels))):
+        if len(labels) == 1:
+            raise UserError(f"{name}: scores {config.num_labels} labels; a reward or value model has one")
+        raise UserError(f"{name}: scores {', '.join(label_names(config))}; needed are {', '.join(labels)}")
+    if not scoring:
+        labels = labels or ("score",)
+        config.num_labels = len(labels)
+        if len(labels) > 1:
+            config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
     if tokenizer.pad_token_id is None:  # transformers finds a row's last token by its id; any other than the end's will do
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
@@ -164,7 +176,7 @@ def load_scalar(
         raise UserError(f"{name}: {type(model).__name__} has no linear `score` head")
     _complete(name, missing - ({"score.weight", "score.bias"} if not scoring else set()))
     if not scoring:
-        model.score = _new_head(cast(nn.Linear, model.score).in_features, seed=seed).to(dtype)
+        model.score = _new_head(cast(nn.Linear, model.score).in_features, labels, seed=seed).to(dtype)
     if adapter and adapt.described(adapter).get("task_type") == "SEQ_CLS":
         model.config.architectures = [type(model).__name__]  # the base may be a language model; the two together score
         for key, value in adapt.record(adapter).items():
@@ -173,8 +185,8 @@ def load_scalar(
     return _made_ready(_adapted(model, adapter or name, name, adapters, tokenizer, seed), str(given), device, precision), tokenizer
 
 
-def _new_head(width: int, *, seed: int) -> nn.Linear:
-    head = nn.Linear(width, 1, bias=False)
+def _new_head(width: int, labels: Sequence[str] | None, *, seed: int) -> nn.Linear:
+    head = nn.Linear(width, len(labels or ("score",)), bias=False)
     with torch.no_grad():
         head.weight.normal_(0.0, 1 / math.sqrt(width + 1), generator=torch.Generator().manual_seed(seed))
     return head
@@ -199,6 +211,11 @@ def _made_ready(model: Any, name: str, device: str | torch.device, precision: Pr
     return model
 
 
+def label_names(config: Any) -> list[str]:
+    """What a scoring model's outputs are called, in order."""
+    return [config.id2label[i] for i in range(config.num_labels)]
+
+
 def compute_in(model: PreTrainedModel, precision: Precision) -> None:
     """Take the model's products in this precision from now on: forwards, log-probs, sampling. The weights stay as they are; losses and
     sums are float32. auto: bfloat16 on a GPU that has it, the weights' own elsewhere (on most CPUs bfloat16 is slower)."""
@@ -215,6 +232,21 @@ def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, clean_up_tokenization_spaces=False)
     except Exception as error:
         raise UserError(f"{name}: no readable tokenizer ({_line(error)})") from error
+
+
+def parameters_in(name_or_dir: str | Path) -> int:
+    """How many numbers a model's files hold, by their headers; 0 where these cannot be read. Raises UserError where there is no model."""
+    name = _source(name_or_dir)
+    try:
+        if not Path(name).is_dir():
+            return sum(get_safetensors_metadata(name).parameter_count.values())
+        total = 0
+        for file in Path(name).glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118 (no mapping)
+        return total
+    except Exception:  # whatever a damaged file or the hub's client raises: loading says what is wrong
+        return 0
 
 
 def resize(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> bool:

@@ -84,8 +84,12 @@ def beside(role: Any, name: str, base: str, head: Any, how: Adapter | None, *, s
     backbone.to(role.device)
     found = adapt.head_of(name) if name != base else None
     one = (found or head(backbone.get_input_embeddings().embedding_dim)).to(role.device, backbone.dtype)
+    labels = adapt.record(name).get("labels", []) if found else []
     out = Role(backbone, called, one, pace=(how.adapter_lr or adapt.PACE["lora"]) if how else 0.0)
     for key, value in adapt.record(name).items():
         if key.startswith("temper_"):
             setattr(out.config, key, value)
+    out.config.num_labels = one.out_features
+    if len(labels) > 1:
+        out.config.id2label, out.config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
     return out

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from temper.config import UserError
 from temper.models.heads import computing
-from temper.rollout.decode import Batch, Decoder, decoder
+from temper.rollout.decode import Batch, Decoder, decoder, transposed
 from temper.rollout.sampling import Sampling, draw, uniforms
 
 REFILL = 0.25  # share of the rows that must be free before prompts are computed: one at a time, each would be a call of its own
@@ -105,7 +105,7 @@ def sample(model: Any, request: Request, progress: Progress | None = None) -> li
         return model.sample(request, progress)
     run = _Run(model, request)
     out: list[dict[int, Rollout]] = [{} for _ in request.prompts]
-    with _evaluating(model):
+    with _evaluating(model), transposed(model):
         while run.going:
             done = 0
             for token in run.step():

@@ -28,6 +28,7 @@ class Compute(Settings):
     shard: Literal["none", "full"] = opt(
         "none", "over several ranks: each holds all weights, or its part of weights, gradients and optimiser (FSDP)"
     )
+    compile: bool = opt(False, "compile the transformer blocks for training passes: takes a minute or more first, pays over many steps")
     fit_memory: bool = opt(False, "measure at the start how many tokens fit into memory, and compute no more at a time")
 
     @property
@@ -44,6 +45,24 @@ class Compute(Settings):
 def blocks(module: nn.Module) -> list[Any]:
     """The transformer blocks of all models in a module."""
     return [part for part in adapters.parts(module) if isinstance(part, GradientCheckpointingLayer)]
+
+
+class Compiled:
+    """The transformer blocks of a module, compiled for any length: padding to a few lengths costs more than it saves."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.calls = [(block, torch.compile(block._call_impl, dynamic=True)) for block in blocks(module)]
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Within it they run so; outside, where they also decode, as they are. Values and gradients stay the same up to rounding."""
+        for block, call in self.calls:
+            block._compiled_call_impl = call
+        try:
+            yield
+        finally:
+            for block, _ in self.calls:
+                block._compiled_call_impl = None
 
 
 @contextmanager

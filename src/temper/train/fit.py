@@ -11,6 +11,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -23,7 +24,7 @@ from temper.forest import Forest, divide
 from temper.models.adapters import dropping
 from temper.runs import State
 from temper.train import machine, ranks, shard
-from temper.train.compute import Compute, activations
+from temper.train.compute import Compiled, Compute, activations
 from temper.train.optim import Optim, lr_at, optimizer
 
 TIMINGS = ("seconds", "tokens_per_second")  # the only metrics that differ between two runs of the same seed
@@ -45,6 +46,10 @@ class Term(NamedTuple):
     total: Tensor | Callable[[], Tensor]  # scalar; a function: computed only after the backward pass of the terms before it
     per: str  # "tokens", "pairs", ...
     coefficient: float = 1.0
+
+    def summed(self) -> Tensor:
+        """The sum, computed now where it was not."""
+        return self.total if isinstance(self.total, Tensor) else self.total()
 
 
 class Loss(NamedTuple):
@@ -186,6 +191,7 @@ class _Training:
         self.trained = self.twin.module if self.twin else module
         self.trainable = {name: p for name, p in self.trained.named_parameters() if p.requires_grad}
         self.optimizer = optimizer(self.trained, optim, multipliers)
+        self.compiled = Compiled(self.trained).used if compute.compile else nullcontext
         if resume is not None:
             shard.resume(self.optimizer, resume["optimizer"])
             if hasattr(source, "restore"):
@@ -219,7 +225,8 @@ class _Training:
         twin, trainable = self.twin, self.trainable
         if twin:
             twin.release()
-        backward = partial(_backward, self.trained, loss=self.loss, weights=weights, step=step, kept=self.compute.activations)
+        kept = self.compute.activations
+        backward = partial(_backward, self.trained, loss=self.loss, weights=weights, step=step, kept=kept, compiled=self.compiled)
         if step == 0 and self.compute.fit_memory:
             self.limit = _fitting(backward, batches, trainable, spread=twin is not None)
             self.optimizer.zero_grad()
@@ -369,30 +376,38 @@ def _terms(
         yield (
             first,
             {
-                name: cast(Tensor, term.total) * (term.coefficient / weights[term.per])
+                name: term.summed() * (term.coefficient / weights[term.per])
                 for name, term in first.terms.items()
-                if weights[term.per] != 0 and cast(Tensor, term.total).requires_grad
+                if weights[term.per] != 0 and term.summed().requires_grad
             },
         )
         if not later:
             return
         name = next(iter(later))
         term = later.pop(name)
-        first = Loss({name: term._replace(total=cast(Callable, term.total)())}, {})
+        first = Loss({name: term._replace(total=term.summed())}, {})
 
 
 def _backward(
-    module: nn.Module, batch: Forest, *, loss: Callable, weights: Mapping[str, float], step: int, kept: str, scale: float = 1.0
+    module: nn.Module,
+    batch: Forest,
+    *,
+    loss: Callable,
+    weights: Mapping[str, float],
+    step: int,
+    kept: str,
+    compiled: Callable[[], AbstractContextManager],
+    scale: float = 1.0,
 ) -> Loss:
     """Adds the micro-batch's gradients times `scale`. Gives its loss back without the graph. kept: what is, of the activations."""
     terms: dict[str, Term] = {}
     metrics: dict[str, tuple[Tensor | float, Tensor | float]] = {}
-    with activations(module, kept), dropping(module):
+    with activations(module, kept), dropping(module), compiled():
         for out, shares in _terms(module, batch, loss, weights, step):
             if shares:
                 total = cast(Tensor, sum(shares.values()))
                 (total if scale == 1.0 else total * scale).backward()
-            terms |= {name: term._replace(total=cast(Tensor, term.total).detach()) for name, term in out.terms.items()}
+            terms |= {name: term._replace(total=term.summed().detach()) for name, term in out.terms.items()}
             metrics |= {name: (_detached(total), _detached(weight)) for name, (total, weight) in out.metrics.items()}
     return Loss(terms, metrics)
 
@@ -411,7 +426,7 @@ def _measure(
     sums: dict[tuple[str, str], float] = defaultdict(float)
     for i, part in enumerate(parts):
         for name, term in part.terms.items():
-            value = float(cast(Tensor, term.total))
+            value = float(term.summed())
             if not math.isfinite(value):
                 problem = problem or f"loss term {name!r} is {value} in micro-batch {i + 1} of {len(parts)}; {ADVICE}"
             if weights[term.per] != 0:

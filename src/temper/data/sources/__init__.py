@@ -438,13 +438,13 @@ def stream(spec: str, kind: Kind, report: Report, skip_bad: bool = False) -> Ite
         if wrong and not good:
             raise UserError(f"{name}: {report.source}: {wrong}; give a file that holds them")
         if bad and not (skip_bad and good):
-            raise UserError(_refusal(bad, bool(good)))
+            raise UserError(_refusal(name, bad, bool(good)))
         report.skipped += bad
 
 
-def _refusal(bad: list[tuple[str, str]], some_good: bool) -> str:
+def _refusal(name: str, bad: list[tuple[str, str]], some_good: bool) -> str:
     (at, reason), more = bad[0], bad[1:]
-    lines = ", ".join(at.rpartition(":")[2] for at, _ in more[:10])
+    lines = ", ".join(at.removeprefix(f"{name}:") for at, _ in more[:10])
     also = f" (and {len(more)} more bad rows, lines {lines}{', ...' if len(more) > 10 else ''})" if more else ""
     what = "correct the row (--skip-bad leaves such rows out and lists them)" if some_good else "no row of the file can be used"
     return f"{at}: {reason}{also}; {what}"

@@ -22,7 +22,7 @@ def recognise(row: dict[str, Any]) -> str:
 def gather(rows: Iterable[Row]) -> Iterator[Row]:
     """Trees as they are; a list of messages as trees, each at the line of its first message."""
     nodes: dict[str, dict[str, Any]] = {}
-    lines: dict[str, int] = {}
+    lines: dict[str, int | str] = {}
     roots: list[str] = []
     for row in rows:
         if not isinstance(row.value, dict) or "message_tree_id" not in row.value or "prompt" in row.value or "message_id" not in row.value:
