@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -137,7 +137,7 @@ def parts(module: nn.Module) -> Iterator[nn.Module]:
     """All modules that compute, those that a role of a shared model only borrows included; each once."""
     seen: set[int] = set()
     for own in module.modules():
-        for part in (own, *own.borrowed()) if hasattr(type(own), "borrowed") else (own,):
+        for part in (own, *cast(Any, own).borrowed()) if hasattr(type(own), "borrowed") else (own,):
             if id(part) not in seen:
                 seen.add(id(part))
                 yield part
