@@ -56,7 +56,7 @@ class Task(Protocol):
 
 def batching(task: Task, steps: int, tokens: int | None = None) -> Batching:
     """Settings of ours for so many steps; each reads the records that `records_of` says."""
-    more = {} if tokens is None else {"tokens_per_microbatch": tokens}
+    more: dict[str, Any] = {} if tokens is None else {"tokens_per_microbatch": tokens}
     return Batching(batch=task.batch, epochs=steps * task.batch / len(task.trees), seed=SEED, **more)
 
 

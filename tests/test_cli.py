@@ -43,6 +43,8 @@ FROM = {  # what a method learns from; the others: from --data
     "ppo": {"reward", "prompts"},
     "grpo": {"reward", "prompts"},
     "online-dpo": {"reward", "prompts"},
+    "best-of-n": {"reward", "prompts"},
+    "rejection": {"reward", "prompts"},
     "constitution": set(),
 }
 

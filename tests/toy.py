@@ -142,6 +142,11 @@ def values_of(method: str, toy: Toy) -> dict[str, Any]:
             "samples_per_prompt": 3,
             **short,
         },
+        "best-of-n": {"model": toy.sft, "reward": toy.reward, "prompts": toy.prompts, "samples_per_prompt": 8, **short},
+        "rejection": {
+            **{"model": toy.sft, "reward": toy.reward, "prompts": toy.prompts, "samples_per_prompt": 4, "rounds": 2, "batch": 4},
+            **short,
+        },
         "constitution": {
             **{"model": toy.sft, "red_team": toy.red, "helpful": toy.calm, "helpful_pairs": toy.pairs, "principles": toy.principles},
             **{"batch": 4, "judged_by": 1, **short},

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from temper.data.packing import batch_indices, epoch_order, pack
+from temper.data.packing import Order, batch_indices, epoch_order, pack
 
 
 @settings(deadline=None, max_examples=60)
@@ -45,3 +45,35 @@ def test_orders_differ_by_seed_and_epoch_and_are_golden():
     assert epoch_order(1000, 0, 0).tolist() != epoch_order(1000, 0, 1).tolist()
     with pytest.raises(ValueError, match="at least one row"):
         batch_indices(0, 4, 0, 0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=4), st.integers(1, 20), st.integers(0, 99))
+def test_mixtures_keep_their_shares_and_repeat_nothing_early(parts, batch, seed):
+    have = [max(a, b) for a, b in parts]
+    take = [min(a, b) for a, b in parts]
+    order, n = Order(have, take, seed), sum(take)
+    first = np.cumsum([0, *have])
+    steps = -(-4 * n // batch)
+    rows = np.array([row for step in range(steps) for row in order.rows(batch, step)])
+    source = np.searchsorted(first, rows, side="right") - 1
+    for s, (total, share) in enumerate(zip(have, take, strict=True)):
+        seen = (source == s).cumsum()
+        assert np.abs(seen[: 4 * n] - share / n * np.arange(1, 4 * n + 1)).max() < len(have)
+        own = rows[source == s] - first[s]
+        for start in range(0, len(own) - total + 1, total):
+            assert sorted(own[start : start + total]) == list(range(total))
+    assert order.rows(batch, 1) == Order(have, take, seed).rows(batch, 1)
+
+
+def test_one_data_set_is_a_mixture_of_one():
+    assert [Order([17], seed=3).rows(5, k) for k in range(9)] == [batch_indices(17, 5, 3, k) for k in range(9)]
+
+
+def test_records_that_belong_together_follow_each_other():
+    groups = np.array([k % 5 for k in range(20)])
+    order = Order([20], seed=1, together=[groups])
+    rows = order.rows(20, 0)
+    assert sorted(rows) == list(range(20))
+    assert [groups[row] for row in rows[::4]] == [groups[row] for row in rows[3::4]]
+    assert [groups[row] for row in order.rows(20, 1)] != [groups[row] for row in rows]

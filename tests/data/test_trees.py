@@ -218,7 +218,7 @@ def test_text_parts_end_once_and_empty_documents_are_listed(base, llama3):
     assert ids.count(llama3.bos_token_id) == 1
     assert ids[0] == llama3.bos_token_id
     assert list(report.dropped) == [2]
-    with pytest.raises(UserError, match="none of the 1 documents"):
+    with pytest.raises(UserError, match="none of the 1 rows"):
         text_trees(base, [Text(text="")], 10)
 
 

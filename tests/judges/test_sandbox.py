@@ -156,13 +156,18 @@ os.mkdir("own")
 
 
 @linux
-def test_nothing_is_left_behind():
-    before = set(Path(tempfile.gettempdir()).glob("temper-code-*"))
+def test_nothing_is_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def children():
+        stats = [path.read_text().split() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
+        return {fields[0] for fields in stats if fields[3] == str(os.getpid())}  # the parent's process id
+
+    before = children()
     for code in "open('x', 'w').write('1')", "while True:\n    pass":
         run(code, "pass", limits=SHORT)
-    assert set(Path(tempfile.gettempdir()).glob("temper-code-*")) <= before
-    mine = [path.read_text().split() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
-    assert str(os.getpid()) not in {fields[3] for fields in mine}  # the parent's process id
+    assert not list(tmp_path.iterdir())
+    assert children() <= before
 
 
 def test_a_sandbox_that_cannot_start_is_no_verdict(monkeypatch, tmp_path):

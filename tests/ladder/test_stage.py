@@ -9,7 +9,7 @@ import pytest
 from toy import train, values_of
 
 from temper.config import UserError
-from temper.ladder import stage
+from temper.data import store
 from temper.ladder.stage import absent, input_fingerprint
 from temper.methods import sft
 from temper.runs import Run, save_checkpoint
@@ -131,7 +131,7 @@ def test_threads_and_ranks_are_part_of_what_a_stage_is(toy, tmp_path):
 @pytest.mark.parametrize(("name", "value"), [("VERSION", "harbour-next"), ("code_version", lambda *modules: "other code")])
 def test_the_world_counts_by_its_version_and_its_code(monkeypatch, name, value):
     before = input_fingerprint("data", "world:prompts?n=3")
-    monkeypatch.setattr(stage, name, value)
+    monkeypatch.setattr(store, name, value)
     assert input_fingerprint("data", "world:prompts?n=3") != before
 
 

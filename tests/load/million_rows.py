@@ -12,22 +12,24 @@ import random
 import resource
 import sys
 import time
-from array import array
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from temper.data.packing import pack
 from temper.data.quality.clean import clean, plan, write
 from temper.data.quality.rows import Rows
-from temper.data.sources import Report, stream
-from temper.data.template import attach_default_template
-from temper.data.trees import chat_trees
+from temper.data.store import Store, Trees, kept
+from temper.data.template import attach_default_template, written
+from temper.data.trees import chat_chunk
+from temper.methods.base import Batching, Window, offline
 
-RANKS, CHUNK, BUDGET = 2, 512, 4096
+RANKS, BUDGET = 2, 4096
 COPIES, CHANGED = 50, 50  # one row in so many is a copy of the one before, or of it with a word changed
 SYLLABLES = [c + v for c in "bdfghjklmnprstvw" for v in "aeiou"]
 WORDS = ["".join(p) for p in itertools.islice(itertools.product(SYLLABLES, repeat=3), 0, 512_000, 25)]
@@ -63,23 +65,27 @@ def tokenizer(folder: Path) -> None:
     made.save_pretrained(folder)
 
 
-def tokenise(rank: int, data: Path, folder: Path) -> None:
-    """This rank's chunks of rows as ids and targets in files; sizes beside them."""
+def tokenise(data: Path, folder: Path, done) -> None:
+    """In a process of its own, as training does it, with two that help: into a store. Gives (seconds to open it again, MB, ...)."""
+    torch.set_num_threads(RANKS)
     mine = PreTrainedTokenizerFast.from_pretrained(folder)
-    window = SimpleNamespace(max_length=BUDGET, too_long="drop", skip_bad=False)
-    records, sizes = stream(str(data), "chat", Report(str(data))), array("I")
-    with (folder / f"ids.{rank}").open("wb") as ids, (folder / f"target.{rank}").open("wb") as target:
-        for k in itertools.count():
-            chunk = list(itertools.islice(records, CHUNK))
-            if not chunk:
-                break
-            if k % RANKS == rank:
-                for (segment,) in chat_trees(mine, chunk, None, window)[0]:
-                    sizes.append(len(segment.tokens))
-                    array("I", segment.tokens).tofile(ids)
-                    array("B", map(int, segment.target)).tofile(target)
-    with (folder / f"sizes.{rank}").open("wb") as file:
-        sizes.tofile(file)
+    window = Window(max_length=BUDGET, too_long="drop")
+    make = partial(chat_chunk, tokenizer=mine, model=None, window=window, learn="all")
+
+    def open_it() -> Store:
+        return kept(folder / "tokens", str(data), "chat", make, by=[written(mine), BUDGET], skip_bad=False)
+
+    open_it()
+    began = time.perf_counter()
+    store = open_it()
+    again = time.perf_counter() - began
+    trees = Trees([(store, np.arange(len(store)))], [1.0])
+    source = offline(trees, Batching(batch=64, tokens_per_microbatch=BUDGET))
+    began = time.perf_counter()
+    for step in range(100):
+        source(step * (len(trees) // 6400))
+    made = (time.perf_counter() - began) / 100
+    done.put({"open_s": again, "step_s": made, "mb": peak(resource.RUSAGE_SELF), "helper_mb": peak(resource.RUSAGE_CHILDREN)})
 
 
 def peak(who: int) -> float:
@@ -95,20 +101,19 @@ def main(n: int, folder: Path) -> dict:
     write(result, out)
     deduplicated, cpu = time.perf_counter(), time.process_time() - began
     spawn = get_context("spawn")
-    ranks = [spawn.Process(target=tokenise, args=(rank, out, folder)) for rank in range(RANKS)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    assert all(rank.exitcode == 0 for rank in ranks)
+    answer = spawn.Queue()
+    process = spawn.Process(target=tokenise, args=(out, folder, answer))
+    process.start()
+    stored = answer.get()
+    process.join()
+    assert process.exitcode == 0
     tokenised = time.perf_counter()
-    sizes = array("I")
-    for rank in range(RANKS):
-        sizes.frombytes((folder / f"sizes.{rank}").read_bytes())
+    (place,) = [p for p in (folder / "tokens").iterdir() if p.is_dir()]
+    store = Store(place)
+    sizes = store.sizes(np.arange(len(store))).tolist()
     groups = pack(sizes, BUDGET)
     packed = time.perf_counter()
     tokens = sum(sizes)
-    assert sum((folder / f"ids.{rank}").stat().st_size for rank in range(RANKS)) == 4 * tokens
     assert len(sizes) == len(result.rows)
     return {
         "rows": n,
@@ -120,7 +125,9 @@ def main(n: int, folder: Path) -> dict:
         "seconds": {"dedup": deduplicated - begin, "tokenise": tokenised - deduplicated, "pack": packed - tokenised},
         "cpu_s": {"dedup": cpu, "tokenise": sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])},  # of all processes together
         "wall_s": packed - begin,
-        "peak_mb": peak(resource.RUSAGE_SELF) + RANKS * peak(resource.RUSAGE_CHILDREN),  # as if all peaked at once
+        "peak_mb": peak(resource.RUSAGE_SELF) + stored["mb"] + RANKS * stored["helper_mb"],  # as if all peaked at once
+        "stored": stored,
+        "stored_mb": sum(f.stat().st_size for f in place.iterdir()) / 2**20,
         "dedup_peak_mb": peak(resource.RUSAGE_SELF),
     }
 

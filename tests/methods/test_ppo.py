@@ -220,20 +220,20 @@ def test_metrics_are_those_of_the_answers(make):
 
 
 def test_answers_that_are_cut_off_are_announced_once_and_end_a_run_in_which_none_ends(make, toy, tmp_path, monkeypatch):
-    s, module, source = make(max_new=2, rollouts=4)
+    s, module, source = make(max_new=1, rollouts=4)
     found = [(step.n, e["note"]) for step in ppo.train(s, module, source) for e in step.events if e["event"] == "answers cut off"]
     assert len(found) == 1
     assert found[0][0] == 1
     assert "100% of the answers did not end" in found[0][1]
-    assert "--max-new (now 2)" in found[0][1]
+    assert "--max-new (now 1)" in found[0][1]
     assert source.state()["endless"] == 4 * 6
 
     monkeypatch.setattr(rollouts, "HOPELESS", 15)
     with pytest.raises(TrainingError, match=r"none of 18 answers in a row ended.*raise --max-new"):
-        train("ppo", tmp_path / "ppo", **(values_of("ppo", toy) | {"max_new": 2}))
+        train("ppo", tmp_path / "ppo", **(values_of("ppo", toy) | {"max_new": 1}))
     events = Run(tmp_path / "ppo").rows("events")
     assert [e["event"] for e in events if e["event"] != "rewarded"] == ["first update", "answers cut off", "stopped"]
-    s, module, source = make(max_new=2, rollouts=4, missing_eos=None)  # answers that are not meant to end
+    s, module, source = make(max_new=1, rollouts=4, missing_eos=None)  # answers that are not meant to end
     assert len(list(ppo.train(s, module, source))) == 16
 
 

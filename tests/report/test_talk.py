@@ -54,6 +54,20 @@ def test_the_same_prompts_through_every_stage(models, capsys):
     assert other["prompts"] != found["prompts"]
 
 
+def test_mixtures_of_stages_stand_beside_them(models, capsys):
+    spec = "0.5*sft + 0.5*ppo"
+    row = answers(models, capsys, "Hello there", "--mix", spec, "1*sft", "--temperature", "0")["prompts"][0]["answers"]
+    assert list(row) == ["base", "sft", "ppo", spec, "1*sft"]
+    assert row["1*sft"] == row["sft"]
+    with pytest.raises(UserError, match=r"0.5\*sft \+ 0.5\*dpo: .* has no stage 'dpo'; it has base, sft, ppo"):
+        compare.read([str(models), "--mix", "0.5*sft + 0.5*dpo"])
+    both = f"0.25*{models / 'sft'} + 0.75*{models / 'ppo'}"
+    assert chat.main([both, "--once", "Hello there", "--json", "--temperature", "0", "--max-new", "4"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] > 0
+    with pytest.raises(UserError, match="the weights sum to"):
+        chat.read([both.replace("0.25*", "0.5*"), "--once", "x"])
+
+
 def test_without_prompts_the_fixed_ones(models, capsys):
     found = answers(models, capsys, "--temperature", "0", "--system", "Be brief.")
     assert len(found["prompts"]) == 24
@@ -151,7 +165,7 @@ def test_chat_once(models, capsys):
 
 def talk(models, stage="sft", **settings):
     s = chat.Chat(stage=str(models / stage), max_new=6, **settings)
-    return chat.Conversation(*chat.load_policy(chat.model_folder(s.stage)), s)
+    return chat.Conversation(*chat.load_askable(chat.model_folder(s.stage)), s)
 
 
 def test_turns_are_kept_and_forgotten(models):

@@ -128,7 +128,8 @@ def test_gradient_is_that_of_the_weighted_mean():
     assert step.metrics["loss"] == pytest.approx((total / weight).item(), rel=1e-12)
     assert step.metrics["grad_norm"] == pytest.approx(math.sqrt(sum(float((g**2).sum()) for g in gradients)), rel=1e-9)
     assert step.metrics["tokens"] == sum(len(t[0].tokens) for t in trees)
-    assert step.metrics["tokens_learned"] == sum(len(t[0].tokens) - 1 for t in trees)
+    shared = [weight for [segment] in trees for weight in segment.target if weight]
+    assert step.metrics["tokens_learned"] == sum(max(1, weight) for weight in shared)  # a target of 2 is that of two records
 
 
 def test_weights_are_counted_before_the_first_backward():

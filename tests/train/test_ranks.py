@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,13 +129,18 @@ def sampled(state):
     return sorted(found)
 
 
+def unclaimed(values):
+    """A run beside the inputs that is never begun."""
+    return Run(Path(values.get("model") or values["data"]).parent / "unclaimed")
+
+
 def play(method, values, resume=None, keep=(), folder=None):
     """A method from its settings, without a driver: metrics of each step, the last weights, snapshots, PPO's rollouts.
 
     folder: where the snapshots are written as checkpoints.
     """
     torch.set_num_threads(1)
-    job = load(method).prepare(build(load(method).settings(method), values), None)
+    job = load(method).prepare(build(load(method).settings(method), values), unclaimed(values))
     rows, states, rollouts, module = [], {}, [], None
     for step in job.steps(resume):
         module = step.module
@@ -204,7 +210,7 @@ def test_two_ranks_train_what_one_does(two, toy, tmp_path, method):
     assert rows == theirs
     assert all(torch.equal(value, own[at]) for at, value in weights.items())  # equal to the last bit
     same_answers(rollouts, sampled_alone)
-    start = load(name).prepare(build(load(name).settings(name), values), None).steps(None)
+    start = load(name).prepare(build(load(name).settings(name), values), unclaimed(values)).steps(None)
     first = {at: value.clone() for at, value in next(start).module.state_dict().items()}
     assert max(float((weights[at] - value).abs().max()) for at, value in first.items()) > 1e-3  # they went somewhere
 
@@ -266,7 +272,7 @@ def test_a_checkpoint_of_spread_weights_goes_on_with_one_rank_and_one_of_one_spr
 
 def _held(method, values):
     """Numbers that this rank holds between steps, of the weights that others see and of those that are trained; all there are."""
-    job = load(method).prepare(build(load(method).settings(method), values), None)
+    job = load(method).prepare(build(load(method).settings(method), values), unclaimed(values))
     whole = sum(p.numel() for p in job.policy[0].parameters())
     step = next(job.steps(None))
     seen = sum(p.numel() for p in step.module.parameters())

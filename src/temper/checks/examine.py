@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,18 @@ from temper.checks import machine
 from temper.checks.registry import CHECKS, Case, Finding, findings, run_checks
 from temper.config import Settings, UserError, build, dump
 from temper.data.sources import Kind, read
-from temper.methods import load
+from temper.data.store import parts
+from temper.methods import NAMES, load
 from temper.methods.base import Prepared
 from temper.runs import Run
 from temper.train import ranks
 
-KINDS: dict[str, Kind] = {"pretrain": "text", "sft": "chat", "reward": "comparisons"}  # what `data` holds; pairs for the others
+KINDS: dict[str, Kind] = {  # what `data` holds, by the method's file; comparisons for the others
+    "pretrain": "text",
+    "sft": "chat",
+    "unpaired": "rated",
+    "process_reward": "steps",
+}
 INPUTS: dict[str, Kind] = {"prompts": "prompts", "red_team": "prompts", "helpful": "prompts", "helpful_pairs": "pairs"}
 SAMPLES = ("collect", "constitution")  # methods whose preparation samples from the model: their rows are looked at, not what they make
 
@@ -31,6 +38,8 @@ def examine(method: str, values: Mapping[str, Any], prepared: Prepared, steps: i
 
 
 def _case(method: str, values: Mapping[str, Any], p: Prepared, steps: int, sets: Sequence[str], count: int, *, thorough: bool) -> Case:
+    if thorough and p.whole:
+        p = replace(p, corpus=p.whole, whole=None)
     return Case(method, values, p.corpus.read.spec, p.corpus.records, p.corpus.read.skipped, p, steps, thorough, sets, count)
 
 
@@ -62,9 +71,10 @@ def examine_stage(
         except UserError as error:
             why = "training would stop here"
             problem = [Finding("prepare", "error", str(error), (), why, "correct this first: until then the rows alone can be looked at")]
-    for name, kind in {"data": KINDS.get(method, "pairs"), **INPUTS}.items():
-        spec = values.get(name)
-        if spec and not any(stage in Path(spec).parts for stage in waits):
+    for name, kind in {"data": KINDS.get(NAMES[method], "comparisons"), **INPUTS}.items():
+        for spec in parts(values[name]) if values.get(name) else ():
+            if any(stage in Path(spec).parts for stage in waits):
+                continue
             try:
                 records, report = read(spec, kind, skip_bad=True)
             except UserError as error:

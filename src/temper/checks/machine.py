@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
-from temper.checks.registry import Case, Found, check, many
+from temper.checks.registry import Case, Found, check, many, reward_models
 from temper.config import UserError
 from temper.data.packing import pack
+from temper.data.sharing import size
+from temper.data.store import Trees
 from temper.forest import Forest, Tree, divide, plant
 from temper.methods.base import Prepared
 from temper.models.load import parameters_in
@@ -21,28 +23,30 @@ BESIDE = {  # optimiser -> bytes that a trained parameter takes beside its weigh
     "muon": 28,  # gradient, memory, copy; looking ahead, the updates, and what the iteration holds of matrices of one shape
 }
 MB = 1e6
-LOADED = {"ppo": ("model", "model", "reward", "reward"), "constitution": ("model", "model")}  # others: the model once
-TRAINED: dict[str, Sequence[str]] = {"ppo": ("model", "reward"), "collect": ()}
+TWICE = ("ppo", "grpo", "online-dpo", "constitution")  # methods that load a reference beside the policy
+UNTRAINED = ("collect", "best-of-n")
 
 
 def _sizes(trees: Sequence[Tree]) -> list[int]:
-    return [sum(len(s.tokens) for s in tree) for tree in trees]
+    return trees.sizes() if isinstance(trees, Trees) else [size(tree) for tree in trees]
+
+
+def _all(p: Prepared) -> Sequence[Tree]:
+    return (p.whole or p.corpus).trees
 
 
 def longest(case: Case) -> tuple[list[Tree], list[str]]:
     """The trees of the largest micro-batch that can come up, and their rows: the longest rows of a step, packed."""
     p, s = case.prepared, case.settings
-    if p is None or not p.corpus.trees:
+    if p is None or not _all(p):
         return [], []
-    trees = (
-        [p.answered(tree) for tree in sorted(p.corpus.trees, key=lambda t: -_sizes([t])[0])[:64]] if p.answered else list(p.corpus.trees)
-    )
+    trees = [p.answered(tree) for tree in sorted(p.corpus.trees, key=lambda t: -size(t))[:64]] if p.answered else _all(p)
     sizes = _sizes(trees)
     rows = -(-s.get("batch", s.get("prompts_per_step", 32)) // case.ranks)
     order = sorted(range(len(trees)), key=lambda k: -sizes[k])[: min(len(trees), rows)]
     group = max(pack([sizes[k] for k in order], s.get("tokens_per_microbatch", 8192)), key=lambda g: sum(sizes[order[i]] for i in g))
     chosen = [order[i] for i in group]
-    return [trees[k] for k in chosen], [case.tree_at(k) for k in chosen] if not p.answered else []
+    return [trees[k] for k in chosen], [case.tree_at(k) for k in chosen] if not p.answered and not p.whole else []
 
 
 @check(
@@ -53,17 +57,17 @@ def longest(case: Case) -> tuple[list[Tree], list[str]]:
 def batch(case: Case) -> Iterator[Found]:
     if case.prepared is not None and (line := arithmetic(case)):
         yield Found("note", line)
-        rows, n = case.settings.get("batch"), len(case.prepared.corpus.trees)
+        rows, n = case.settings.get("batch"), len(_all(case.prepared))
         if rows and n < rows:
             yield Found("warning", f"{many(n, 'row')} in all, fewer than --batch {rows}: every step is all of them")
 
 
 def arithmetic(case: Case) -> str:
     """Steps and batches in one plain sentence."""
-    p, s, n = case.prepared, case.settings, len(case.prepared.corpus.trees) if case.prepared else 0
+    p, s, n = case.prepared, case.settings, len(_all(case.prepared)) if case.prepared else 0
     if p is None or not n:
         return ""
-    mean, micro = sum(_sizes(p.corpus.trees)) / n, s.get("tokens_per_microbatch", 8192)
+    mean, micro = sum(_sizes(_all(p))) / n, s.get("tokens_per_microbatch", 8192)
     if "rollouts" in s:
         prompts, each, passes, parts = (s[k] for k in ("prompts_per_step", "samples_per_prompt", "epochs_per_batch", "minibatches"))
         return (
@@ -111,9 +115,11 @@ def foresee(method: str, values: Mapping[str, Any], count: int) -> Iterator[Foun
     device = values.get("device", "cpu")
     if values.get("shard", "none") != "none" or (device != "cpu" and not getattr(torch, device).is_available()):
         return
-    size = {name: parameters_in(values[name]) for name in ("model", "reward") if values.get(name)}
-    loaded = sum(size.get(name, 0) for name in LOADED.get(method, ("model",)))
-    trained = sum(size.get(name, 0) for name in TRAINED.get(method, ("model",)))
+    model = parameters_in(values["model"]) if values.get("model") else 0
+    judges = [parameters_in(folder) for folder in reward_models(values)]
+    value = (judges or [model])[0] if method == "ppo" else 0
+    loaded = model * (2 if method in TWICE else 1) + value + sum(judges)
+    trained = 0 if method in UNTRAINED else model + value
     free, states = _free(torch.device(device), count), trained * _beside(values)
     if free is not None and (need := loaded * 4 + states) > free:
         what = f"{loaded / 1e6:.3g} million parameters take {loaded * 4 / MB:,.0f} MB of weights and {states / MB:,.0f} MB of"

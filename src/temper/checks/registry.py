@@ -12,6 +12,7 @@ from temper.config import UserError
 from temper.data.quality import rows as quality
 from temper.data.trees import where
 from temper.forest import Tree
+from temper.judges.rating import reads
 from temper.methods.base import Prepared
 from temper.records import Prompt, Record
 
@@ -174,3 +175,8 @@ def answers(record: Record) -> list[str]:
 def said(record: Record) -> str:
     """All that a record says, as one string."""
     return "\n".join([*quality.prompt(record), *answers(record)])
+
+
+def reward_models(values: Mapping[str, Any]) -> list[str]:
+    """The folders of the models that a stage's --reward is made of."""
+    return [name for name in (reads(values["reward"]) if values.get("reward") else ()) if not name.endswith((".py", ".json"))]

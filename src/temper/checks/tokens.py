@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from temper.checks.registry import Case, Found, answers, check, lengths, many
+from temper.checks.registry import Case, Found, answers, check, lengths, many, reward_models
 from temper.config import UserError
 from temper.data.template import DEFAULT_TEMPLATE, bos_id, render_prompt, stop_ids
 from temper.forest import Tree
@@ -211,13 +211,14 @@ def _ask(record: Record) -> list[Message]:
 
 def _of_reward(case: Case) -> str:
     """How the reward model's template differs on a question; "" where it does not, or there is none."""
-    if not case.settings.get("reward"):
-        return ""
     from temper.models.load import load_tokenizer
 
-    judge = load_tokenizer(case.settings["reward"])
-    mine, theirs = (render_prompt(t, ASK) for t in (case.prepared.tokenizer, judge))  # type: ignore[union-attr]
-    return "" if mine == theirs else f"{judge.decode(theirs)!r}"
+    for folder in reward_models(case.settings):
+        judge = load_tokenizer(folder)
+        mine, theirs = (render_prompt(t, ASK) for t in (case.prepared.tokenizer, judge))  # type: ignore[union-attr]
+        if mine != theirs:
+            return f"{judge.decode(theirs)!r}"
+    return ""
 
 
 @check(

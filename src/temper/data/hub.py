@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from temper.config import UserError
@@ -33,8 +34,8 @@ def _reachable(endpoint: str) -> bool:
     return True
 
 
-def rows(spec: str) -> Iterator[Row]:
-    """Every row, numbered from 1, through the `datasets` library, which keeps what it fetched. The split is `train` unless named.
+def _load(spec: str) -> Any:
+    """The data set, through the `datasets` library, which keeps what it fetched. The split is `train` unless named.
 
     Raises UserError where there is no such data set, configuration or split, or no way to the hub.
     """
@@ -48,11 +49,20 @@ def rows(spec: str) -> Iterator[Row]:
         for module in (datasets.config, import_module("huggingface_hub.constants")):
             vars(module).update(HF_HUB_OFFLINE=True)
     try:
-        found = datasets.load_dataset(name, options.get("config"), split=options.get("split", "train"), revision=options.get("revision"))
+        return datasets.load_dataset(name, options.get("config"), split=options.get("split", "train"), revision=options.get("revision"))
     except (OSError, ValueError, RuntimeError) as error:  # ConnectionError and DatasetNotFoundError are OSErrors
         why = " ".join(str(error).split())
         if isinstance(error, ConnectionError) or "offline" in why.lower():
             raise UserError(f"{spec}: no such file, and the hub cannot be reached for a data set of that name; give a file") from None
         raise UserError(f"{spec}: the hub's data set cannot be read ({why[:300]}); name it as {name}?config=...&split=...") from None
-    for number, value in enumerate(found, 1):
+
+
+def rows(spec: str) -> Iterator[Row]:
+    """Every row, numbered from 1. Raises UserError as `_load` does."""
+    for number, value in enumerate(_load(spec), 1):
         yield Row(number, without_none(value))
+
+
+def content(spec: str) -> str:
+    """What tells one state of the data set from another: the fingerprint that `datasets` gives it."""
+    return _load(spec)._fingerprint

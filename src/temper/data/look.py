@@ -125,8 +125,10 @@ def trees_of(tokenizer, record: Record, limit: int | None = None, learn: Literal
 
 def path_tokens(tree: Tree) -> list[int]:
     """Tokens of each sequence that a tree holds: a whole conversation, or the prompt with each answer."""
-    root = len(tree[0].tokens)
-    return [root] if len(tree) == 1 else [len(s.tokens) + (root if s.parent == 0 else 0) for s in _answers(tree)]
+    ends: list[int] = []
+    for s in tree:
+        ends.append(len(s.tokens) + (ends[s.parent] if s.parent >= 0 else 0))
+    return [end for s, end in zip(tree, ends, strict=True) if len(tree) == 1 or any(s.target or ())]
 
 
 def _answers(tree: Tree) -> Tree:
@@ -139,7 +141,7 @@ def excess(tokenizer, tree: Tree, limit: int | None) -> tuple[int, bool]:
     root = tree[0]
     begin = begins(tokenizer, root.tokens)
     if len(tree) > 1:
-        spare = len(root.tokens) - max(1, begin) if root.labels.get("rank") == -1 else 0
+        spare = len(root.tokens) - max(1, begin) if root.labels.get("rank", -1) == -1 else 0
     else:
         target = root.target or ()
         spare = last_answer(target) - max(1, begin) if any(target) else len(root.tokens) - begin - 1
@@ -193,6 +195,8 @@ def show(tokenizer, record: Record, at: str, limit: int | None, too_long: TooLon
             if len(tree) > 1:
                 rank = s.labels.get("rank", -1)
                 title = "prompt" if rank < 0 else labels[int(rank)]
+                if not s.labels:  # a conversation whose answers later turns see otherwise
+                    title = "shared" if i == 0 else f"branch {i}"
             else:
                 title = f"window {k + 1}" if len(trees) > 1 else labels[0] if isinstance(record, Rated) else ""
             row.parts.append(Part(title, pieces(tokenizer, s.tokens, s.target, cut, begins(tokenizer, s.tokens) if first else 0)))
@@ -263,7 +267,7 @@ def _count(out: Stats, tokenizer, record: Record, at: str, too_long: TooLong, le
     over, fits = excess(tokenizer, tree, out.limit)
     if over and not isinstance(record, Text):
         out.over.append((at, fate(over, fits, too_long)))
-    if len(tree) > 1:
+    if len(tree) > 1 and "rank" in tree[0].labels:
         shared = len(tree[0].tokens) if tree[0].labels.get("rank") == -1 else 0
         out.shared.append(shared)
         out.whole_prompts += shared == len(render_prompt(tokenizer, messages_of(record)))

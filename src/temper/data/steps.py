@@ -99,7 +99,7 @@ def step_trees(tokenizer: Any, records: Sequence[Steps], model: Any, window: Win
     fit = _Fit(records, model, window)
     trees: dict[tuple[int, ...], Tree] = {}
     children: dict[tuple[int, ...], dict[tuple[int, tuple[int, ...]], int]] = {}
-    for i, record in fit:
+    for i, record in enumerate(records):
         rendered = fit.attempt(i, _render, tokenizer, record, by)
         if rendered is None:
             continue
@@ -126,7 +126,7 @@ def step_trees(tokenizer: Any, records: Sequence[Steps], model: Any, window: Win
                 tree[at].labels = {"label": (old * n + label) / (n + 1), "counted": n + 1}
         fit.report.tokens_unshared += len(ids)
     fit.report.tokens += sum(len(tree[0].tokens) for tree in trees.values())
-    return list(trees.values()), fit.done(list(trees))
+    return list(trees.values()), fit.done()
 
 
 def _merged(ends: Sequence[int], labels: Sequence[float | None]) -> list[float | None]:

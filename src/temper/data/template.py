@@ -63,6 +63,12 @@ def attach_default_template(tokenizer) -> int:
     return len(missing)
 
 
+def written(tokenizer) -> list[Any]:
+    """All that decides which ids a text gets: what caches of ids go by."""
+    inner = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    return [type(tokenizer).__name__, inner, tokenizer.special_tokens_map, tokenizer.chat_template]
+
+
 def template_name(tokenizer) -> str:
     """How errors name a tokenizer's template."""
     name = getattr(tokenizer, "name_or_path", "")
@@ -406,8 +412,12 @@ def _assistant_turns(tokenizer, messages: Sequence[Message], turns: list[int], t
     return whole, found
 
 
+class TurnsDiffer(UserError):
+    """A template renders a turn otherwise when others follow it: it takes the reasoning out of earlier answers, say."""
+
+
 def _differs(name: str, messages: int) -> UserError:
-    return UserError(
+    return TurnsDiffer(
         f"{name} renders the first {messages} messages differently alone and within the conversation, so the assistant's tokens"
         " cannot be told; learn only the last turn, or add {% generation %} blocks to the template"
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from temper.config import UserError
-from temper.data.template import bos_id, chat_template, common, encode_plain, end_id, render_chat, render_prompt
+from temper.data.sharing import branches, size
+from temper.data.template import TurnsDiffer, bos_id, chat_template, common, encode_plain, end_id, render_chat, render_prompt
 from temper.forest import Segment, Tree
 from temper.records import Chat, Message, Pair, Prompt, Ranked, Rated, Record, Text
 
@@ -37,6 +38,30 @@ class Report:
     dropped: dict[int, str] = field(default_factory=dict)
     cut: dict[int, str] = field(default_factory=dict)
     long: dict[int, int] = field(default_factory=dict)  # tokens of the rows that are beyond the limit
+    refused: str = ""  # where the first row is that the policy `error` refuses
+    room: int = 0  # tokens that an answer needs beside a prompt
+
+    def add(self, part: Report) -> None:
+        """Take in the report on further records."""
+        self.limit, self.limit_from, self.room = part.limit, part.limit_from, part.room
+        for name in "rows", "tokens", "tokens_unshared":
+            setattr(self, name, getattr(self, name) + getattr(part, name))
+        self.dropped |= part.dropped
+        self.cut |= part.cut
+        self.long |= part.long
+        self.refused = self.refused or part.refused
+
+    def settle(self, given: bool) -> None:
+        """Raises UserError for rows that are too long under the policy `error`, and when nothing is left. given: --max-length was."""
+        if self.refused:
+            lengths = list(self.long.values())
+            limit = f"--max-length {self.limit}" if given else f"{self.limit}, the model's window"
+            beside = f" + {self.room} for the answer" if self.room else ""
+            more = f" (and {len(lengths) - 1} more rows, the longest {max(lengths)})" if len(lengths) > 1 else ""
+            larger = " or a larger --max-length" if given else ""
+            raise UserError(f"{self.refused}: {lengths[0]} tokens{beside} > {limit}{more}; use --too-long drop|cut-prompt{larger}")
+        if self.rows and not self.kept:
+            raise UserError(f"none of the {self.rows} rows is left to use; the first: {next(iter(self.dropped.values()), '')}")
 
     @property
     def kept(self) -> int:
@@ -80,28 +105,26 @@ def limit_of(model: Any, max_length: int | None) -> tuple[int | None, str]:
 
 
 class _Fit:
-    """The policy at work on one list of records."""
+    """The policy at work on records that are numbered from `first` on."""
 
-    def __init__(self, records: Sequence[Record], model: Any, window: Window, room: int = 0) -> None:
+    def __init__(self, records: Sequence[Record], model: Any, window: Window, room: int = 0, first: int = 0) -> None:
         limit, source = limit_of(model, window.max_length)
-        self.records, self.window, self.room = records, window, room
-        self.report = Report(rows=len(records), limit=limit, limit_from=source)
+        self.records, self.window, self.room, self.first = records, window, room, first
+        self.report = Report(rows=len(records), limit=limit, limit_from=source, room=room)
         if limit is not None and limit - room < 2:
             raise UserError(f"{source} leaves no room for a prompt beside {room} tokens of answer; allow fewer tokens to the answer")
 
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """(index, record); UserErrors of the caller's rendering are not seen here: use `attempt`."""
-        yield from enumerate(self.records)
+    def where(self, index: int) -> str:
+        return where(self.records[index - self.first], index)
 
     def attempt(self, index: int, render, *args: Any, **kwargs: Any) -> Any:
         """What `render` returns; None when the template refuses the row and bad rows are skipped."""
-        at = where(self.records[index], index)
         try:
             return render(*args, **kwargs)
         except UserError as error:
             if not self.window.skip_bad:
-                raise UserError(f"{at}: {error}") from None
-            self.report.dropped[index] = f"{at}: {error}"
+                raise UserError(f"{self.where(index)}: {error}") from None
+            self.report.dropped[index] = f"{self.where(index)}: {error}"
             return None
 
     def excess(self, index: int, length: int, cuttable: int) -> int | None:
@@ -110,9 +133,10 @@ class _Fit:
         if limit is None or length + self.room <= limit:
             return 0
         self.report.long[index] = length
+        at = self.where(index)
         if self.window.too_long == "error":
+            self.report.refused = self.report.refused or at
             return None
-        at = where(self.records[index], index)
         over = length + self.room - limit
         beside = f" beside {self.room} of answer" if self.room else ""
         if self.window.too_long == "drop":
@@ -124,21 +148,9 @@ class _Fit:
             return over
         return None
 
-    def done(self, kept: Sequence[Any]) -> Report:
-        """The report. Raises UserError for rows that are too long under the policy `error`, and when nothing is left."""
-        r = self.report
-        if r.long and self.window.too_long == "error":
-            index, length = next(iter(r.long.items()))
-            limit = f"--max-length {r.limit}" if self.window.max_length is not None else f"{r.limit}, the model's window"
-            beside = f" + {self.room} for the answer" if self.room else ""
-            more = f" (and {len(r.long) - 1} more rows, the longest {max(r.long.values())})" if len(r.long) > 1 else ""
-            larger = " or a larger --max-length" if self.window.max_length is not None else ""
-            raise UserError(
-                f"{where(self.records[index], index)}: {length} tokens{beside} > {limit}{more}; use --too-long drop|cut-prompt{larger}"
-            )
-        if self.records and not kept:
-            first = next(iter(self.report.dropped.values()), "")
-            raise UserError(f"none of the {self.report.rows} rows is left to use; the first: {first}")
+    def done(self) -> Report:
+        """The report, settled."""
+        self.report.settle(self.window.max_length is not None)
         return self.report
 
 
@@ -172,34 +184,64 @@ def begins(tokenizer, ids: Sequence[int]) -> int:
     return int(bos is not None and list(ids[:1]) == [bos])
 
 
-def chat_tree(tokenizer, record: Chat, learn: Literal["all", "last"] = "all") -> Tree:
-    """A conversation as one segment. Raises what `render_chat` raises."""
-    return [Segment(*render_chat(tokenizer, record.messages, learn, record.tools))]
+Path = tuple[list[int], list[float]]  # ids and target of a sequence
+Learn = Literal["all", "last"]
 
 
-def chat_trees(
-    tokenizer, records: Sequence[Chat], model: Any, window: Window, *, learn: Literal["all", "last"] = "all"
-) -> tuple[list[Tree], Report]:
+def _paths(tokenizer, record: Chat, learn: Learn) -> list[Path]:
+    """What a conversation is learned from: itself; or, where the template renders earlier turns otherwise than when they were said (it
+    takes their reasoning out), for each assistant turn the conversation up to it, as the model met it, that turn learned.
+    """
+    try:
+        return [render_chat(tokenizer, record.messages, learn, record.tools)]
+    except TurnsDiffer:
+        turns = [i for i, m in enumerate(record.messages, 1) if m.role == "assistant"]
+        if learn == "last" or len(turns) < 2:
+            raise
+        return [render_chat(tokenizer, record.messages[:i], "last", record.tools) for i in turns]
+
+
+def _chat_tree(paths: Sequence[Path]) -> Tree:
+    return [Segment(*paths[0])] if len(paths) == 1 else branches(paths)
+
+
+def chat_tree(tokenizer, record: Chat, learn: Learn = "all") -> Tree:
+    """A conversation: one segment, or a branch for each answer that later turns do not see as it was. Raises what `render_chat` raises."""
+    return _chat_tree(_paths(tokenizer, record, learn))
+
+
+def chat_trees(tokenizer, records: Sequence[Chat], model: Any, window: Window, *, learn: Learn = "all") -> tuple[list[Tree], Report]:
     """One tree per conversation that fits, in order. model: gives the window (see `limit_of`).
 
     cut-prompt takes tokens from the left, the beginning token kept, never from the last answer. Raises UserError `file:row: ...`.
     """
-    fit, trees = _Fit(records, model, window), []
-    for i, record in fit:
-        rendered = fit.attempt(i, render_chat, tokenizer, record.messages, learn, record.tools)
-        if rendered is None:
+    found, report = chat_chunk(records, 0, tokenizer=tokenizer, model=model, window=window, learn=learn)
+    report.settle(window.max_length is not None)
+    return [tree for _, tree in found], report
+
+
+def chat_chunk(
+    records: Sequence[Chat], first: int, *, tokenizer: Any, model: Any, window: Window, learn: Learn
+) -> tuple[list[tuple[int, Tree]], Report]:
+    """`chat_trees` of a part of the records, numbered from `first` on: (number, tree) of each, and a report that is not settled."""
+    fit, found = _Fit(records, model, window, first=first), []
+    for i, record in enumerate(records, first):
+        paths = fit.attempt(i, _paths, tokenizer, record, learn)
+        if paths is None:
             continue
-        ids, target = rendered
-        begin = begins(tokenizer, ids)
+        begin = begins(tokenizer, paths[0][0])
+        length = max(len(ids) for ids, _ in paths)
         # at least one token of context stays: the beginning token, or one of the prompt
-        over = fit.excess(i, len(ids), cuttable=last_answer(target) - max(1, begin))
+        spare = [last_answer(target) - max(1, begin) + length - len(target) for _, target in paths]
+        over = fit.excess(i, length, cuttable=min(spare))
         if over is None:
             continue
-        ids, target = _cut(ids, target, over, begin)
-        fit.report.tokens += len(ids)
-        trees.append([Segment(ids, target)])
-    fit.report.tokens_unshared = fit.report.tokens
-    return trees, fit.done(trees)
+        paths = [_cut(ids, target, max(0, over - length + len(ids)), begin) for ids, target in paths]
+        tree = _chat_tree(paths)
+        fit.report.tokens += size(tree)
+        fit.report.tokens_unshared += sum(len(ids) for ids, _ in paths)
+        found.append((i, tree))
+    return found, fit.report
 
 
 Compared = Pair | Ranked | Rated
@@ -254,7 +296,7 @@ def comparison_trees(tokenizer, records: Sequence[Compared], model: Any, window:
     """
     chat_template(tokenizer)  # it is the model's lack, not the first row's
     fit, trees = _Fit(records, model, window), []
-    for i, record in fit:
+    for i, record in enumerate(records):
         rendered = fit.attempt(i, _render_answers, tokenizer, record)
         if rendered is None:
             continue
@@ -269,13 +311,13 @@ def comparison_trees(tokenizer, records: Sequence[Compared], model: Any, window:
         fit.report.tokens += whole - (len(chats) - 1) * shared
         fit.report.tokens_unshared += whole
         trees.append(_compared(record, shared, chats))
-    return trees, fit.done(trees)
+    return trees, fit.done()
 
 
 def prompt_ids(tokenizer, records: Sequence[Prompt], model: Any, window: Window, *, room: int = 0) -> tuple[list[list[int]], Report]:
     """ids of each prompt that fits with `room` tokens left for the answer, in order; those left out are in Report.dropped."""
     fit, prompts = _Fit(records, model, window, room), []
-    for i, record in fit:
+    for i, record in enumerate(records):
         ids = fit.attempt(i, render_prompt, tokenizer, record.messages, record.tools)
         if ids is None:
             continue
@@ -287,7 +329,7 @@ def prompt_ids(tokenizer, records: Sequence[Prompt], model: Any, window: Window,
         fit.report.tokens += len(ids)
         prompts.append(ids)
     fit.report.tokens_unshared = fit.report.tokens
-    return prompts, fit.done(prompts)
+    return prompts, fit.done()
 
 
 def text_trees(tokenizer, records: Sequence[Text], window: int) -> tuple[list[Tree], Report]:
@@ -297,15 +339,23 @@ def text_trees(tokenizer, records: Sequence[Text], window: int) -> tuple[list[Tr
     every token but a document's first is learned exactly once. A record whose meta says that it is part k of n parts of one text
     is ended only if it is the last. Raises ValueError for a window below 2, UserError for a tokenizer without an end token.
     """
+    found, report = text_chunk(records, 0, tokenizer=tokenizer, window=window)
+    report.settle(False)
+    return [tree for _, tree in found], report
+
+
+def text_chunk(records: Sequence[Text], first: int, *, tokenizer: Any, window: int) -> tuple[list[tuple[int, Tree]], Report]:
+    """`text_trees` of a part of the records, numbered from `first` on: (number, tree) of each window, and a report that is not settled."""
     if window < 2:
         raise ValueError(f"window {window}: needs at least 2 tokens, one to read and one to learn")
     end, bos = end_id(tokenizer), bos_id(tokenizer)
     report = Report(rows=len(records), limit=window, limit_from="longer documents are cut into windows")
-    trees: list[Tree] = []
-    for first in range(0, len(records), 256):
-        chunk = records[first : first + 256]
-        batch = encode_plain(tokenizer, [r.text for r in chunk], [where(r, i) for i, r in enumerate(chunk, first)])
-        for i, (record, ids) in enumerate(zip(chunk, batch, strict=True), first):
+    found: list[tuple[int, Tree]] = []
+    for start in range(0, len(records), 256):
+        chunk = records[start : start + 256]
+        names = [where(r, i) for i, r in enumerate(chunk, first + start)]
+        batch = encode_plain(tokenizer, [r.text for r in chunk], names)
+        for i, (record, ids) in enumerate(zip(chunk, batch, strict=True), first + start):
             part, parts = record.meta.get("part", 1), record.meta.get("parts", 1)
             ids = [*([bos] if bos is not None and part == 1 else []), *ids, *([end] if part == parts else [])]
             if len(ids) < 2 or not record.text:
@@ -313,9 +363,7 @@ def text_trees(tokenizer, records: Sequence[Text], window: int) -> tuple[list[Tr
                 continue
             for at in range(0, len(ids) - 1, window - 1):
                 piece = ids[at : at + window]
-                trees.append([Segment(piece, [0.0] + [1.0] * (len(piece) - 1))])
+                found.append((i, [Segment(piece, [0.0] + [1.0] * (len(piece) - 1))]))
                 report.tokens += len(piece)
     report.tokens_unshared = report.tokens
-    if records and not trees:
-        raise UserError(f"none of the {len(records)} documents has text; give a file that holds some")
-    return trees, report
+    return found, report

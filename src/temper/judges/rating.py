@@ -195,6 +195,7 @@ FUNCTIONS: dict[str, str | Maker] = {  # name -> function(members, *, options) -
     "mean": "temper.judges.ensemble:mean",
     "worst": "temper.judges.ensemble:worst",
     "uwo": "temper.judges.ensemble:uwo",
+    "switch": "temper.judges.switch:switch",
 }
 
 

@@ -61,11 +61,17 @@ def story(method: str, run: Run, summary: dict[str, Any]) -> list[str]:
         else method
     ]
     told = ("doctor",)  # at the start
-    lines += [f"  {name}: {value}" for name, value in run.stage["card"].items() if value not in (None, "", []) and name not in told]
+    card = {name: value for name, value in run.stage["card"].items() if value not in (None, "", []) and name not in told}
+    lines += [f"  {name}: {value}" for name, value in card.items() if not _table(value)]
     for name, value in {**summary.get("last", {}), **summary}.items():
         if name in what and isinstance(value, (int, float)):
             lines.append(f"  {name} {value:.4g}  ({what[name]})")
     if (run.folder / "model").is_dir():
-        after = f"temper ppo --reward {run.folder} ..." if method == "reward" else f"temper chat {run.folder}"
-        lines.append(f"model in {run.model}; next: {after}")
+        after = {"reward": f"; next: temper ppo --reward {run.folder} ...", "process-reward": ""}
+        lines.append(f"model in {run.model}{after.get(method, f'; next: temper chat {run.folder}')}")
     return lines
+
+
+def _table(value: Any) -> bool:
+    """Whether it is figures for programs rather than a line to read."""
+    return isinstance(value, dict) or (isinstance(value, list) and isinstance(value[0], dict))

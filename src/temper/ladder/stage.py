@@ -10,23 +10,20 @@ from typing import Any, Literal
 from temper.checks import Finding, examine, foresee, headline
 from temper.config import Settings, UserError, build, dump, opt
 from temper.data import hub
-from temper.data.sources import _files
+from temper.data.store import content, parts
 from temper.data.template import render_prompt, stop_ids
 from temper.driver import drive, follow, make, peak_mb
 from temper.judges.rating import reads
 from temper.methods import load
 from temper.methods.base import Job
-from temper.models import adapt
 from temper.models.load import load_tokenizer
 from temper.rollout import Request, Sampling, sample
-from temper.runs import Run, code_version, disk, fingerprint
+from temper.runs import Run, disk, fingerprint, model_fingerprint
 from temper.train import machine, ranks
-from temper.world.streams import VERSION
 
 ROUNDING = ("ranks", "shard", "activations", "fit_memory", "tokens_per_microbatch")  # of an identity: another one changes last digits
-MODELS = ("model", "reward", "step_reward", "value_model")  # settings that name a model
+MODELS = ("model", "reward", "report", "step_reward", "value_model")  # settings that name a model
 INPUTS = (*MODELS, "data", "prompts", "red_team", "helpful", "helpful_pairs", "ptx_data", "principles")  # settings that name what is read
-WORLD = "temper.world.datasets"  # the module that decides what `world:` gives
 
 
 class Place(Settings):
@@ -59,27 +56,19 @@ class Context:
 
 
 def input_fingerprint(name: str, value: str) -> str:
-    """By the content of what is read: the files of a model's folder, the rows' files, the constitution; of the embedded world its version,
-    its code and the request. What is not there (a hub name, a mistake) counts as its name.
+    """By the content of what is read: the files of a model's folder, the constitution, and as `data.store.content` says. What is not there
+    (a hub name, a mistake) counts as its name.
     """
-    if value.startswith("world:"):
-        return fingerprint([VERSION, code_version(WORLD), value])
     if value == "-":
         raise UserError(f"{name}: standard input cannot be read again when the stage goes on; save it and name the file")
-    if name == "reward" and reads(value) != [value]:
+    if name in ("reward", "report") and reads(value) != [value]:
         return fingerprint([value, *(input_fingerprint(part, one) for part, one in _named({name: value}))])
     path = Path(value)
     if name in MODELS:
-        path = path.expanduser()
-        path = path / "model" if (path / "model").is_dir() else path
-        whole = (path / "config.json").exists() or adapt.is_adapter(path)
-        files = {p.name: fingerprint(p) for p in sorted(path.glob("[!.]*")) if p.is_file()} if whole else {}
-        if adapt.is_adapter(path):
-            files["base"] = input_fingerprint("model", adapt.base_of(path))
-        return fingerprint(files or value)
+        return model_fingerprint(value)
     if name == "principles":
         return fingerprint(path if path.is_file() else value)
-    return fingerprint([fingerprint(p) for p in _files(value)] if path.exists() else value)
+    return content(value)
 
 
 def code_of(method: str) -> list[str]:
@@ -145,10 +134,10 @@ def _follow(method: str, settings: Settings, place: Place) -> dict[str, Any]:
 
 
 def _named(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(setting, what it names that is read); of a --reward every model and file that it is made of."""
+    """(setting, what it names that is read); of a reward every model and file that it is made of."""
     for name in INPUTS:
         value = values.get(name)
-        if name == "reward" and value and not value.startswith("@"):
+        if name in ("reward", "report") and value and not value.startswith("@"):
             yield from (("data" if part.endswith((".py", ".json")) else name, part) for part in reads(value))
         elif value:
             yield name, value
@@ -168,8 +157,9 @@ def absent(values: Mapping[str, Any]) -> str | None:
     for name, value in _named(values):
         if value.startswith(("world:", "@")):
             continue
-        if name not in MODELS and not Path(value).exists() and not hub.is_name(value):
-            return f"{value}: no such file"
+        for spec in () if name in MODELS else parts(value):
+            if not spec.startswith("world:") and not Path(spec).exists() and not hub.is_name(spec):
+                return f"{spec}: no such file"
         local = name in MODELS and (value.startswith((".", "/", "~")) or value.count("/") > 1)
         if local and not Path(value).expanduser().exists():
             return f"{value}: no such folder"

@@ -10,7 +10,8 @@ import temper.methods.pretrain
 import temper.methods.process_reward
 import temper.methods.reward
 import temper.methods.sft  # noqa: F401
-from temper.ladder.stage import WORLD, code_of
+from temper.data.store import WORLD
+from temper.ladder.stage import code_of
 from temper.methods import NAMES
 from temper.runs import code_version
 

@@ -23,6 +23,8 @@ NAMES = {  # command -> file
     "online-dpo": "online",
     "ppo": "ppo",
     "grpo": "grpo",
+    "best-of-n": "best_of_n",
+    "rejection": "rejection",
     "constitution": "constitution",
 }
 

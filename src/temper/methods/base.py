@@ -1,21 +1,26 @@
 """What the methods share: the job that a driver runs, offline batches, the settings of data and length. Floor 5."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from temper.config import Settings, opt
-from temper.data import sources
-from temper.data.packing import batch_indices, pack
-from temper.data.sources import Kind, read
-from temper.data.split import split
+from temper.data.packing import Order, pack
+from temper.data.sharing import shared, size
+from temper.data.sources import Kind, read, stream
+from temper.data.sources import Report as Read
+from temper.data.split import held_out, key
+from temper.data.store import Make, Rows, Store, Trees, kept, parts
 from temper.data.trees import Report
 from temper.forest import Forest, Tree, plant
 from temper.records import Message, Record
+from temper.runs import Run, atomic_write
 from temper.train import Compute, Loss, Optim, State, Step, fit, ranks
 
 Weigh = Callable[[Sequence[Tree]], dict[str, float]]  # the weights of a forest's items, by name
@@ -35,6 +40,7 @@ class Batching(Settings):
     batch: int = opt(32, "records per optimiser step", ge=1)
     epochs: float = opt(1.0, "passes over the records", gt=0)
     tokens_per_microbatch: int = opt(8192, "tokens computed at a time; the result does not depend on it", ge=1)
+    together: bool = opt(False, "records that open with the same question follow each other, so that steps compute what they share once")
     seed: int = opt(0, "of the order of the records and of everything random", ge=0)
 
     def rows(self, records: int) -> int:
@@ -59,7 +65,7 @@ class Corpus(NamedTuple):
 
     records: Sequence[Record]
     trees: Sequence[Tree]
-    read: sources.Report
+    read: Read
     kept: Report
 
 
@@ -74,6 +80,7 @@ class Prepared:
     weigh: Weigh | None = None
     check: Callable[[Any, Sequence[Forest]], None] | None = None  # policy equals reference; raises AssertionError
     answered: Callable[[Tree], Tree] | None = None  # a prompt with as long an answer as may be sampled, as it will be learned from
+    whole: Corpus | None = None  # all of it, where `corpus` is a part
 
 
 @dataclass
@@ -93,50 +100,217 @@ class Job:
     prepared: Prepared | None = None  # what is looked at before the first step; forgotten then
 
 
+TOKENS = ".tokens"  # where runs beside each other keep what they tokenised
+LOOKED = 10_000  # records of each set that are looked at before the first step, of sets that are kept on disk
+LEFT_OUT = "left_out.jsonl"  # every row that was skipped, dropped or cut, and why
+
+
 class Given(NamedTuple):
     """Records as trees: those to learn from, those to be measured on, and what the run's card says of both."""
 
-    trees: list[Tree]
-    tests: list[Tree]
+    trees: Sequence[Tree]
+    tests: Sequence[Tree]
     out: list[Any]  # the records kept out of training
     tested: list[Any]  # those of them that `tests` were written from
     card: dict[str, Any]
     corpus: Corpus  # those that are learned from
 
 
-def given(settings: Any, kind: Kind, write: Callable[[Sequence[Any]], tuple[list[Tree], Report]]) -> Given:
-    """Read `settings.data`, keep some records out of training, and write the trees of either part."""
-    records, report = read(settings.data, kind, skip_bad=settings.window.skip_bad)
-    kept, out = split(records, settings.split.held_out, settings.batching.seed)
-    (trees, cut), (tests, test_cut) = write(kept), write(out)
-    card = {
-        "source": report.summary(),
-        "held_out": len(tests),
-        "tokens": sum(len(s.tokens) for t in trees for s in t),
-        "kept": cut.summary(),
-        "kept_held_out": test_cut.summary() if out else "",
-    }
-    return Given(
-        trees, tests, out, [record for i, record in enumerate(out) if i not in test_cut.dropped], card, Corpus(kept, trees, report, cut)
+def given(settings: Any, kind: Kind, write: Callable[[Sequence[Any]], tuple[list[Tree], Report]], run: Run | None = None) -> Given:
+    """Read `settings.data`, keep some records out of training, and write the trees of either part; all in memory.
+
+    run: where the rows that were left out or cut are listed.
+    """
+    weights, b = parts(settings.data), settings.batching
+    found = [read(spec, kind, skip_bad=settings.window.skip_bad) for spec in weights]
+    keys = [np.fromiter(map(key, records), np.uint64, len(records)) for records, _ in found]
+    masks = held_out_of(keys, settings.split.held_out, b.seed)
+    blocks, groups, tests, out, tested, reports = [], [], [], [], [], []
+    for (records, _), own, mask in zip(found, keys, masks, strict=True):
+        learned, kept_out = np.flatnonzero(~mask), [records[i] for i in np.flatnonzero(mask)]
+        (train, cut), (test, test_cut) = write([records[i] for i in learned]), write(kept_out)
+        blocks.append((train, np.arange(len(train))))
+        groups.append(_groups(own[np.delete(learned, list(cut.dropped))]))
+        tests += test
+        out += kept_out
+        tested += [record for i, record in enumerate(kept_out) if i not in test_cut.dropped]
+        reports.append((cut, test_cut))
+    trees = Trees(blocks, list(weights.values()), groups if b.together else None)
+    card = _card(settings, [report for _, report in found], reports, trees, len(tests), run)
+    records = [rows[i] for (rows, _), mask in zip(found, masks, strict=True) for i in np.flatnonzero(~mask)]
+    corpus = Corpus(records, trees, _read(settings.data, [report for _, report in found]), _joined([cut for cut, _ in reports]))
+    return Given(trees, tests, out, tested, {**card, "tokens": sum(map(size, trees))}, corpus)
+
+
+class Stored(NamedTuple):
+    """Records as trees on disk, otherwise as `Given`."""
+
+    trees: Trees
+    tests: Trees
+    out: list[Any]  # a few of the records kept out of training
+    records: tuple[int, int]  # how many there are to learn from, and how many are kept out
+    card: dict[str, Any]
+    corpus: Corpus  # those that are learned from, of each set at most LOOKED
+    whole: Corpus | None  # all of them, where that is a part
+
+
+def stored(settings: Any, run: Run, kind: Kind, model: type[Any], make: Make, by: Any, max_length: int | None, skip_bad: bool) -> Stored:
+    """As `given`, for sets that may be larger than the memory: tokenised once into `.tokens` beside the run. by: what `make` depends on."""
+    weights, b = parts(settings.data), settings.batching
+    folder = run.folder.parent / TOKENS
+    with ranks.leader_first():
+        stores = [kept(folder, spec, kind, make, by=by, skip_bad=skip_bad, given=max_length is not None) for spec in weights]
+    masks = held_out_of([s.arrays["keys"] for s in stores], settings.split.held_out, b.seed)
+    halves: list[list[tuple[Store, np.ndarray]]] = [[], []]
+    reports, groups, out = [], [], []
+    for store, mask in zip(stores, masks, strict=True):
+        records = store.arrays["records"]
+        of = [np.flatnonzero(mask[records] == test) for test in (False, True)]
+        for half, rows in zip(halves, of, strict=True):
+            half.append((store, rows))
+        reports.append(tuple(_part(store, rows, mask == test) for test, rows in enumerate(of)))
+        reports[-1][0].settle(max_length is not None)
+        if b.together:
+            groups.append(_groups(store.arrays["keys"][records[of[0]]]))
+        out += [r for r, test in zip(store.sample(model), mask, strict=False) if test]
+    trees, tests = Trees(halves[0], list(weights.values()), groups or None), Trees(halves[1], [1.0] * len(stores), mixed=False)
+    card = _card(settings, [s.read for s in stores], reports, trees, len(tests), run)
+    held = sum(int(mask.sum()) for mask in masks)
+    return Stored(
+        trees,
+        tests,
+        out,
+        (sum(map(len, masks)) - held, held),
+        {**card, "tokens": trees.count("sizes"), "learned_tokens": trees.count("learned")},
+        *_looked_at(settings.data, kind, skip_bad, stores, masks),
     )
 
 
+def _looked_at(data: str, kind: Kind, skip_bad: bool, stores: Sequence[Store], masks: Sequence[np.ndarray]) -> tuple[Corpus, Corpus | None]:
+    """The records that are learned from, of each set the first ones and then all; read when they are looked at."""
+
+    def corpus(most: int | None) -> Corpus:
+        uses = [~mask[:most] for mask in masks]
+
+        def records() -> Iterator[Record]:
+            for spec, use in zip(parts(data), uses, strict=True):
+                yield from (r for used, r in zip(use, stream(spec, kind, Read(spec), skip_bad), strict=False) if used)
+
+        rows, reports = [], []
+        for store, use in zip(stores, uses, strict=True):
+            of = store.arrays["records"]
+            first = np.arange(np.searchsorted(of, len(use)))
+            rows.append(first[use[of[first]]])
+            reports.append(_part(store, rows[-1], use))
+        trees = Trees(list(zip(stores, rows, strict=True)), [1.0] * len(stores), mixed=False)
+        kept_ = _joined([_renumbered(report, use) for report, use in zip(reports, uses, strict=True)])
+        return Corpus(Rows(kept_.rows, records), trees, _read(data, [s.read for s in stores]), kept_)
+
+    return corpus(LOOKED), corpus(None) if max(map(len, masks)) > LOOKED else None
+
+
+def _read(data: str, found: Sequence[Read]) -> Read:
+    """What became of the rows of several sets."""
+    return found[0] if len(found) == 1 else Read(data, skipped=[row for report in found for row in report.skipped])
+
+
+BY_ROW = ("dropped", "cut", "long")  # what a report says by number of the record
+
+
+def _renumbered(report: Report, mask: np.ndarray) -> Report:
+    """With the records numbered among those that the mask names."""
+    place = np.cumsum(mask) - 1
+    moved: dict[str, Any] = {name: {int(place[i]): x for i, x in getattr(report, name).items()} for name in BY_ROW}
+    return replace(report, **moved)
+
+
+def _joined(reports: Sequence[Report]) -> Report:
+    """Reports on records that stand one after the other, as one."""
+    whole = Report()
+    for part in reports:
+        moved: dict[str, Any] = {name: {i + whole.rows: x for i, x in getattr(part, name).items()} for name in BY_ROW}
+        whole.add(replace(part, **moved))
+    return whole
+
+
+def _part(store: Store, rows: np.ndarray, mask: np.ndarray) -> Report:
+    """The report on the records of a store that the mask names, whose trees are `rows`."""
+    tokens = int(store.sizes(rows).sum(dtype=np.int64))
+    own: dict[str, Any] = {name: {i: x for i, x in getattr(store.report, name).items() if i < len(mask) and mask[i]} for name in BY_ROW}
+    return replace(store.report, rows=int(mask.sum()), tokens=tokens, tokens_unshared=tokens, **own)
+
+
+def held_out_of(keys: Sequence[np.ndarray], share: float, seed: int) -> list[np.ndarray]:
+    """Of each data set which records are kept out of training: chosen together, so that no opening stands on both sides."""
+    return np.split(held_out(np.concatenate(keys), share, seed), np.cumsum([len(k) for k in keys])[:-1])
+
+
+def _groups(keys: np.ndarray) -> np.ndarray:
+    return np.unique(keys, return_inverse=True)[1]
+
+
+def _card(
+    settings: Any, found: Sequence[Read], reports: Sequence[tuple[Report, ...]], trees: Trees, tests: int, run: Run | None
+) -> dict[str, Any]:
+    """What the run's card says of its data; the rows that were left out or cut are listed in a file of the run."""
+    rows = [{"at": at, "what": "skipped", "why": why} for report in found for at, why in report.skipped]
+    for part in (report for pair in reports for report in pair):
+        rows += [{"what": what, "why": why} for what, texts in (("dropped", part.dropped), ("cut", part.cut)) for why in texts.values()]
+    if run and run.stage and rows and ranks.rank() == 0:  # checks prepare a run that is never claimed
+        atomic_write(run.file(LEFT_OUT), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    mixture = [f"{take} of {have} rows of {spec}" for spec, have, take in zip(parts(settings.data), trees.have, trees.take, strict=True)]
+    return {
+        "source": " | ".join(report.summary() for report in found),
+        "mixture": f"an epoch: {', '.join(mixture)}" if len(mixture) > 1 else "",
+        "held_out": tests,
+        "kept": " | ".join(train.summary() for train, _ in reports),
+        "kept_held_out": " | ".join(test.summary() for _, test in reports) if settings.split.held_out else "",
+        "left_out": f"{len(rows)} rows, listed in {LEFT_OUT}" if run and rows else "",
+    }
+
+
+def epoch(trees: Sequence[Tree]) -> int:
+    """How many records an epoch reads: all, or of a mixture as many as it gives without repeats."""
+    return sum(getattr(trees, "take", (len(trees),)))
+
+
 def learn(
-    model: Any, trees: Sequence[Tree], loss: Any, b: Batching, optim: Optim, resume: State | None, how: Compute, weigh: Weigh | None = None
+    model: Any,
+    trees: Sequence[Tree],
+    loss: Any,
+    b: Batching,
+    optim: Optim,
+    resume: State | None,
+    how: Compute,
+    weigh: Weigh | None = None,
+    join: bool = False,
 ) -> Iterator[Step]:
-    """`fit` on all trees, in batches and for epochs."""
-    steps = b.steps(len(trees))
-    return fit(model, offline(trees, b, weigh), loss, steps=steps, optim=optim, seed=b.seed, resume=resume, compute=how)
+    """`fit` on all trees, in batches and for epochs. join: as `offline` takes it; always so where tokens are what is weighed."""
+    source = offline(trees, b, weigh, join=(join or weigh is None) and not how.fit_memory)  # what is joined cannot be divided to fit
+    return fit(model, source, loss, steps=b.steps(epoch(trees)), optim=optim, seed=b.seed, resume=resume, compute=how)
 
 
-def offline(trees: Sequence[Tree], batching: Batching, weigh: Weigh | None = None) -> Callable[[int], list[Forest]]:
-    """The source of an offline method: step -> this rank's micro-batches, a pure function of (records, seed, step)."""
+def offline(trees: Sequence[Tree], batching: Batching, weigh: Weigh | None = None, *, join: bool = False) -> Callable[[int], list[Forest]]:
+    """The source of an offline method: step -> this rank's micro-batches, a pure function of (records, seed, step).
+
+    join: records of a step that begin alike become one tree (`data.sharing`); `weigh` must count what they hold, not the trees.
+    """
+    rows = rows_of(trees, batching)
 
     def source(step: int) -> list[Forest]:
-        rows = batch_indices(len(trees), batching.rows(len(trees)), batching.seed, step)
-        return microbatches([trees[row] for row in rows], batching.tokens_per_microbatch, weigh)
+        chosen = [trees[row] for row in rows(step)]
+        if join:
+            chosen = shared(chosen, batching.tokens_per_microbatch)
+        return microbatches(chosen, batching.tokens_per_microbatch, weigh)
 
     return source
+
+
+def rows_of(trees: Sequence[Tree], batching: Batching) -> Callable[[int], list[int]]:
+    """step -> which trees it learns from, on all ranks together."""
+    have = getattr(trees, "have", (len(trees),))
+    order = Order(have, getattr(trees, "take", None), batching.seed, getattr(trees, "together", None))
+    return lambda step: order.rows(batching.rows(order.n), step)
 
 
 def microbatches(trees: Sequence[Tree], budget: int, weigh: Weigh | None = None) -> list[Forest]:
@@ -154,7 +328,7 @@ def forests(
     device: str | torch.device = "cpu",
 ) -> Iterator[tuple[list[int], Forest]]:
     """All trees once, packed: (their indices, the forest on `device`). For reference log-probs, scores and held-out losses."""
-    for group in pack([sum(len(s.tokens) for s in tree) for tree in trees], microbatch):
+    for group in pack([size(tree) for tree in trees], microbatch):
         picked = [trees[i] for i in group]
         yield list(group), plant(picked, weigh(picked) if weigh else None).to(device)
 

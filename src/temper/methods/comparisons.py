@@ -20,7 +20,7 @@ from temper.stats.intervals import mean_interval, paired_difference, share_inter
 
 
 def count_records(trees: Sequence[Tree]) -> dict[str, float]:
-    return {"records": float(len(trees))}
+    return {"records": float(sum(s.labels["rank"] == 0 for tree in trees for s in tree))}
 
 
 def ends(batch: Forest) -> tuple[Tensor, Tensor]:

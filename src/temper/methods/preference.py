@@ -21,7 +21,7 @@ from temper.data.trees import comparison_trees
 from temper.forest import Forest, Tree, per_segment
 from temper.losses.preference import RULES, Pairs, Rankings, Rule
 from temper.losses.registry import settings as keywords
-from temper.methods.base import Batching, Job, Prepared, Split, Window, forests, given, offline
+from temper.methods.base import Batching, Job, Prepared, Split, Window, epoch, forests, given, offline
 from temper.methods.comparisons import compared, count_records
 from temper.methods.rules import settings_of
 from temper.models.adapt import Adapter
@@ -104,7 +104,7 @@ def _reference(model, trees: Sequence[Tree], microbatch: int, temperature: float
     mine = ranks.share([sum(len(s.tokens) for s in tree) for tree in trees])
     found: list[list[float]] = [[] for _ in mine]
     with torch.no_grad(), without_adapter(model):
-        for index, forest in forests([trees[i] for i in mine], microbatch, count_records, model.device):
+        for index, forest in forests([trees[i] for i in mine], microbatch, device=model.device):
             logp = iter(answer_logp(model, forest, temperature).tolist())
             for i in index:
                 found[i] = [next(logp) for _ in trees[mine[i]]]
@@ -177,13 +177,14 @@ def train_on(
 ) -> Iterator[Step]:
     """Train on comparison trees, which carry their reference log-probs where the rule of that name reads them; with settings `how`."""
     rule = RULES[name]
-    source, loss, check = offline(trees, b, count_records), make_loss(rule, how), check_reference if rule.reference else None
+    source, loss = offline(trees, b, count_records, join=not compute.fit_memory), make_loss(rule, how)
+    check = check_reference if rule.reference else None
     return fit(model, source, loss, steps=steps, optim=optim, seed=b.seed, resume=resume, check=check, compute=compute)
 
 
 def train(settings: Preference, model, trees, resume: State | None = None) -> Iterator[Step]:
     s, b = settings, settings.batching
-    return train_on(model, trees, s.rule, s.own(), b, s.optim, b.steps(len(trees)), resume, s.compute)
+    return train_on(model, trees, s.rule, s.own(), b, s.optim, b.steps(epoch(trees)), resume, s.compute)
 
 
 def held_out(model, trees: Sequence[Tree], reference: bool, microbatch: int) -> dict[str, float]:
@@ -203,14 +204,14 @@ def prepare(settings: Preference, run: Run) -> Job:
     b, rule = settings.batching, RULES[settings.rule]
     model, tokenizer = load_policy(settings.model, **settings.compute.placed, adapters=settings.adapters, seed=b.seed)
     trees, tests, out, _, card, corpus = given(
-        settings, "comparisons", lambda rows: comparison_trees(tokenizer, rows, model, settings.window)
+        settings, "comparisons", lambda rows: comparison_trees(tokenizer, rows, model, settings.window), run
     )
     if all(s.labels["soft"] == 0.5 for tree in trees for s in tree if s.labels["rank"] >= 0):
         raise UserError(f"{settings.data}: no record prefers one answer to another, all are ties; there is nothing to learn")
     if rule.reference:
         with_reference(model, [*trees, *tests], b.tokens_per_microbatch, references(run))
     return Job(
-        total=b.steps(len(trees)),
+        total=b.steps(epoch(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
         save=lambda path: export(model, tokenizer, path, stop=stop_ids(tokenizer)),
         card={**card, "records": len(trees), "comparisons": sum(map(count_comparisons, trees))},

@@ -5,17 +5,27 @@ no attention across documents. The first token of a document is read, not predic
 """
 
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from temper.config import Settings, opt
-from temper.data.sources import read
-from temper.data.split import split
-from temper.data.trees import limit_of, text_trees
-from temper.methods.base import Batching, Corpus, Job, Prepared, Split
+from temper.data.sources import Report, stream
+from temper.data.split import key
+from temper.data.store import CODE, content, parts
+from temper.data.template import written
+from temper.data.trees import limit_of, text_chunk
+from temper.methods.base import TOKENS, Batching, Job, Prepared, Split, epoch, held_out_of, stored
 from temper.methods.sft import held_out_loss, lm_loss, train_on
 from temper.models.load import Size, export, new_model
-from temper.models.tokenizer import train_tokenizer
-from temper.runs import Run
-from temper.train import Compute, Optim, State, Step
+from temper.models.tokenizer import train_tokenizer, wrapped
+from temper.records import Text
+from temper.runs import Run, atomic_write, code_version, fingerprint
+from temper.train import Compute, Optim, State, Step, ranks
 
 METRICS = {
     "loss": "negative log-likelihood per token, in nats",
@@ -51,28 +61,44 @@ def train(settings: Pretrain, model, trees, resume: State | None = None) -> Iter
 
 def prepare(settings: Pretrain, run: Run) -> Job:
     """Read the text, train the tokenizer, cut documents that are longer than the window into windows."""
-    records, report = read(settings.data, "text", skip_bad=settings.skip_bad)
-    kept, out = split(records, settings.split.held_out, settings.batching.seed)
-    tokenizer = train_tokenizer((r.text for r in kept), settings.vocab, context=settings.size.context)
+    with ranks.leader_first():
+        tokenizer = _tokenizer(settings, run.folder.parent / TOKENS)
     context = limit_of(settings.size.context, settings.max_length)[0] or settings.size.context
-    trees, cut = text_trees(tokenizer, kept, context)
-    tests, _ = text_trees(tokenizer, out, context)
+    make, by = partial(text_chunk, tokenizer=tokenizer, window=context), [written(tokenizer), context]
+    trees, tests, _, (documents, out), card, corpus, whole = stored(settings, run, "text", Text, make, by, None, settings.skip_bad)
     model = new_model(settings.size, len(tokenizer), tokenizer, seed=settings.batching.seed, **settings.compute.placed)
     return Job(
-        total=settings.batching.steps(len(trees)),
+        total=settings.batching.steps(epoch(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
         save=lambda path: export(model, tokenizer, path),
         card={
-            "source": report.summary(),
-            "documents": len(kept),
+            **card,
+            "documents": documents,
             "windows": len(trees),
-            "tokens": sum(len(s.tokens) for t in trees for s in t),
-            "held_out": len(out),
+            "held_out": out,
             "vocabulary": len(tokenizer),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "kept": cut.summary(),
         },
         evaluate=(lambda: {"held_out_loss": held_out_loss(model, tests, settings.batching.tokens_per_microbatch)}) if tests else None,
         policy=(model, tokenizer),
-        prepared=Prepared(Corpus(kept, trees, report, cut), tokenizer, model, lm_loss),
+        prepared=Prepared(corpus, tokenizer, model, lm_loss, whole=whole),
     )
+
+
+def _tokenizer(settings: Pretrain, folder: Path) -> PreTrainedTokenizerFast:
+    """Trained on the documents that are not held out, one after the other; kept in the folder by what it was made of."""
+    share, b = settings.split.held_out, settings.batching
+    made_of = [content(settings.data), settings.vocab, share, b.seed, settings.skip_bad, code_version("temper.models.tokenizer", *CODE)]
+    file = folder / f"{fingerprint(made_of)[:32]}.json"
+    if file.exists():
+        return wrapped(Tokenizer.from_file(str(file)), context=settings.size.context)
+
+    def documents() -> Iterator[Iterator[Any]]:
+        return (stream(spec, "text", Report(spec), settings.skip_bad) for spec in parts(settings.data))
+
+    masks = held_out_of([np.fromiter(map(key, records), np.uint64) for records in documents()], share, b.seed)
+    texts = (r.text for records, mask in zip(documents(), masks, strict=True) for r, out in zip(records, mask, strict=True) if not out)
+    tokenizer = train_tokenizer(texts, settings.vocab, context=settings.size.context)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, tokenizer.backend_tokenizer.to_str())
+    return tokenizer

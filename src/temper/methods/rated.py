@@ -111,11 +111,12 @@ def reward_model(reward: Rater) -> tuple[float, RewardModel] | None:
     return next(((w, part) for w, part in parts if w and isinstance(part, RewardModel) and not getattr(part, "heads", ())), None)
 
 
-def rate(answers: Sequence[Sampled], reward: Rater, steps: StepRater | None) -> None:
-    """Writes down what the raters say; a number that is none, or is infinite, is no rating. Raises UserError for too few or too many."""
+def rate(answers: Sequence[Sampled], reward: Rater, steps: StepRater | None) -> str:
+    """Writes down what the raters say; a number that is none, or is infinite, is no rating. Why the first that has none has none, where
+    the rater tells. Raises UserError for too few ratings or too many."""
     asked = [a.answer for a in answers]
     if not asked:
-        return
+        return ""
     told = reward.ratings(asked) if hasattr(reward, "ratings") else None
     scores = told.scores if told else reward.rate(asked)
     parts = told.parts if told and len(told.parts) > 1 else {}
@@ -127,6 +128,7 @@ def rate(answers: Sequence[Sampled], reward: Rater, steps: StepRater | None) -> 
         answer.parts = {name: x for name, given in parts.items() if (x := given[i]) is not None}
         answer.steps = stepwise[i]
         answer.rated = None if score is None or not isfinite(score) else float(score)
+    return "; ".join(f"{name}: {failure.first}" for name, failure in told.failures.items()) if told else ""
 
 
 def dead(group: Sequence[Sampled]) -> bool:

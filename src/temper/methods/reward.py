@@ -17,11 +17,12 @@ import torch
 
 from temper.config import Settings, UserError, opt
 from temper.data.sources import read
+from temper.data.store import parts
 from temper.data.trees import Report, comparison_trees, where
 from temper.forest import Forest, Tree
 from temper.judges.reward_model import remember_scale
 from temper.losses.reward import RULES, plackett_luce
-from temper.methods.base import Batching, Job, Prepared, Split, Window, given, learn, numbered
+from temper.methods.base import Batching, Job, Prepared, Split, Window, epoch, given, learn, numbered
 from temper.methods.comparisons import HeldOut, compared, count_records, field, own_head, scores
 from temper.methods.comparisons import ends as ends
 from temper.models.adapt import Adapter
@@ -124,7 +125,7 @@ def named_heads(s: Reward) -> dict[str, float]:
         if s.head_weights:
             raise UserError("--head-weights without --heads: name the field that tells the heads apart")
         return {"score": 1.0}
-    records, _ = read(s.data, "comparisons", skip_bad=s.window.skip_bad)
+    records = [record for spec in parts(s.data) for record in read(spec, "comparisons", skip_bad=s.window.skip_bad).records]
     for i, record in enumerate(records):
         if field(record, s.heads) is None:
             raise UserError(f"{where(record, i)}: has no field {s.heads!r}, which --heads needs; give each row one, or leave --heads out")
@@ -148,7 +149,7 @@ def train(
 ) -> Iterator[Step]:
     """One member: its seed decides the order of the records."""
     s, b = settings, settings.batching.model_copy(update={"seed": settings.batching.seed + member})
-    return learn(model, trees, make_loss(s.centring, s.rule, weights, **told(s)), b, s.optim, resume, s.compute, count_records)
+    return learn(model, trees, make_loss(s.centring, s.rule, weights, **told(s)), b, s.optim, resume, s.compute, count_records, join=True)
 
 
 def prepare(settings: Reward, run: Run) -> Job:
@@ -173,8 +174,8 @@ def prepare(settings: Reward, run: Run) -> Job:
                 raise UserError(f"{where(row, 0)}: has a soft label or a margin, which plackett_luce cannot read; take another --rule")
         return trees, report
 
-    trees, tests, _, tested, card, corpus = given(s, "comparisons", write)
-    total = b.steps(len(trees))
+    trees, tests, _, tested, card, corpus = given(s, "comparisons", write, run)
+    total = b.steps(epoch(trees))
     sections = list(dict.fromkeys(filter(None, (s.sections or "ask.kind", s.heads))))
     held_out = HeldOut(tests, tested, s.rule, told(s), sections, b.tokens_per_microbatch) if tests else None
 

@@ -41,6 +41,7 @@ class Rollouts:
         self.at = 0  # prompts sampled from so far
         self.endless = 0  # answers since the last rollout in which one ended
         self.said: list[str] = []  # what was announced
+        self.why = ""  # an answer could not be rated
         self.new: list[dict[str, Any]] = []  # what is to be, with the next step
 
     def measure(self, forest: Forest, at: Tensor) -> dict[str, Tensor]:
@@ -139,7 +140,7 @@ class Rollouts:
                 text = given.tokenizer.decode(a.tokens, skip_special_tokens=True).strip()
                 answer = Answer(given.records[chosen[k]], given.prompts[chosen[k]], a.tokens, text, a.finish == "stop")
                 answers.append(Sampled(answer, torch.tensor(a.logp)))
-        rate(answers, given.reward, given.steps)
+        self.why = rate(answers, given.reward, given.steps) or self.why
         groups = ranks.whole(mine, [answers[i : i + n] for i in range(0, len(answers), n)])
         self._reward([answer for group in groups for answer in group])
         return groups
@@ -177,17 +178,17 @@ class Rollouts:
 
     def _guard(self, answers: Sequence[Sampled]) -> None:
         """Announces what makes a rollout worth little; stops where so many answers in a row were cut off that none will ever end."""
-        s, m = self.settings, self.last
+        s, m, rater = self.settings, self.last, self.given.reward.name
         self.endless = self.endless + len(answers) if m["truncated"] == 1 else 0
         advice = f"raise --max-new (now {s.sampling.max_new}), or look whether the model learned its end token in --model {s.model}"
         if not any(a.learned for a in answers) and m["unrated"] == 1:
-            raise TrainingError(f"{self.given.reward.name}: rated none of the {len(answers)} answers of a rollout; try it on some by hand")
+            raise TrainingError(f"{rater}: rated none of the {len(answers)} answers of a rollout; {self.why or 'try it on some by hand'}")
         if (s.ending.missing_eos is not None or s.ending.truncated == "mask") and self.endless >= HOPELESS:
             raise TrainingError(f"none of {self.endless} answers in a row ended: there is nothing to learn from their scores; {advice}")
         if m["truncated"] > CUT:
             self._announce("answers cut off", f"{m['truncated']:.0%} of the answers did not end within --max-new; {advice}")
         if m["unrated"] > 0:
-            self._announce("answers without a rating", f"{self.given.reward.name} gave {m['unrated']:.0%} of them none: left out")
+            self._announce("answers without a rating", f"{rater} gave {m['unrated']:.0%} of them none, and they are left out; {self.why}")
         if m["kl"] < -ERRORS * m["kl_error"] - slack(self.reference, 1e-3, 0.5):
             found = f"the KL to the reference is estimated at {m['kl']:.3g} +- {m['kl_error']:.2g} nats, below 0"
             self._announce(

@@ -16,14 +16,12 @@ from typing import Any, ClassVar
 import torch
 
 from temper.config import Settings, UserError, opt
-from temper.data.packing import batch_indices
 from temper.data.template import stop_ids
 from temper.data.trees import comparison_trees, limit_of, where
 from temper.forest import Forest, Segment, Tree
 from temper.losses.registry import settings as keywords
 from temper.losses.unpaired import RULES, Answers
-from temper.methods.base import Batching, Job, Prepared, Split, Window, forests, given, offline
-from temper.methods.comparisons import count_records
+from temper.methods.base import Batching, Job, Prepared, Split, Window, epoch, forests, given, offline, rows_of
 from temper.methods.preference import answer_logp, check_reference, references, with_reference
 from temper.methods.rules import settings_of
 from temper.models.adapt import Adapter
@@ -80,14 +78,18 @@ def class_weights(good: int, bad: int, up: float | None, down: float | None) -> 
     return max(1.0, low / ratio), max(1.0, ratio / high)
 
 
+def count_answers(trees: Sequence[Tree]) -> dict[str, float]:
+    return {"records": float(len(trees))}
+
+
 def mismatches(trees: Sequence[Tree], b: Batching, steps: int, window: int | None) -> list[list[Tree]]:
     """Of each step: the prompts of its batch, each with the next answer of the batch that is to another prompt and fits.
 
     Raises UserError for a batch without two different prompts.
     """
-    made = []
+    made, chosen = [], rows_of(trees, b)
     for step in range(steps):
-        rows = [trees[i] for i in batch_indices(len(trees), b.rows(len(trees)), b.seed, step)]
+        rows = [trees[i] for i in chosen(step)]
         found: list[Tree] = []
         for i, (prompt, _) in enumerate(rows):
             other = next((y for q, y in rows[i + 1 :] + rows[:i] if _mismatched(prompt, q, y, window)), None)
@@ -109,7 +111,7 @@ class Pointed:
     def __init__(self, model: Any, trees: Sequence[Tree], b: Batching, others: Sequence[Sequence[Tree]] | None) -> None:
         """others: of each step the mismatched pairs; None: the point is the balance of the step's own answers."""
         self.model, self.trees, self.b, self.others = model, trees, b, others
-        self.source = offline(trees, b, count_records)
+        self.source, self.rows = offline(trees, b, count_answers), rows_of(trees, b)
         self.means: dict[str, float] = {}
         self.point = 0.0
 
@@ -137,8 +139,7 @@ class Pointed:
         return max(0.0, self._sums(others)["sum of good"] / len(others))
 
     def _balance(self, step: int) -> float:
-        rows = batch_indices(len(self.trees), self.b.rows(len(self.trees)), self.b.seed, step)
-        sums = self._sums([self.trees[i] for i in rows])
+        sums = self._sums([self.trees[i] for i in self.rows(step)])
         for name in "good", "bad":
             if n := sums[f"number of {name}"]:
                 now = sums[f"sum of {name}"] / n
@@ -161,7 +162,7 @@ def log_ratios(model: Any, trees: Sequence[Tree], microbatch: int) -> list[float
     """log pi - log pi_ref of each tree's answer."""
     out = [0.0] * len(trees)
     with torch.no_grad():
-        for index, forest in forests(trees, microbatch, count_records, model.device):
+        for index, forest in forests(trees, microbatch, count_answers, model.device):
             gain = answer_logp(model, forest) - forest.columns["ref_logp"]
             for i, value in zip(index, gain[forest.parent >= 0].tolist(), strict=True):
                 out[i] = value
@@ -192,7 +193,7 @@ def train(settings: Unpaired, model, trees, others: Sequence[Sequence[Tree]] | N
     """On labelled trees that carry their reference log-probs."""
     s, b, rule = settings, settings.batching, RULES[settings.rule]
     how = {name: getattr(s, name) for name in keywords(rule)}
-    source, steps = Pointed(model, trees, b, others), b.steps(len(trees))
+    source, steps = Pointed(model, trees, b, others), b.steps(epoch(trees))
     loss = make_loss(rule, how)
     return fit(model, source, loss, steps=steps, optim=s.optim, seed=b.seed, resume=resume, check=check_reference, compute=s.compute)
 
@@ -207,7 +208,7 @@ def prepare(settings: Unpaired, run: Run) -> Job:
                 raise UserError(f"{where(row, i)}: rating {row.rating:g}; {s.rule} learns from thumbs, 1 up and 0 down")
         return comparison_trees(tokenizer, rows, model, s.window)
 
-    trees, tests, out, _, card, corpus = given(s, "rated", write)
+    trees, tests, out, _, card, corpus = given(s, "rated", write, run)
     good = sum(int(answer.labels["rating"]) for _, answer in trees)
     bad = len(trees) - good
     if not good or not bad:
@@ -218,9 +219,9 @@ def prepare(settings: Unpaired, run: Run) -> Job:
     label(tests, up, down)
     others = None
     if rule.point == "mismatched":
-        if b.rows(len(trees)) < 2:
+        if b.rows(epoch(trees)) < 2:
             raise UserError(f"--batch {b.batch}: {s.rule} compares an answer with those to the batch's other prompts; give at least 2")
-        others = mismatches(trees, b, b.steps(len(trees)), limit_of(model, None)[0])
+        others = mismatches(trees, b, b.steps(epoch(trees)), limit_of(model, None)[0])
     with_reference(model, [*trees, *tests, *(tree for step in others or [] for tree in step)], b.tokens_per_microbatch, references(run))
 
     def held_out() -> dict[str, float]:
@@ -231,7 +232,7 @@ def prepare(settings: Unpaired, run: Run) -> Job:
 
     weighed = up * good / (down * bad)
     return Job(
-        total=b.steps(len(trees)),
+        total=b.steps(epoch(trees)),
         steps=lambda resume: train(s, model, trees, others, resume),
         save=lambda path: export(model, tokenizer, path, stop=stop_ids(tokenizer)),
         card={

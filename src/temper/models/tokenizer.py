@@ -53,7 +53,12 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    return wrapped(bpe, special, context)
+
+
+def wrapped(bpe: Tokenizer, special: Iterable[str] = SPECIAL, context: int = 0) -> PreTrainedTokenizerFast:
+    """What `train_tokenizer` returns, of what it trained (its `backend_tokenizer`)."""
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=BEGIN,
         eos_token=END,
@@ -63,4 +68,3 @@ def train_tokenizer(
         model_input_names=["input_ids", "attention_mask"],
         **({"model_max_length": context} if context else {}),
     )
-    return tokenizer

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from temper.config import Settings, UserError, opt, parse
 from temper.data.template import render_prompt, stop_ids
-from temper.models.load import load_policy
+from temper.models.mix import is_mixture, load_askable, parse_mixture
 from temper.records import Message
 from temper.report.gather import evaluated_at
 from temper.report.words import clean
@@ -28,6 +28,7 @@ EXAMPLES = """
   temper chat runs/harbour/ppo
   temper chat runs/harbour/sft --system "Answer in one sentence." --temperature 0
   temper chat runs/harbour/dpo --once "Where does Kai live?"
+  temper chat '0.3*runs/harbour/dpo + 0.7*runs/harbour/constitution'
 """
 COMMANDS = "/reset forgets the conversation, /system TEXT sets the system turn (without TEXT: removes it), /quit or Ctrl-D ends"
 
@@ -35,7 +36,7 @@ COMMANDS = "/reset forgets the conversation, /system TEXT sets the system turn (
 class Chat(Settings):
     """Talk to a stage, turn by turn."""
 
-    stage: str = opt(..., "a stage's folder, such as runs/harbour/sft, or a model's", positional=True)
+    stage: str = opt(..., "a stage's folder, such as runs/harbour/sft, or a model's; or a mixture: 0.3*A + 0.7*B", positional=True)
     system: str | None = opt(None, "a system turn")
     temperature: float | None = opt(None, "of sampling; 0 takes the most likely token; default: as the stage's evaluation", ge=0)
     max_new: int = opt(64, "tokens an answer may have", ge=1)
@@ -54,7 +55,9 @@ class Answer(NamedTuple):
 
 
 def model_folder(place: str, needs: str = "config.json") -> str:
-    """The model of a stage, or of a folder that is one, or a hub name. Raises UserError for the folder of a whole run."""
+    """The model of a stage, or of a folder that is one, a hub name, or a mixture. Raises UserError for the folder of a whole run."""
+    if is_mixture(place):
+        return " + ".join(f"{weight}*{model_folder(name, needs)}" for name, weight in parse_mixture(place).items())
     folder = Path(place)
     if (folder / "model").is_dir():
         return str(folder / "model")
@@ -153,7 +156,7 @@ def read(argv: list[str]) -> Chat:
 
 def main(argv: list[str]) -> int:
     s = read(argv)
-    talk = Conversation(*load_policy(model_folder(s.stage)), s)
+    talk = Conversation(*load_askable(model_folder(s.stage)), s)
     console = Console(highlight=False)
 
     def tell(text: str) -> None:

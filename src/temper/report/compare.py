@@ -19,7 +19,7 @@ from rich.text import Text
 from temper.config import Settings, UserError, opt, parse
 from temper.data.template import render_prompt, stop_ids
 from temper.models import adapt
-from temper.models.load import load_policy
+from temper.models.mix import load_askable, parse_mixture
 from temper.records import Message
 from temper.report.figures import COLOURED
 from temper.report.gather import Stage, evaluated_at, gather
@@ -33,6 +33,7 @@ EXAMPLES = """
   temper compare runs/harbour
   temper compare runs/harbour "Where does Kai live?" "How can I foul a well?"
   temper compare runs/harbour "Where does Kai live?" --system "Answer in one sentence." --temperature 0
+  temper compare runs/harbour --mix '0.5*dpo + 0.5*constitution'
 """
 NARROW = 22  # characters that a column needs; below it the answers stand under each other
 PARTS = ("total", "helpful", "harmless", "honest", "concise", "format")
@@ -45,6 +46,7 @@ class Compare(Settings):
     dir: str = opt(..., "the run: a folder of stages", positional=True)
     prompts: list[str] = opt([], "what to ask; several in quotes", positional=True)
     system: str | None = opt(None, "a system turn before each prompt, instead of its own")
+    mix: list[str] = opt([], "also mixtures of its stages, such as '0.3*dpo + 0.7*constitution': their log-probs, token by token")
     temperature: float | None = opt(None, "of sampling; 0 takes the most likely token; default: as the run's evaluation", ge=0)
     max_new: int = opt(64, "tokens an answer may have", ge=1)
     seed: int = opt(0, "of the samples, the same for every stage", ge=0)
@@ -77,6 +79,18 @@ def _is_policy(folder: Path) -> bool:
     except (UserError, OSError, ValueError, AttributeError):
         return False
     return not any("SequenceClassification" in str(kind) for kind in kinds)
+
+
+def columns(settings: Compare, stages: list[Stage]) -> dict[str, str]:
+    """What is asked, by name: each stage's model, and mixtures of them. Raises UserError for a mixture of what is no stage of the run."""
+    models = {stage.name: str(stage.folder / "model") for stage in stages}
+    found = dict(models)
+    for spec in settings.mix:
+        terms = parse_mixture(spec)
+        if stranger := next((name for name in terms if name not in models), None):
+            raise UserError(f"{spec}: {settings.dir} has no stage {stranger!r}; it has {', '.join(models)}")
+        found[spec] = " + ".join(f"{weight}*{models[name]}" for name, weight in terms.items())
+    return found
 
 
 def of_world(stages: list[Stage]) -> bool:
@@ -112,9 +126,10 @@ def _ask(messages: list[Message]) -> Ask | None:
     return read_ask(messages[1].content, messages[0].content) if roles == ["system", "user"] else None
 
 
-def answer(stage: Stage, asked: list[Question], temperature: float, settings: Compare) -> tuple[list[dict[str, Any]], bool]:
-    """One answer to each question, with its gold score where the question has a meaning; and whether the stage has a chat template."""
-    model, tokenizer = load_policy(str(stage.folder / "model"))
+def answer(spec: str, asked: list[Question], temperature: float, settings: Compare) -> tuple[list[dict[str, Any]], bool]:
+    """One answer of a model or mixture to each question, with its gold score where the question has a meaning; and whether it has a
+    chat template."""
+    model, tokenizer = load_askable(spec)
     ids = [render_prompt(tokenizer, q.messages) for q in asked]
     sampling = Sampling(temperature=temperature, max_new=settings.max_new)
     out: list[dict[str, Any]] = []
@@ -174,7 +189,9 @@ def _score(row: dict[str, Any]) -> Text:
 def read(argv: list[str]) -> tuple[Compare, list[Stage]]:
     """What is asked for, and of which stages. Raises UserError for wrong flags, and where there is nothing to ask."""
     s = parse(Compare, argv, "temper compare", EXAMPLES)
-    return s, askable(s.dir)
+    stages = askable(s.dir)
+    columns(s, stages)
+    return s, stages
 
 
 def main(argv: list[str]) -> int:
@@ -183,10 +200,10 @@ def main(argv: list[str]) -> int:
     asked = questions(s, stages)
     answers: dict[str, list[dict[str, Any]]] = {}
     bare = []
-    for stage in stages:
-        answers[stage.name], chat = answer(stage, asked, temperature, s)
+    for name, spec in columns(s, stages).items():
+        answers[name], chat = answer(spec, asked, temperature, s)
         if not chat:
-            bare.append(stage.name)
+            bare.append(name)
     if s.json_:
         rows = [
             {"messages": [m.model_dump() for m in q.messages], "answers": {name: found[i] for name, found in answers.items()}}

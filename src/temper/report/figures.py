@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from temper.report.gather import Ladder, Metric, Stage, number
+from temper.report.gather import Ladder, Metric, Stage, listed, mapped, metric, number
 from temper.report.words import NO_CHANGE, WHAT, clean, digits, duration, few, measured, plain, told, value
 
 COLOURED = ("base", "sft", "comparisons", "reward", "ppo", "dpo", "constitution")
@@ -446,6 +446,19 @@ def against_kl(run: Ladder, name: str) -> Markup | None:
     if start:
         series.insert(0, Series("sft", "c-sft", [], "none", crosses=[(0.0, start["mean"], None, None, start["low"], start["high"])]))
     return chart(series, "KL from SFT, nats", f"{name} against KL", include_x=[0.0])
+
+
+def best_of_n(stage: Stage, name: str, run: Ladder) -> Markup | None:
+    """What the best of n gives by one rater against its KL from the model, for n = 1, 2, 4, ..., with intervals both ways."""
+    points = []
+    for row in map(mapped, listed(stage.curve.get("rows"))):
+        y, x = metric(row.get(name)), metric(row.get("kl"))
+        if x and y:
+            points.append((x["mean"], y["mean"], x["low"], x["high"], y["low"], y["high"]))
+    if len(points) < 2:
+        return None
+    series = Series("", colour(stage, run), [p[:2] for p in points], crosses=points)
+    return chart([series], "KL from the model, nats", f"{name} of the best of n against its KL", include_x=[0.0], size=(330, 200))
 
 
 # ---------------------------------------------------------------- the frontier

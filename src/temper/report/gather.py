@@ -54,6 +54,7 @@ class Stage:
     looks: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl: {"step", metric: value}, evaluations along the way
     metrics: dict[str, Metric] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)  # the rest of evaluation.json
+    curve: dict[str, Any] = field(default_factory=dict)  # of curve.json: what the best of n gives, for each n
     labels: list[float] = field(default_factory=list)  # of ai_pairs.jsonl: how sure Constitutional AI's judge was of each, 0.5 to 1
     error: str = ""
 
@@ -264,6 +265,7 @@ def _stage(name: str, folder: Path, plan: dict[str, Any], asked: dict[str, Any],
         rows=[r for r in rows if "eval" not in r],
         looks=looks,
         evaluation=evaluation,
+        curve=_read(folder / "curve.json", missing),
         labels=numbers(read_lines(folder / "ai_pairs.jsonl"), "soft") if folder.is_dir() else [],
         error=str(first("error", plan, stage) or ""),
     )
@@ -319,6 +321,8 @@ def _say_missing(stage: Stage, missing: list[str]) -> None:
         return
     if stage.status not in ("done", "skipped"):
         missing.append(f"{stage.name}: not finished ({stage.status})")
+    if stage.role in ("best-of-n", "mix"):
+        return
     if not stage.rows and stage.role != "comparisons":
         missing.append(f"{stage.name}: no metrics.jsonl, so no curves")
     if not stage.metrics and stage.role not in ("comparisons", "reward"):

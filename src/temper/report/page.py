@@ -84,6 +84,9 @@ NOTES = {
     "kl": "Small points are looks during training at a few held-out prompts; the large point is the finished model on all of them, with 95%"
     " intervals both ways. Faint lines are PPO's own rollouts. Where the proxy goes on rising and gold does not, the reward model is"
     " being exploited.",
+    "best-of-n": "Points are n = 1, 2, 4, ...: the mean over prompts of the best of n, estimated without bias from all samples, with 95%"
+    " intervals. One rater chooses; the other only reports. Where the first goes on rising and the second does not, the choice exploits its"
+    " rater. The KL counts answers that come again, so it lies below log n \u2212 (n \u2212 1) / n.",
     "frontier": "On these prompts answers can be listed, so KL and gold are sums over the list, not samples, as if a policy gave no"
     " other answer. The dashed line joins exact points of the most gold that any policy can reach at a KL (the reference tilted by the"
     " gold score); no point can lie above it. Below each prompt stands how much of a policy\u2019s probability lies on the listed answers:"
@@ -116,6 +119,7 @@ def page(run: Ladder, machine: dict[str, Any]) -> str:
         ("intervals", "The figures, drawn", _intervals(run)),
         ("training", "Training", _training(run)),
         ("kl", "What the KL bought", _kl(run)),
+        ("best-of-n", "Best of n", _best_of_n(run)),
         ("frontier", "The exact frontier", _frontier(run)),
         ("stages", "The stages", _cards(run)),
         ("answers", "The fixed prompts, side by side", _prompts(run)),
@@ -367,6 +371,25 @@ def _kl(run: Ladder) -> Markup | None:
     if not panels:
         return None
     return html('<div class="panels large">{p}</div><p class="note">{n}</p>', p=join(panels), n=NOTES["kl"])
+
+
+def _best_of_n(run: Ladder) -> Markup | None:
+    panels = []
+    for stage in run.stages:
+        raters = mapped(stage.curve.get("raters"))
+        for name, does in (("reward", "chooses"), ("report", "reports")):
+            if figure := figures.best_of_n(stage, name, run):
+                text = f"{raters.get(name) or name}, which {does}"
+                panels.append(
+                    html(
+                        "<figure><figcaption>{s}<b>{n}</b> <span>{t}</span></figcaption>{f}</figure>\n",
+                        s=_swatch(stage, run),
+                        n=stage.name,
+                        t=text,
+                        f=figure,
+                    )
+                )
+    return html('<div class="panels">{p}</div><p class="note">{n}</p>', p=join(panels), n=NOTES["best-of-n"]) if panels else None
 
 
 def _frontier(run: Ladder) -> Markup | None:

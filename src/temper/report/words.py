@@ -77,6 +77,9 @@ WHAT = {  # method -> what it does, in a few words
     "collect": "answers compared by raters",
     "reward": "reward model",
     "ppo": "PPO",
+    "best-of-n": "best of n",
+    "rejection": "rejection sampling",
+    "mix": "interpolated weights",
     "dpo": "DPO",
     "constitution": "Constitutional AI",
 }

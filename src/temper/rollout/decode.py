@@ -27,7 +27,9 @@ from temper.models import adapters
 from temper.models.attention import attend, laid_out, trunk
 from temper.models.heads import computing, logits, precision
 from temper.models.load import check_forest
+from temper.models.mix import Mixed
 from temper.rollout import kernel
+from temper.rollout.lockstep import Lockstep
 
 log = logging.getLogger("temper")
 
@@ -62,7 +64,10 @@ def decoder(model: Any, compiled: bool = False) -> Decoder:
 
     compiled: attend by the C kernel where it can be used.
     """
-    backend = getattr(model, "forest_backend", None) or check_forest(model)
+    if isinstance(model, Mixed):
+        rows = any(_backend(m) == "rows" for m in model.models)  # then all: in lockstep batches must be cut alike
+        return Lockstep([Padded(m) if rows else decoder(m, compiled) for m in model.models], model.weights)
+    backend = _backend(model)
     if backend != "rows":
         return Shared(model, backend, compiled)
     name = type(model).__name__
@@ -70,6 +75,10 @@ def decoder(model: Any, compiled: bool = False) -> Decoder:
         _told.add(name)
         log.warning("%s: its attention cannot share prompts; rollouts run on transformers' own cache, which is slower", name)
     return Padded(model)
+
+
+def _backend(model: Any) -> str:
+    return getattr(model, "forest_backend", None) or check_forest(model)
 
 
 @contextmanager

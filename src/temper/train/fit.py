@@ -437,7 +437,7 @@ def _measure(
             sums["weight", name] += float(weight)
     for batch in batches:
         sums["count", "tokens"] += batch.T
-        sums["count", "tokens_learned"] += int((batch.target != 0).sum())
+        sums["count", "tokens_learned"] += int(batch.target[batch.target != 0].clamp(min=1).sum())  # for each record that shares it
     told = ranks.gather((problem, dict(sums)))
     problem = next((their for their, _ in told if their), None)
     if problem:

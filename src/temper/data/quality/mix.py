@@ -13,7 +13,7 @@ import numpy as np
 import pydantic
 
 from temper.config import UserError, opt
-from temper.data.packing import epoch_order
+from temper.data.packing import counts, epoch_order
 from temper.data.quality.clean import command
 from temper.data.quality.rows import Report, Rows, Step, Verdict, Verdicts
 
@@ -47,34 +47,6 @@ class Options(Step):
         if not value or min(value.values()) < 0 or not sum(value.values()):
             raise ValueError("give each data set a weight of 0 or more, and one of them more than 0")
         return value
-
-
-def counts(weights: dict[str, float], have: dict[str, int], total: int | None) -> dict[str, int]:
-    """Rows to take of each data set, by largest remainder. total None: the most that needs no row twice.
-
-    Raises UserError where a data set has fewer rows than its share.
-    """
-    whole = sum(weights.values())
-    share = {name: weight / whole for name, weight in weights.items()}
-
-    def rounded(total: int) -> dict[str, int]:
-        exact = {name: total * p for name, p in share.items()}
-        out = {name: int(x + 1e-9) for name, x in exact.items()}
-        rest = sorted(share, key=lambda name: (round(out[name] - exact[name], 9), name))
-        return {name: n + (name in rest[: total - sum(out.values())]) for name, n in out.items()}
-
-    if total is None:
-        total = int(min(have[name] / p for name, p in share.items() if p) + 1e-9)
-        while any(n > have[name] for name, n in rounded(total).items()):  # a remainder that fell to the one that has no more
-            total -= 1
-        if not total:
-            raise UserError(f"mix: {', '.join(f'{name} has {have[name]} rows' for name, p in share.items() if p)}: nothing can be taken")
-    out = rounded(total)
-    for name, n in out.items():
-        if n > have[name]:
-            most = int(have[name] / share[name])
-            raise UserError(f"mix: {n} rows of {name!r} are its share of {total}, it has {have[name]}; ask for at most {most} rows in all")
-    return out
 
 
 def run(options: Options, rows: Rows, report: Report) -> Verdicts:

@@ -1,0 +1,163 @@
+"""Tokenised sets on disk: what is read is what was made, nothing is made twice, and memory does not grow with the set."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from temper.config import UserError
+from temper.data import store
+from temper.data.sources import read
+from temper.data.store import Trees, kept, parts
+from temper.data.trees import chat_chunk, chat_trees, text_chunk, text_trees
+
+
+def write(path, n, long=()):
+    rows = [{"prompt": f"What is {k}?" + " herring" * (60 if k in long else k % 7), "completion": f"It is {k}."} for k in range(n)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def make(chatml, window, tmp_path):
+    """(the store of a file, how often records were tokenised)"""
+    calls = []
+
+    def counted(records, first):
+        calls.append(len(records))
+        return chat_chunk(records, first, tokenizer=chatml, model=512, window=of.window, learn="all")
+
+    def of(spec, **more):
+        return kept(tmp_path / "kept", spec, "chat", counted, by="test", skip_bad=False, **more)
+
+    of.window = window()
+    of.calls = calls
+    return of
+
+
+def test_a_store_holds_what_was_made_and_is_made_once(make, chatml, window, tmp_path):
+    spec = write(tmp_path / "a.jsonl", 600)
+    expected, _ = chat_trees(chatml, read(spec, "chat").records, 512, window())
+    for _ in range(2):
+        found = make(spec)
+        assert [found[i] for i in range(len(found))] == expected
+        assert found.sizes(np.arange(600)).tolist() == [len(tree[0].tokens) for tree in expected]
+        assert make.calls == [256, 256, 88]
+    assert found.report.rows == 600
+    assert "prompt/completion" in found.read.summary()
+    assert [r.messages[0].content for r in found.sample(type(read(spec, "chat").records[0]))][:1] == ["What is 0?"]
+
+
+def test_another_content_is_another_store_and_a_damaged_one_is_made_again(make, tmp_path):
+    spec = write(tmp_path / "a.jsonl", 300)
+    make(spec)
+    (place,) = (tmp_path / "kept").iterdir()
+    with (place / "tokens").open("r+b") as file:
+        file.truncate(100)
+    assert len(make(spec)) == 300
+    assert sum(make.calls) == 600
+    write(tmp_path / "a.jsonl", 301)
+    assert len(make(spec)) == 301
+    assert sum(make.calls) == 901
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_long_rows_are_counted_over_all_chunks_and_nothing_is_left_behind(make, window, tmp_path):
+    make.window = window(60)
+    spec = write(tmp_path / "a.jsonl", 600, long=(3, 300, 599))
+    with pytest.raises(UserError, match=r"a\.jsonl:4: \d+ tokens > --max-length 60 \(and 2 more rows"):
+        make(spec)
+    assert not (tmp_path / "kept").exists()
+    make.window = window(60, "drop")
+    found = make(spec)
+    assert list(found.report.dropped) == [3, 300, 599]
+    assert len(found) == 597
+    assert found.arrays["records"][298:300].tolist() == [299, 301]
+
+
+def test_helping_processes_make_the_same(chatml, window, tmp_path, monkeypatch):
+    spec = write(tmp_path / "a.jsonl", 700)
+    how = partial(chat_chunk, tokenizer=chatml, model=512, window=Plain(), learn="all")
+    one = kept(tmp_path / "one", spec, "chat", how, by=1, skip_bad=False)
+    monkeypatch.setattr(store, "ALONE", 1)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    two = kept(tmp_path / "two", spec, "chat", how, by=1, skip_bad=False)
+    (a,), (b,) = ((tmp_path / name).iterdir() for name in ("one", "two"))
+    assert all((a / name).read_bytes() == (b / name).read_bytes() for name in store.ARRAYS)
+    assert len(one) == len(two) == 700
+
+
+class Plain:
+    max_length, too_long, skip_bad = None, "error", False
+
+
+def test_windows_of_documents(base, tmp_path):
+    (tmp_path / "a.txt").write_text("The herring is red. " * 900)
+    found = kept(tmp_path / "kept", str(tmp_path / "a.txt"), "text", partial(text_chunk, tokenizer=base, window=32), by=1, skip_bad=False)
+    assert [found[i] for i in range(len(found))] == text_trees(base, read(str(tmp_path / "a.txt"), "text").records, 32)[0]
+
+
+def test_trees_are_those_that_are_meant_and_mixtures_take_their_share():
+    a, b = [["a", i] for i in range(10)], [["b", i] for i in range(100)]
+    trees = Trees([(a, np.arange(2, 10)), (b, np.arange(100))], [1, 3])
+    assert len(trees) == 108
+    assert trees[0] == ["a", 2]
+    assert trees[8] == ["b", 0]
+    assert trees[-1] == ["b", 99]
+    assert trees.take == [8, 24]
+    assert trees[7:9] == [["a", 9], ["b", 0]]
+
+
+def test_specs_of_mixtures(tmp_path):
+    assert parts("a.jsonl=0.7, b.jsonl=0.3") == {"a.jsonl": 0.7, "b.jsonl": 0.3}
+    assert parts("world:demonstrations?n=100&seed=2") == {"world:demonstrations?n=100&seed=2": 1.0}
+    assert parts("world:demonstrations?n=100=2,x/y=1") == {"world:demonstrations?n=100": 2.0, "x/y": 1.0}
+    odd = tmp_path / "a=1,b=2"
+    odd.write_text("")
+    assert parts(str(odd)) == {str(odd): 1.0}
+    for wrong in ("a.jsonl=0.7,b.jsonl", "a.jsonl=1,a.jsonl=2", "a.jsonl=0,b.jsonl=1"):
+        with pytest.raises(UserError, match=r"each data set of a mixture"):
+            parts(wrong)
+
+
+MEASURE = """
+import resource, sys
+from functools import partial
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from conftest import CHATML, make_tokenizer
+from temper.data.store import Trees, kept
+from temper.data.trees import text_chunk
+from temper.methods.base import Batching, offline
+import numpy as np
+tokenizer = make_tokenizer(eos="<|endoftext|>")
+how = partial(text_chunk, tokenizer=tokenizer, window=256)
+kept(Path(sys.argv[2]) / "small", sys.argv[4], "text", how, by=1, skip_bad=False)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+store = kept(Path(sys.argv[2]) / "kept", sys.argv[1], "text", how, by=1, skip_bad=False)
+trees = Trees([(store, np.arange(len(store)))], [1.0])
+source = offline(trees, Batching(batch=8))
+for step in range(len(store) // 8):
+    source(step)
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(grown / 1024, sum(p.stat().st_size for p in (Path(sys.argv[2]) / "kept").rglob("*")) / 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_set(tmp_path):
+    """Making and reading an epoch of it takes less memory than the tokens alone would, to say nothing of Python's objects for them."""
+    rows = "".join(json.dumps({"text": f"{k} The harbour master weighs the herring. " * 30}) + "\n" for k in range(10_000))
+    (tmp_path / "a.jsonl").write_text(rows)
+    (tmp_path / "small.jsonl").write_text(rows[: rows.index("\n", 200_000) + 1])
+    places = [tmp_path / "a.jsonl", tmp_path, Path(__file__).parent, tmp_path / "small.jsonl"]
+    command = [sys.executable, "-c", MEASURE, *map(str, places)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    grown, stored = map(float, done.stdout.split())
+    assert stored > 10
+    assert grown < stored
