@@ -88,9 +88,10 @@ def test_a_command_line_is_read_without_pytorch(tmp_path):
     ]
     said, modules = answers(*([name, word] for name in COMMANDS for word in ("--help", "--halp")), *mistakes)
     assert said.count("usage: temper ") == len(COMMANDS)
-    own = {"world", "data"}  # they have commands of their own
+    own = {"world", "data", "adapter"}  # they have commands of their own
     assert said.count("temper: no flag --halp; did you mean --help?") == len(COMMANDS.keys() - own)
     assert "temper: no command 'data --halp'" in said
+    assert "temper: no command 'adapter --halp'" in said
     assert "temper: the following arguments are required: show|sample|score|annotators; see temper world --help" in said
     assert "sft has no setting 'larning_rate'; did you mean 'lr'?" in said
     assert "temper: no.txt: no such file" in said

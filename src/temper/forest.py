@@ -257,6 +257,30 @@ def _piece(forest: Forest, segment: int, token: int, segments: int, tokens: int)
     )
 
 
+@torch.inference_mode(False)
+def graft(forest: Forest, k: int) -> Forest:
+    """The structure of the forest with k more tokens (id 0) that come first and are seen by all: one root that every root continues.
+
+    Kept with the forest; it has no targets and no columns.
+    """
+    if ("graft", k) not in forest.cache:
+        new = torch.arange(k, device=forest.tokens.device)
+        forest.cache["graft", k] = Forest(
+            tokens=torch.cat([new * 0, forest.tokens]),
+            position=torch.cat([new, forest.position + k]),
+            segment=torch.cat([new * 0, forest.segment + 1]),
+            parent=torch.cat([new[:1] - 1, forest.parent + 1]),
+            previous=torch.cat([new - 1, torch.where(forest.previous < 0, k - 1, forest.previous + k)]),
+            target=torch.cat([new * 0.0, forest.target]),
+            columns={},
+            weights={},
+            labels=frozenset(),
+            order=torch.cat([new[:1], forest.order + 1]),
+            tree=forest.parent.new_zeros(forest.S + 1),
+        )
+    return forest.cache["graft", k]
+
+
 def dense_mask(forest: Forest) -> Tensor:
     """[T, T] bool: whether token i (row) sees token j (column). The oracle of every other backend, O(T²)."""
     token = torch.arange(forest.T, device=forest.tokens.device)

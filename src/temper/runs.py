@@ -156,11 +156,17 @@ def fingerprint(value: Any) -> str:
 
 
 def model_fingerprint(name: str) -> str:
-    """Of a model by the files of its folder, or of a stage's; what is no folder of a model (a hub name) counts as its name."""
+    """Of a model by the files of its folder, or of a stage's, an adapter's base included; what is no folder of a model (a hub name) counts
+    as its name."""
     path = Path(name).expanduser()
     path = path / "model" if (path / "model").is_dir() else path
-    files = sorted(p for p in path.glob("[!.]*") if p.is_file()) if (path / "config.json").exists() else []
-    return fingerprint({p.name: fingerprint(p) for p in files} or name)
+    adapter = _read_json(path / "adapter_config.json") or {}
+    files = sorted(p for p in path.glob("[!.]*") if p.is_file()) if adapter or (path / "config.json").exists() else []
+    content = {p.name: fingerprint(p) for p in files}
+    if base := adapter.get("base_model_name_or_path"):
+        beside = path / (_read_json(path / "export.json") or {}).get("base", base)
+        content["base of the adapter"] = model_fingerprint(str(beside if beside.is_dir() and not Path(base).is_dir() else base))
+    return fingerprint(content or name)
 
 
 def versions() -> dict[str, str]:

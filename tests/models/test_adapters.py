@@ -101,6 +101,6 @@ def test_adapters_that_the_head_cannot_take_apart_are_refused():
     torch.manual_seed(0)
     llama = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
     check_forest(llama)
-    soft = peft.get_peft_model(llama, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(UserError, match="PROMPT_TUNING adapter puts states before the tokens"):
+    soft = peft.get_peft_model(llama, peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(UserError, match="an adapter of kind P_TUNING"):
         heads.token_logp(soft, FOREST)

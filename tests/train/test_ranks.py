@@ -167,6 +167,8 @@ def short(method, toy, folder):
         return "reward", {"model": toy.sft, "data": data, "batch": 5, "epochs": 1, "held_out": 0}
     if method == "muon":
         return "sft", values_of("sft", toy) | {"lr": 1e-3, "epochs": 0.25, "optimizer": "muon"}
+    if method == "lora":
+        return "sft", values_of("sft", toy) | {"lr": 1e-3, "epochs": 0.25, "adapter": "lora", "lora_rank": 4, "adapter_lr": 2}
     more = {
         "sft": {"epochs": 0.25},
         "dpo": {"epochs": 1.5},
@@ -199,7 +201,7 @@ def same_answers(rollouts, others):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("method", ["sft", "muon", "dpo", "reward", "rankings", "ppo", "grpo"])
+@pytest.mark.parametrize("method", ["sft", "muon", "lora", "dpo", "reward", "rankings", "ppo", "grpo"])
 def test_two_ranks_train_what_one_does(two, toy, tmp_path, method):
     name, values = short(method, toy, tmp_path)
     (rows, weights, _, rollouts), (theirs, own, _, _) = two(play, name, values)
@@ -236,7 +238,7 @@ FULL = {"shard": "full"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sft", "muon", "dpo", "reward", "ppo"])
+@pytest.mark.parametrize("method", ["sft", "muon", "lora", "dpo", "reward", "ppo"])
 def test_spread_over_two_ranks_what_one_does(two, toy, tmp_path, method):
     """Unequal numbers of micro-batches too: a rank that has fewer makes passes without effect."""
     name, values = short(method, toy, tmp_path)

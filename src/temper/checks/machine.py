@@ -187,7 +187,7 @@ def attempt(case: Case, forest: Forest, weights: Mapping[str, float]) -> float:
     try:
         with activations(p.module, kept):
             out = p.loss(p.module, forest)
-            total: Any = sum(t.total * (t.coefficient / (weights[t.per] or 1.0)) for t in out.terms.values())
+            total: Any = sum(t.summed() * (t.coefficient / (weights[t.per] or 1.0)) for t in out.terms.values())
             if total.requires_grad:
                 total.backward()
         return float(total.detach())

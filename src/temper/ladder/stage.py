@@ -189,7 +189,9 @@ def _train(method: str, settings: Settings, place: Place, context: Context, run:
 
     def finish(module: Any) -> None:
         with disk(artefact, "the last checkpoint is whole"):
-            job.save(artefact)
+            checked = job.save(artefact)
+        if checked:
+            run.update(card={**job.card, "export": checked})
 
     return drive(
         job.steps,

@@ -89,7 +89,7 @@ class Job:
 
     total: int = 0
     steps: Callable[[State | None], Iterator[Step]] = lambda resume: iter(())
-    save: Callable[[Path], None] = lambda path: None  # writes the trained artefact, atomically
+    save: Callable[[Path], str | None] = lambda path: None  # writes the trained artefact, atomically; what was checked of it, in words
     make: Callable[[Path, Callable[[int, int], None]], None] | None = None  # instead of steps, where nothing is trained; told(done, of)
     card: dict[str, Any] = field(default_factory=dict)  # records, tokens, what was dropped and why
     evaluate: Callable[[], dict[str, float]] | None = None  # on the held-out records

@@ -24,8 +24,9 @@ from temper.data.trees import chat_trees, comparison_trees, limit_of, prompt_ids
 from temper.forest import Segment, Tree
 from temper.methods import preference, sft
 from temper.methods.base import Batching, Corpus, Job, Prepared, Window, forests, numbered
+from temper.models.adapt import Adapter, hold
 from temper.models.heads import token_logp
-from temper.models.load import export, load_policy, save
+from temper.models.load import export, load_policy, restore, save
 from temper.records import Chat, Message, Pair, read_jsonl, write_jsonl
 from temper.rollout import Request, Sampling, generator, sample
 from temper.runs import Run
@@ -71,6 +72,7 @@ class CAI(Settings):
     batching: Batching = Batching()
     optim: Optim = Optim(lr=1e-4, schedule="cosine", warmup=0.1)
     compute: Compute = Compute()
+    adapters: Adapter = Adapter()
 
 
 def settings(name: str) -> type[Settings]:
@@ -250,7 +252,7 @@ def demonstrations(s: CAI, run: Run, author: Author, harm: Constitution, red_tea
 def prepare(settings: CAI, run: Run) -> Job:
     s, b = settings, settings.batching
     rules = principles(s.principles or DEFAULT)
-    model, tokenizer = load_policy(s.model, **s.compute.placed)
+    model, tokenizer = load_policy(s.model, **s.compute.placed, adapters=s.adapters, seed=b.seed)
     chat_template(tokenizer)  # a base model has none: looked at before it is asked anything
     judge, _ = load_policy(s.model, **s.compute.placed)
     author, judging = Author(model, tokenizer, s), Author(judge, tokenizer, s)
@@ -270,7 +272,7 @@ def prepare(settings: CAI, run: Run) -> Job:
         with ranks.leader_first():
             tuned, labelled = run.file("revised"), run.file("ai_pairs.jsonl")
             if resume is not None:
-                model.load_state_dict(load_policy(str(tuned))[0].state_dict())
+                restore(model, tuned)
             elif ranks.rank() == 0:
                 save(model, tokenizer, tuned)
                 labelled.unlink(missing_ok=True)
@@ -283,6 +285,7 @@ def prepare(settings: CAI, run: Run) -> Job:
         if not pairs:
             raise UserError(f"{s.red_team}: no prompt got two different answers that could be compared; raise --temperature or --max-new")
         answer_trees, _ = comparison_trees(tokenizer, pairs, model, s.window)
+        hold(model)
         preference.with_reference(model, answer_trees, b.tokens_per_microbatch, preference.references(run))
         return preference.train_on(model, answer_trees, "dpo", {"beta": s.beta}, b, s.optim, second, resume, s.compute)
 

@@ -23,6 +23,7 @@ from temper.methods.base import Job, Window
 from temper.methods.rated import EQUAL, Ending, Sampled
 from temper.methods.start import Plan, Ready, check_start, prepared, ready
 from temper.methods.switches import Switches, resolved
+from temper.models.adapt import Adapter
 from temper.models.heads import token_logp, weighted_nll
 from temper.models.load import export
 from temper.rollout import Sampling
@@ -65,6 +66,7 @@ class GRPO(Settings):
     window: Window = Window()
     optim: Optim = Optim(lr=1e-4, schedule="linear", warmup=0.05, eps=1e-5)
     compute: Compute = Compute()
+    adapters: Adapter = Adapter()
 
     @property
     def on_policy(self) -> bool:

@@ -27,7 +27,9 @@ from temper.methods.comparisons import count_records
 from temper.methods.preference import METRICS as OFFLINE
 from temper.methods.preference import check_reference, make_loss, with_reference
 from temper.methods.rules import any_rule, told
-from temper.models.load import export, load_policy
+from temper.methods.start import begin
+from temper.models.adapt import Adapter
+from temper.models.load import export
 from temper.records import Prompt
 from temper.rollout import Request, Rollout, Sampling, sample
 from temper.runs import Run
@@ -74,6 +76,7 @@ class Online(Settings):
     window: Window = Window()
     optim: Optim = Optim(lr=1e-4, schedule="linear", warmup=0.05)
     compute: Compute = Compute()
+    adapters: Adapter = Adapter()
 
 
 @cache
@@ -204,9 +207,9 @@ def prepare(settings: Online, run: Run) -> Job:
         raise UserError(
             f"{what}: answers must be drawn from the policy's own distribution; give a temperature above 0 and leave the rest out"
         )
-    model, tokenizer = load_policy(s.model, **s.compute.placed)
-    reference = load_policy(s.model, **s.compute.placed)[0] if RULES[s.rule].reference else None
-    rates = rater(s.reward, tokenizer=tokenizer, **s.compute.placed)
+    model, reference, tokenizer = begin(s, seed=s.seed)
+    reference = reference if RULES[s.rule].reference else None
+    rates = rater(s.reward, tokenizer=tokenizer, **s.compute.placed, beside=model)
     records, report = read(s.prompts, "prompts", skip_bad=s.window.skip_bad)
     prompts, cut = prompt_ids(tokenizer, records, model, s.window, room=s.sampling.max_new)
     kept = [record for i, record in enumerate(records) if i not in cut.dropped]

@@ -25,6 +25,8 @@ from temper.methods import rated, rollouts
 from temper.methods.base import Batching, Job, Window, offline
 from temper.methods.rated import Ending, Sampled, reward_model
 from temper.methods.start import Plan, Ready, check_start, prepared, ready
+from temper.models.adapt import Adapter
+from temper.models.adapters import linear
 from temper.models.heads import scalar, token_logp, weighted_nll
 from temper.models.load import export, load_scalar
 from temper.rollout import Sampling
@@ -89,6 +91,7 @@ class PPO(Settings):
     window: Window = Window()
     optim: Optim = Optim(lr=1e-4, schedule="linear", warmup=0.05, eps=1e-5)
     compute: Compute = Compute()
+    adapters: Adapter = Adapter()
 
 
 def settings(name: str) -> type[Settings]:
@@ -171,12 +174,15 @@ def make_loss(s: PPO) -> Callable[[Any, Forest], Loss]:
         at = batch.learned
         old, advantage, old_value, returns = (batch.columns[c][at] for c in ("old_logp", "advantage", "old_value", "returns"))
         logp = token_logp(module["policy"], batch, temperature=s.sampling.temperature)
-        value = scalar(module["value"], batch, batch.previous[at])
         n = len(at)
         policy = clipped_surrogate(logp, old, advantage, low=s.clip, high=s.clip, dual=s.dual_clip)
-        error = clipped_value(value, old_value, returns, clip=inf if s.value_clip is None else s.value_clip)
+
+        def error() -> Tensor:  # after the policy's backward pass: the activations of one model at a time
+            value = scalar(module["value"], batch, batch.previous[at])
+            return clipped_value(value, old_value, returns, clip=inf if s.value_clip is None else s.value_clip).sum()
+
         return Loss(
-            {"policy": Term(policy.sum(), per="tokens"), "value": Term(error.sum(), per="tokens", coefficient=s.value_weight)},
+            {"policy": Term(policy.sum(), per="tokens"), "value": Term(error, per="tokens", coefficient=s.value_weight)},
             {
                 "clipped": (clipped(logp.detach(), old, advantage, low=s.clip, high=s.clip).sum(), n),
                 "approx_kl": (k3(old, logp.detach()).sum(), n),
@@ -208,10 +214,11 @@ def prepare(settings: PPO, run: Run) -> Job:
         raise UserError("--ptx-data with --shard full: its batches have no values, and ranks would wait for each other; leave one out")
     given = ready(s, "PPO")
     weight, own = reward_model(given.reward) or (1.0, None)
-    value, _ = load_scalar(s.value_model or (own.name if own else s.model), **s.compute.placed)
+    start = s.value_model or (own.name if own else s.model)
+    value, _ = load_scalar(start, **s.compute.placed, adapters=s.adapters, seed=s.seed, beside=given.policy)
     scale = getattr(value.config, "temper_reward", None) or {"mean": 0.0, "std": 1.0}
     with torch.no_grad():  # values live on the scale of the rewards
-        head: Any = value.score
+        head, _ = linear(value.score)
         head.weight /= float(scale["std"]) / weight
         head.bias = nn.Parameter(torch.full((1,), -float(scale["mean"]) / float(scale["std"]) * weight, device=head.weight.device))
     card = dict(given.card)

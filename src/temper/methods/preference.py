@@ -24,7 +24,8 @@ from temper.losses.registry import settings as keywords
 from temper.methods.base import Batching, Job, Prepared, Split, Window, epoch, forests, given, offline
 from temper.methods.comparisons import compared, count_records
 from temper.methods.rules import settings_of
-from temper.models.adapters import without_adapter
+from temper.models.adapt import Adapter
+from temper.models.adapters import shifts, without_adapter
 from temper.models.heads import precision, slack, token_logp
 from temper.models.load import export, load_policy
 from temper.models.references import Kept
@@ -59,6 +60,7 @@ class Preference(Settings):
     batching: Batching = Batching(batch=64)
     optim: Optim = Optim(lr=1e-4, schedule="cosine", warmup=0.1)
     compute: Compute = Compute()
+    adapters: Adapter = Adapter()
 
     def own(self) -> dict[str, Any]:
         """What the rule itself is told."""
@@ -161,7 +163,9 @@ def make_loss(rule: Rule, how: dict[str, Any], temperature: float = 1.0):
 
 
 def check_reference(model, batches: Sequence[Forest], temperature: float = 1.0) -> None:
-    """At step 0 the policy is the reference, so every h is 0 and DPO's loss is ln 2."""
+    """At step 0 the policy is the reference, so every h is 0 and DPO's loss is ln 2. (But for a new soft prompt, which is something.)"""
+    if shifts(model):
+        return
     with torch.no_grad():
         gap = max((float((answer_logp(model, b, temperature) - b.columns["ref_logp"]).abs().max()) for b in batches), default=0.0)
     if gap > slack(model, 1e-3, 0.5):
@@ -198,7 +202,7 @@ def held_out(model, trees: Sequence[Tree], reference: bool, microbatch: int) -> 
 
 def prepare(settings: Preference, run: Run) -> Job:
     b, rule = settings.batching, RULES[settings.rule]
-    model, tokenizer = load_policy(settings.model, **settings.compute.placed)
+    model, tokenizer = load_policy(settings.model, **settings.compute.placed, adapters=settings.adapters, seed=b.seed)
     trees, tests, out, _, card, corpus = given(
         settings, "comparisons", lambda rows: comparison_trees(tokenizer, rows, model, settings.window), run
     )

@@ -22,6 +22,7 @@ from temper.forest import Forest, Tree
 from temper.judges.process import CLASSES, ProcessReward, exact_labels, right_answer, solutions
 from temper.losses.reward import step_loss
 from temper.methods.base import Batching, Job, Split, Window, forests, learn
+from temper.models.adapt import Adapter
 from temper.models.heads import scalar
 from temper.models.load import export, load_policy, load_scalar
 from temper.records import Steps, read_jsonl, write_jsonl
@@ -74,6 +75,7 @@ class ProcessRewardSettings(Settings):
     batching: Batching = Batching(batch=32)
     optim: Optim = Optim(lr=1e-3, schedule="cosine", warmup=0.05)
     compute: Compute = Compute()
+    adapters: Adapter = Adapter()
 
 
 def settings(name: str) -> type[Settings]:
@@ -211,7 +213,7 @@ def train(settings: ProcessRewardSettings, model: Any, trees: Sequence[Tree], re
 def prepare(settings: ProcessRewardSettings, run: Run) -> Job:
     s, b = settings, settings.batching
     labels = CLASSES if s.neutral == "class" and not s.outcome else ("score",)
-    model, tokenizer = load_scalar(s.model, seed=b.seed, labels=labels, **s.compute.placed)
+    model, tokenizer = load_scalar(s.model, seed=b.seed, labels=labels, **s.compute.placed, adapters=s.adapters)
     chat_template(tokenizer)
     records, source = gather(s, run)
     by = s.steps_by or steps_of(records)

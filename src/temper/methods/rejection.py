@@ -25,6 +25,7 @@ from temper.judges.rating import Rater, rater
 from temper.methods import sft
 from temper.methods.base import Batching, Job, Window, numbered, offline
 from temper.methods.best_of_n import Sampled, asked, draw, rated
+from temper.models.adapt import Adapter
 from temper.models.load import export, load_policy
 from temper.records import Chat, Message, read_jsonl, write_jsonl
 from temper.rollout import Sampling, generator
@@ -84,6 +85,7 @@ class Rejection(Settings):
     batching: Batching = Batching(epochs=3.0)
     optim: Optim = Optim(lr=3e-4, schedule="cosine", warmup=0.1)
     compute: Compute = Compute()
+    adapters: Adapter = Adapter()
 
 
 def settings(name: str) -> type[Settings]:
@@ -154,7 +156,7 @@ def learned_in(s: Rejection, run: Run, round: int, answers: Callable[[], list[li
 
 def prepare(settings: Rejection, run: Run) -> Job:
     s, b = settings, settings.batching
-    model, tokenizer = load_policy(s.model, **s.compute.placed)
+    model, tokenizer = load_policy(s.model, **s.compute.placed, adapters=s.adapters, seed=b.seed)
     by = rater(s.reward, tokenizer=tokenizer, **s.compute.placed)
     prompts = asked(s.prompts, model, tokenizer, s.window, s.sampling.max_new)
     first = {name: x.clone() for name, x in model.state_dict().items()} if s.start == "first" and s.rounds > 1 else {}

@@ -25,6 +25,7 @@ from temper.losses.reward import RULES, plackett_luce
 from temper.methods.base import Batching, Job, Prepared, Split, Window, epoch, given, learn, numbered
 from temper.methods.comparisons import HeldOut, compared, count_records, field, own_head, scores
 from temper.methods.comparisons import ends as ends
+from temper.models.adapt import Adapter
 from temper.models.heads import scalar
 from temper.models.load import export, load_scalar
 from temper.records import Pair, Ranked
@@ -76,6 +77,7 @@ class Reward(Settings):
     batching: Batching = Batching(batch=64)
     optim: Optim = Optim(lr=1e-3, schedule="cosine", warmup=0.05)
     compute: Compute = Compute()
+    adapters: Adapter = Adapter()
 
 
 def settings(name: str) -> type[Settings]:
@@ -158,7 +160,7 @@ def prepare(settings: Reward, run: Run) -> Job:
     names = list(heads)
 
     def fresh(member: int) -> tuple[Any, Any]:
-        return load_scalar(s.model, seed=b.seed + member, labels=names, **s.compute.placed)
+        return load_scalar(s.model, seed=b.seed + member, labels=names, **s.compute.placed, adapters=s.adapters)
 
     model, tokenizer = fresh(0)
     current = [model]  # the member that is being trained

@@ -16,6 +16,7 @@ from temper.data.template import attach_default_template, stop_ids, written
 from temper.data.trees import chat_chunk, limit_of
 from temper.forest import Forest, Tree
 from temper.methods.base import Batching, Job, Prepared, Split, Window, epoch, forests, learn, stored
+from temper.models.adapt import Adapter
 from temper.models.heads import weighted_nll
 from temper.models.load import export, load_policy, resize
 from temper.records import Chat
@@ -44,6 +45,7 @@ class SFT(Settings):
     batching: Batching = Batching()
     optim: Optim = Optim(lr=3e-4, schedule="cosine", warmup=0.1)
     compute: Compute = Compute()
+    adapters: Adapter = Adapter()
 
 
 def settings(name: str) -> type[Settings]:
@@ -88,7 +90,7 @@ def train(settings: SFT, model, trees, resume: State | None = None) -> Iterator[
 
 
 def prepare(settings: SFT, run: Run) -> Job:
-    model, tokenizer = load_policy(settings.model, **settings.compute.placed)
+    model, tokenizer = load_policy(settings.model, **settings.compute.placed, adapters=settings.adapters, seed=settings.batching.seed)
     if attach_default_template(tokenizer):
         resize(model, tokenizer)
     w = settings.window

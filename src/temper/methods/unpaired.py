@@ -24,6 +24,7 @@ from temper.losses.unpaired import RULES, Answers
 from temper.methods.base import Batching, Job, Prepared, Split, Window, epoch, forests, given, offline, rows_of
 from temper.methods.preference import answer_logp, check_reference, references, with_reference
 from temper.methods.rules import settings_of
+from temper.models.adapt import Adapter
 from temper.models.load import export, load_policy
 from temper.runs import Run
 from temper.train import Compute, Loss, Optim, State, Step, Term, fit, ranks
@@ -57,6 +58,7 @@ class Unpaired(Settings):
     batching: Batching = Batching(batch=64)
     optim: Optim = Optim(lr=1e-4, schedule="cosine", warmup=0.1)
     compute: Compute = Compute()
+    adapters: Adapter = Adapter()
 
 
 @cache
@@ -198,7 +200,7 @@ def train(settings: Unpaired, model, trees, others: Sequence[Sequence[Tree]] | N
 
 def prepare(settings: Unpaired, run: Run) -> Job:
     s, b, rule = settings, settings.batching, RULES[settings.rule]
-    model, tokenizer = load_policy(s.model, **s.compute.placed)
+    model, tokenizer = load_policy(s.model, **s.compute.placed, adapters=s.adapters, seed=b.seed)
 
     def write(rows):
         for i, row in enumerate(rows):

@@ -17,10 +17,13 @@ see the run up to where they branch off, which is one unmasked call per branchin
 seen elsewhere. A pair costs two causal pieces and one branching, a chain of process steps a single causal piece. Long pieces are
 views of the tokens, short ones of similar length are copied to share a call, padded on the right, where causality keeps the padding
 unseen.
+
+A soft prompt or prefix (an adapter's) is one more root, computed once, that every tree continues.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple, cast
@@ -36,7 +39,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from temper.forest import Forest, dense_mask
+from temper.forest import Forest, dense_mask, graft
 from temper.models import adapters
 
 BACKENDS = ("flash", "flex", "dense", "rows")
@@ -370,11 +373,13 @@ def _attention(
     forest_backend: str = "dense",
     sliding_window: int | None = None,
     decode: Callable[..., Tensor] | None = None,
+    prefix: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
 
     decode: what attends instead, to keys and values of its own keeping (the rollout engine's): q, k, v, scale, window -> [T, H, E].
+    prefix: [layers, 2, p, G, D], keys and values that stand before the forest's other tokens, which are the ones asked about.
     """
     if forest is None and decode is None:
         if sliding_window is not None:
@@ -386,10 +391,16 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # The gradient of x[0] would be a copy; under autocast rotation leaves q and k in float32.
     q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    before = 0
+    if prefix is not None:
+        more = prefix[int(cast(Any, module.layer_idx))].to(value.dtype)
+        before = more.shape[1]
+        k, v = (torch.cat([x, own]) for x, own in zip(more, (k, v), strict=True))
+        q = torch.cat([q.new_zeros(before, *q.shape[1:]), q])
     if decode is not None:
-        return decode(q, k, v, scale=scale, window=sliding_window).unsqueeze(0), None
+        return decode(q, k, v, scale=scale, window=sliding_window)[before:].unsqueeze(0), None
     assert forest is not None
-    return attend(q, k, v, forest, scale=scale, backend=forest_backend, window=sliding_window).unsqueeze(0), None
+    return attend(q, k, v, forest, scale=scale, backend=forest_backend, window=sliding_window)[before:].unsqueeze(0), None
 
 
 ALL_ATTENTION_FUNCTIONS.register("forest", _attention)
@@ -403,14 +414,41 @@ def trunk(model: PreTrainedModel) -> Any:
 
 def trunk_states(model: PreTrainedModel, forest: Forest, backend: str) -> Tensor:
     """[T, d] final states of the trunk under a backend other than "rows"."""
+    given, laid = laid_out(model, forest)
+    return trunk(model)(**given, forest=laid, forest_backend=backend).last_hidden_state[0, -forest.T :]
+
+
+def laid_out(model: PreTrainedModel, forest: Forest) -> tuple[dict[str, Any], Forest]:
+    """(what the trunk is given, the forest that its attention sees): with an adapter before the tokens, one that is grafted on it."""
     # A mask of four dimensions keeps transformers from building its own.
-    none = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=forest.tokens.device)
-    out = trunk(model)(
-        input_ids=forest.tokens[None],
-        position_ids=forest.position[None],
-        attention_mask=none,
-        use_cache=False,
-        forest=forest,
-        forest_backend=backend,
-    )
-    return out.last_hidden_state[0]
+    given: dict[str, Any] = {
+        "attention_mask": torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=forest.tokens.device),
+        "use_cache": False,
+    }
+    soft = adapters.soft(model)
+    laid = forest if soft is None else graft(forest, soft.many)
+    if soft is None or soft.embeds is None:
+        given |= {"input_ids": forest.tokens[None], "position_ids": laid.position[None, -forest.T :]}
+    else:
+        words = cast(Any, model.get_input_embeddings())(forest.tokens)
+        given |= {"inputs_embeds": torch.cat([soft.embeds.to(words.dtype), words])[None], "position_ids": laid.position[None]}
+    return given | ({} if soft is None or soft.prefix is None else {"prefix": soft.prefix}), laid
+
+
+def row_states(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[R, L, d] final states of right-padded rows by the trunk's own attention, soft prompts laid as PEFT lays them."""
+    soft, rows = adapters.soft(model), len(ids)
+    given: dict[str, Any] = {"input_ids": ids}
+    if "use_cache" in inspect.signature(adapters.beneath(model).base_model.forward).parameters:
+        given["use_cache"] = False
+    if mask is not None:
+        given["attention_mask"] = mask.long()
+    if soft is not None:
+        if mask is not None:
+            given["attention_mask"] = torch.cat([given["attention_mask"].new_ones(rows, soft.many), given["attention_mask"]], 1)
+        if soft.embeds is None:
+            given["past_key_values"] = cast(Any, model).get_prompt(rows)
+        else:
+            words = cast(Any, model.get_input_embeddings())(given.pop("input_ids"))
+            given["inputs_embeds"] = torch.cat([soft.embeds.to(words.dtype).expand(rows, -1, -1), words], 1)
+    return trunk(model)(**given).last_hidden_state[:, -ids.shape[1] :]

@@ -8,10 +8,9 @@ Logits, their sums and the gradients of the head's weights are float32 whatever 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,15 +45,17 @@ def hidden_by(model: PreTrainedModel, forest: Forest, backend: str) -> Tensor:
         if "rows" not in forest.cache:
             forest.cache["rows"] = unroll(forest)
         rows = forest.cache["rows"]
-        extra = {"use_cache": False} if "use_cache" in inspect.signature(adapters.beneath(model).base_model.forward).parameters else {}
-        states = attention.trunk(model)(input_ids=rows.ids, attention_mask=rows.mask.long(), **extra).last_hidden_state  # from position 0
+        states = attention.row_states(model, rows.ids, rows.mask)
         return states.flatten(0, 1)[rows.where].to(precision(model))
 
 
-def computing(model: PreTrainedModel) -> AbstractContextManager:
-    """Within it the model's products are taken in its precision (`load_policy`); its weights stay what they are."""
+@contextmanager
+def computing(model: PreTrainedModel) -> Iterator[None]:
+    """Within it the model's products are taken in its precision (`load_policy`), with its own adapter at work; its weights stay what
+    they are."""
     half = precision(model) == torch.bfloat16
-    return torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext()
+    with adapters.acting(model), torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext():
+        yield
 
 
 def slack(model: PreTrainedModel, exact: float, rounded: float) -> float:
@@ -166,7 +167,16 @@ def weighted_nll(
 def scalar(model: PreTrainedModel, forest: Forest, at: Tensor) -> Tensor:
     """[len(at)] float32 scores of a sequence-classification model, read at the tokens `at`, say forest.last of answers; with several
     labels [len(at), labels]."""
-    states, score = hidden(model, forest)[at].float(), cast(Any, model.score)
+    return score_of(model, hidden(model, forest)[at])
+
+
+def score_of(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """[n] or [n, labels] float32 scores of final states [n, d]."""
+    states = states.float()
+    with adapters.acting(model):
+        score, added = adapters.linear(model.score)
+    if added:
+        raise UserError("an adapter on the layer `score`, which is small and trained as a whole; leave it out of --lora-targets")
     return F.linear(states, score.weight.float(), None if score.bias is None else score.bias.float()).squeeze(-1)
 
 
@@ -216,7 +226,8 @@ def _head(model: PreTrainedModel, states: Tensor, temperature: float) -> Head:
     layer: Any = model.get_output_embeddings()
     if layer is None:
         raise TypeError(f"{type(model).__name__} has no language-model head")
-    plain, low_rank = adapters.linear(layer)
+    with adapters.acting(model):
+        plain, low_rank = adapters.linear(layer)
     factors = [states, plain.weight]
     for down, up, scale in low_rank:
         factors += [down(states) * scale, up]

@@ -6,6 +6,7 @@ numbers in rollout, reference and policy. Every loaded model has been checked ag
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -14,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -39,7 +40,8 @@ from transformers.utils import logging as hf_logging
 
 from temper.config import Settings, UserError, opt
 from temper.forest import Forest, Rows, Segment, plant, unroll
-from temper.models import adapters, attention, heads
+from temper.models import adapt, adapters, attention, heads, shared
+from temper.models.adapt import Adapter
 from temper.runs import fsync
 
 log = logging.getLogger("temper")
@@ -100,23 +102,28 @@ def new_model(
 
 
 def load_policy(
-    name_or_dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, precision: Precision = "auto"
+    name_or_dir: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    precision: Precision = "auto",
+    adapters: Adapter | None = None,
+    seed: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A language model and its tokenizer from a folder or hub name, checked against the forest.
+    """A language model and its tokenizer from a folder or hub name, checked against the forest. An adapter's folder gives its base with
+    the adapter on it.
 
-    precision: see `compute_in`.
+    precision: see `compute_in`. adapters: what of it is to be trained; None: it is for use. seed: of a new adapter.
     Raises UserError for a folder that is missing, incomplete or not a language model, and for a hub name that cannot be reached.
     """
     name = _source(name_or_dir)
-    config = _config(name)
-    if _scores(config):
+    base = adapt.base_of(name) if adapt.is_adapter(name) else name
+    config, tokenizer = _config(base), load_tokenizer(name)
+    if _scores(config) or (base != name and adapt.described(name).get("task_type") == "SEQ_CLS"):
         raise UserError(f"{name}: a scoring model, not a language model")
-    model, report = _load(AutoModelForCausalLM, name, config, dtype)
-    _complete(name, report["missing_keys"])
-    nn.Module.to(model, device).eval()
-    check_forest(model, name)
-    compute_in(model, precision)
-    return model, load_tokenizer(name)
+    model, report = _load(AutoModelForCausalLM, base, config, dtype, adapters, device)
+    _complete(base, report["missing_keys"])
+    return _made_ready(_adapted(model, name, base, adapters, tokenizer, seed), name, device, precision), tokenizer
 
 
 def load_scalar(
@@ -127,16 +134,29 @@ def load_scalar(
     seed: int = 0,
     precision: Precision = "auto",
     labels: Sequence[str] | None = ("score",),
+    adapters: Adapter | None = None,
+    beside: Any = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A scoring model (reward, value): a saved one, or a language model's trunk under a new head.
 
     A new head has no bias and weights from N(0, 1/sqrt(d + 1)) (arXiv:1909.08593, 2009.01325), drawn from `seed`.
-    labels: what it scores, by name, one output each; None: whatever a saved one does. precision: see `compute_in`.
+    labels: what it scores, by name, one output each; None: whatever a saved one does. precision, adapters: see `load_policy`.
+    beside: a role (`temper.models.shared`) whose backbone an adapter of the same base shares.
     Raises UserError as `load_policy` does, and for a saved model with other labels.
     """
-    name = _source(name_or_dir)
-    config, tokenizer = _config(name), load_tokenizer(name)
-    scoring = _scores(config)
+    given, name = name_or_dir, _source(name_or_dir)
+    adapter = name if adapt.is_adapter(name) else None
+    name = adapt.base_of(name) if adapter else name
+    config, tokenizer = _config(name), load_tokenizer(adapter or name)
+    if role := shared.beside(beside, adapter or name, name, partial(_new_head, labels=labels, seed=seed), adapters, seed=seed):
+        return cast(Any, role), tokenizer
+    if beside is not None and adapter and adapters and adapters.adapter != "full":
+        adapters = adapters.model_copy(update={"adapter": "auto"})  # the kind is the policy's; this one is trained on as it is
+    scoring, saved = _scores(config), adapt.record(adapter).get("labels") if adapter else None
+    if saved and labels is None:
+        labels = saved
+    if saved and list(labels or ()) != list(saved):
+        raise UserError(f"{adapter}: scores {', '.join(saved)}; needed are {', '.join(labels or ())}")
     if scoring and labels is not None and (config.num_labels != len(labels) or (len(labels) > 1 and label_names(config) != list(labels))):
         if len(labels) == 1:
             raise UserError(f"{name}: scores {config.num_labels} labels; a reward or value model has one")
@@ -150,20 +170,45 @@ def load_scalar(
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         part.pad_token_id = tokenizer.pad_token_id
-    model, report = _load(AutoModelForSequenceClassification, name, config, dtype)
+    model, report = _load(AutoModelForSequenceClassification, name, config, dtype, adapters, device)
     missing = set(report["missing_keys"])
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{name}: {type(model).__name__} has no linear `score` head")
     _complete(name, missing - ({"score.weight", "score.bias"} if not scoring else set()))
     if not scoring:
-        head = nn.Linear(cast(nn.Linear, model.score).in_features, len(labels or ()), bias=False)
-        with torch.no_grad():
-            head.weight.normal_(0.0, 1 / math.sqrt(head.in_features + 1), generator=torch.Generator().manual_seed(seed))
-        model.score = head.to(dtype)
-    nn.Module.to(model, device).eval()
-    check_forest(model, name)
+        model.score = _new_head(cast(nn.Linear, model.score).in_features, labels, seed=seed).to(dtype)
+    if adapter and adapt.described(adapter).get("task_type") == "SEQ_CLS":
+        model.config.architectures = [type(model).__name__]  # the base may be a language model; the two together score
+        for key, value in adapt.record(adapter).items():
+            if key.startswith("temper_"):
+                setattr(model.config, key, value)
+    return _made_ready(_adapted(model, adapter or name, name, adapters, tokenizer, seed), str(given), device, precision), tokenizer
+
+
+def _new_head(width: int, labels: Sequence[str] | None, *, seed: int) -> nn.Linear:
+    head = nn.Linear(width, len(labels or ("score",)), bias=False)
+    with torch.no_grad():
+        head.weight.normal_(0.0, 1 / math.sqrt(width + 1), generator=torch.Generator().manual_seed(seed))
+    return head
+
+
+def _adapted(model: Any, name: str, base: str, how: Adapter | None, tokenizer: Any, seed: int) -> Any:
+    """The model with the adapter of the folder it was asked for by, or a new one, or as it is."""
+    kind = how.adapter if how else "auto"
+    if name != base:
+        if kind not in ("auto", "full"):
+            raise UserError(f"--adapter {kind}: {name} is an adapter already; leave --adapter out to train it on, or merge it first")
+        out = adapt.read_onto(model, name, how if kind == "auto" else None)
+        return adapt.merged(out) if kind == "full" else out
+    return adapt.put_on(model, cast(Adapter, how), tokenizer, seed=seed) if kind not in ("auto", "full") else model
+
+
+def _made_ready(model: Any, name: str, device: str | torch.device, precision: Precision) -> Any:
+    if not getattr(model, "is_quantized", False):
+        nn.Module.to(model, device)
+    check_forest(model.eval(), name)
     compute_in(model, precision)
-    return model, tokenizer
+    return model
 
 
 def label_names(config: Any) -> list[str]:
@@ -175,12 +220,14 @@ def compute_in(model: PreTrainedModel, precision: Precision) -> None:
     """Take the model's products in this precision from now on: forwards, log-probs, sampling. The weights stay as they are; losses and
     sums are float32. auto: bfloat16 on a GPU that has it, the weights' own elsewhere (on most CPUs bfloat16 is slower)."""
     half = precision == "bfloat16" or (precision == "auto" and model.device.type == "cuda" and torch.cuda.is_bf16_supported())
-    cast(Any, model).precision = torch.bfloat16 if half else model.dtype
+    adapters.beneath(model).precision = torch.bfloat16 if half else model.dtype
 
 
 def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name. Raises UserError when there is none."""
+    """The tokenizer of a folder or hub name; an adapter may have its base's. Raises UserError when there is none."""
     name = _source(name_or_dir)
+    if adapt.is_adapter(name) and not list(Path(name).glob("tokenizer*")):
+        name = adapt.base_of(name)
     try:
         return AutoTokenizer.from_pretrained(name, clean_up_tokenization_spaces=False)
     except Exception as error:
@@ -204,8 +251,11 @@ def parameters_in(name_or_dir: str | Path) -> int:
 
 def resize(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> bool:
     """Give the model embeddings for tokens that were added to its tokenizer; whether it lacked any. New rows are drawn around the mean."""
-    if len(tokenizer) <= cast(nn.Embedding, model.get_input_embeddings()).num_embeddings:
+    have = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if len(tokenizer) <= have:
         return False
+    if adapters.adapted(model):
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens and the model {have}: an adapter cannot add them; use --adapter full")
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
@@ -219,17 +269,35 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
     already is replaced as a whole.
     """
     with _replacing(Path(folder)) as aside:
-        _write(model, tokenizer, aside, stop)
+        _write(model, tokenizer, aside, stop, Path(folder))
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, stop: Sequence[int] = ()) -> None:
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    stop: Sequence[int] = (),
+    dtype: torch.dtype | None = None,
+) -> str:
     """`save` for what a stage was trained to make: it takes its place only after what lies on disk, read back, gave the model's logits.
 
-    Raises ExportError when it did not; what was in the folder's place before is there still.
+    An adapter is written in PEFT's format. dtype: a model with all weights, any adapter merged in, in this precision.
+    Returns what was compared and how far apart it was. Raises ExportError when it was too far; what was in the folder's place before
+    is there still.
     """
     with _replacing(Path(folder)) as aside:
-        _write(model, tokenizer, aside, stop)
-        _check_export(model, aside, Path(folder))
+        written = model if dtype is None else adapt.merged(copy.deepcopy(model)).to(dtype)
+        _write(written, tokenizer, aside, stop, Path(folder))
+        return check_export(model, aside, Path(folder), written.dtype)
+
+
+def restore(model: PreTrainedModel, folder: str | Path) -> None:
+    """Give the model the weights that it was saved with in this folder."""
+    if adapters.adapted(model):
+        adapt.restore(model, folder)
+    else:
+        model.load_state_dict(load_policy(str(folder))[0].state_dict())
 
 
 class ExportError(UserError):
@@ -258,10 +326,16 @@ def _replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, aside: Path, stop: Sequence[int]) -> None:
-    _fold_ids(model, tokenizer, stop)
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, aside: Path, stop: Sequence[int], target: Path) -> None:
+    _fold_ids(adapters.beneath(model), tokenizer, stop)
     with _quiet():
-        model.save_pretrained(aside)
+        if adapters.adapted(model):
+            role = getattr(type(model), "acting", None) and cast(Any, model)
+            own = {"name": role.adapter, "score": role.head, "config_of": role.config} if role else {}
+            adapt.write(role.backbone if role else model, aside, target=target, **own)
+            cast(Any, adapters.beneath(model)).generation_config.save_pretrained(aside)
+        else:
+            model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     for file in aside.rglob("*"):
         if file.is_file():
@@ -272,18 +346,37 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, aside: Pa
 
 
 @torch.no_grad()
-def _check_export(model: PreTrainedModel, aside: Path, folder: Path) -> None:
-    """Compares the logits (or score) of a few tokens. The second model is on the CPU, where the first one found room when it was loaded."""
+def check_export(model: PreTrainedModel, aside: Path, folder: Path, dtype: torch.dtype, *, again: Any = None) -> str:
+    """Compares the logits (or score) of a few tokens of the model with what lies in `aside` (or with `again`), which is to be in `folder`.
+    The second model is on the CPU, where the first one found room when it was loaded.
+
+    An adapter, or weights with one merged in, may also be no further from the model than half of what the adapter changes: rounding must
+    not erase what was learned. Raises ExportError.
+    """
+    scoring = hasattr(model, "score")
     try:
-        again, report = _load(type(model), str(aside), _config(str(aside)), model.dtype)
-        _complete(str(aside), report["missing_keys"])
+        again = again or (load_scalar if scoring else load_policy)(aside, dtype=dtype)[0]
     except UserError as error:
         raise ExportError(f"{folder}: what was saved cannot be read back ({str(error).replace(str(aside), folder.name)})") from error
-    probe = torch.linspace(0, model.config.get_text_config().vocab_size - 1, PROBE, dtype=torch.int64)[None]
-    theirs, ours = (x(input_ids=probe.to(x.device)).logits.cpu() for x in (again.eval(), model))
+    ids = torch.linspace(0, model.config.get_text_config().vocab_size - 1, PROBE, dtype=torch.int64).tolist()
+
+    def read(one: Any) -> torch.Tensor:
+        """In the weights' own precision."""
+        with adapters.acting(one):
+            states = attention.row_states(one, torch.tensor([ids], device=one.device))[0]
+        return (heads.score_of(one, states) if scoring else heads.logits(one, states)).cpu()
+
+    theirs, ours = read(again), read(model)
     off = _difference(theirs, ours) if theirs.shape == ours.shape else math.inf
-    if not off <= _tolerance(model.dtype):
-        raise ExportError(f"{folder}: what was saved, read back, gives other logits than the trained model (by {off:.1e}); it was not kept")
+    allowed, note = _tolerance(min(dtype, model.dtype, key=lambda kind: torch.finfo(kind).bits)), ""
+    if adapters.adapted(model):
+        with adapters.without_adapter(model):
+            changed = _difference(read(model), ours)
+        allowed, note = min(allowed, max(changed / 2, _tolerance(torch.float64))), f"; the adapter changes {changed:.1e}"
+    if not off <= allowed:
+        problem = f"gives other logits than the trained model (by {off:.1e}, {allowed:.1e} allowed{note})"
+        raise ExportError(f"{folder}: what was saved, read back, {problem}; it was not kept")
+    return f"read back, logits within {off:.1e} of the trained model's, relative to the largest ({allowed:.1e} allowed{note})"
 
 
 @torch.no_grad()
@@ -331,10 +424,10 @@ def check_forest(model: PreTrainedModel, name: str = "model", tolerance: float |
             raise UserError(f"{name}: {type(model).__name__} depends on padding (by {off:.1e}); temper needs a causal language model")
         log.warning("%s: %s cannot share prefixes (%s); it runs with one padded row per sequence", name, type(model).__name__, problem)
         backend = "rows"
-    cast(Any, model).forest_backend = backend
+    adapters.beneath(model).forest_backend = backend
     if model.get_output_embeddings() is not None:
         ids = rows.ids[:1, : int(rows.mask[0].sum())]
-        theirs = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+        theirs = model(input_ids=ids).logits[0, -ids.shape[1] : -1].float().log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
         off = _difference(heads.log_probs(model, alone[0, : ids.shape[1] - 1], ids[0, 1:]), theirs)
         if not off <= tolerance:
             raise UserError(f"{name}: {type(model).__name__} changes its logits in an unknown way (log-probs off by {off:.1e})")
@@ -365,8 +458,7 @@ def _trial(model: PreTrainedModel) -> Forest:
 def _one_by_one(model: PreTrainedModel, forest: Forest) -> tuple[Rows, torch.Tensor]:
     """(the forest's rows, hidden states [R, L, d]): every path alone and unpadded, by the model's own forward."""
     rows = unroll(forest)
-    trunk = adapters.beneath(model).base_model
-    states = [trunk(input_ids=ids[own][None]).last_hidden_state[0] for ids, own in zip(rows.ids, rows.mask, strict=True)]
+    states = [attention.row_states(model, ids[own][None])[0] for ids, own in zip(rows.ids, rows.mask, strict=True)]
     return rows, torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
 
 
@@ -391,10 +483,12 @@ def _source(name_or_dir: str | Path) -> str:
     """A folder that looks like a model, or a hub name as it is."""
     name = os.fspath(name_or_dir)
     path = Path(name).expanduser()
-    if (path / "model" / "config.json").is_file():  # a stage's folder
+    if (path / "model" / "config.json").is_file() or adapt.is_adapter(path / "model"):  # a stage's folder
         path = path / "model"
     if name and path.is_dir():
         files = {file.name for file in path.iterdir()}
+        if adapt.CONFIG in files:
+            return str(path)
         if "config.json" not in files:
             raise UserError(f"{name}: no config.json, so not a model folder")
         if not any(file.endswith(".safetensors") for file in files):
@@ -443,11 +537,18 @@ def _config(name: str) -> PreTrainedConfig:
     return config
 
 
-def _load(kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load(
+    kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dtype, how: Adapter | None = None, device: Any = "cpu"
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    bits: dict[str, Any] = {}
+    if how and how.quantise != "none":
+        if how.adapter == "full":
+            raise UserError("--quantise 4bit: weights in four bits cannot be trained; add --adapter lora")
+        bits = {"quantization_config": adapt.in_four_bits(str(device)), "device_map": {"": str(device)}}
     try:
         with torch.random.fork_rng(devices=[]), _quiet():
             model, report = kind.from_pretrained(
-                name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+                name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **bits
             )
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, ImportError) as error:
         raise UserError(f"{name}: {_blame(name) or 'cannot load it'} ({_line(error)})") from error

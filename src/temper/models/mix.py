@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from temper.config import Settings, UserError, opt, parse
+from temper.models.adapt import merged
 from temper.models.load import export, load_policy
 from temper.runs import Run, model_fingerprint
 
@@ -80,6 +81,7 @@ def load_soup(experts: Mapping[str, float]) -> tuple[Any, Any]:
     """
     check_start(list(experts))
     models, tokenizer = _load(list(experts))
+    models = [merged(m) for m in models]  # the mean of adapters' factors is not the mean of what they add
     states = [m.state_dict() for m in models]
     for name, state in zip(experts, states, strict=True):
         if {k: x.shape for k, x in state.items()} != {k: x.shape for k, x in states[0].items()}:

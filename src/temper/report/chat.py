@@ -64,7 +64,7 @@ def model_folder(place: str, needs: str = "config.json") -> str:
     inside = sorted(p.name for p in folder.iterdir() if (p / "model").is_dir()) if folder.is_dir() else []
     if inside:
         raise UserError(f"{place}: a run with the stages {', '.join(inside)}; say which: temper chat {folder / inside[-1]}")
-    if folder.is_dir() and not (folder / needs).exists():
+    if folder.is_dir() and not (folder / needs).exists() and not (folder / "adapter_config.json").exists():
         raise UserError(f"{place}: holds no model; give the folder of a stage that is done")
     return place
 

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from temper.config import Settings, UserError, opt, parse
 from temper.data.template import render_prompt, stop_ids
+from temper.models import adapt
 from temper.models.mix import load_askable, parse_mixture
 from temper.records import Message
 from temper.report.figures import COLOURED
@@ -72,8 +73,10 @@ def askable(folder: str | Path) -> list[Stage]:
 
 def _is_policy(folder: Path) -> bool:
     try:
+        if adapt.is_adapter(folder):
+            return adapt.described(folder).get("task_type") != "SEQ_CLS"
         kinds = json.loads((folder / "config.json").read_bytes()).get("architectures") or []
-    except (OSError, ValueError, AttributeError):
+    except (UserError, OSError, ValueError, AttributeError):
         return False
     return not any("SequenceClassification" in str(kind) for kind in kinds)
 

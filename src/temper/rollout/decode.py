@@ -23,7 +23,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from temper.forest import Segment, plant
-from temper.models.attention import attend
+from temper.models import adapters
+from temper.models.attention import attend, laid_out, trunk
 from temper.models.heads import computing, logits, precision
 from temper.models.load import check_forest
 from temper.models.mix import Mixed
@@ -86,7 +87,7 @@ def transposed(model: Any) -> Iterator[None]:
 
     The model is the same to whoever asks it; it holds a second copy of these weights meanwhile, and its own again afterwards.
     """
-    layers = list(dict.fromkeys(m for m in model.modules() if type(m) is nn.Linear)) if model.device.type == "cpu" else []
+    layers = [m for m in adapters.parts(model) if type(m) is nn.Linear] if model.device.type == "cpu" else []
     own = [layer.weight.data for layer in layers]
     try:
         with torch.inference_mode(False):
@@ -226,18 +227,22 @@ class Shared:
         for piece in _pieces([len(prompt) for prompt in prompts]):
             forest = plant([[Segment(prompt, [0.0] * len(prompt))] for prompt in prompts[piece]]).to(self.model.device)
             seen: list[tuple[Tensor, Tensor]] = []
+            given, laid = laid_out(self.model, forest)
+            soft = laid.T - forest.T  # tokens that come first and are seen by all; the same in every piece
+            repeated = soft if held else 0
 
-            def record(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, seen=seen, forest=forest) -> Tensor:
-                seen.append((k, v))
-                return attend(q, k, v, forest, scale=scale, backend=self.backend, window=window)
+            def record(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, seen=seen, laid=laid, cut=repeated) -> Tensor:
+                seen.append((k[cut:], v[cut:]))
+                return attend(q, k, v, laid, scale=scale, backend=self.backend, window=window)
 
-            states = self._trunk(forest.tokens, forest.position, record)
+            states = self._trunk(record, **given)[-forest.T :]
             first.append(logits(self.model, states[forest.last]))
             held.append(seen)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.model.device)
-        batch = SharedBatch(lengths, n, room, self.compiled)
-        column = torch.arange(batch.longest, device=lengths.device)
-        index = (lengths.cumsum(0)[:, None] - batch.longest + column).clamp_(min=0)
+        batch = SharedBatch(lengths + soft, n, room, self.compiled)
+        back = torch.arange(batch.longest, 0, -1, device=lengths.device)  # a place, counted from the prompt's end
+        own = soft + lengths.cumsum(0)[:, None] - back
+        index = torch.where(back <= lengths[:, None], own, (soft + lengths[:, None] - back).clamp(min=0))
         for layer in zip(*held, strict=True):
             k, v = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*layer, strict=True))
             batch.learn(k, v, index)
@@ -256,17 +261,16 @@ class Shared:
             done = [batch.attend(layer, a, b, c, scale, window) for batch, a, b, c in parts]
             return done[0] if len(done) == 1 else torch.cat(done)
 
-        states = self._trunk(tokens, torch.cat([batch.next for batch in batches]), each)
+        position = torch.cat([batch.next for batch in batches])
+        states = self._trunk(each, input_ids=tokens[None], position_ids=position[None], attention_mask=self.no_mask, use_cache=False)
         for batch in batches:
             batch.own += 1
             batch.next += 1
         return logits(self.model, states)
 
-    def _trunk(self, tokens: Tensor, position: Tensor, decode: Any) -> Tensor:
+    def _trunk(self, decode: Any, **given: Any) -> Tensor:
         with computing(self.model):
-            out = self.model.base_model(
-                input_ids=tokens[None], position_ids=position[None], attention_mask=self.no_mask, use_cache=False, decode=decode
-            )
+            out = trunk(self.model)(**given, decode=decode)
         return out.last_hidden_state[0].to(precision(self.model))
 
 
@@ -374,8 +378,19 @@ class Padded:
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         cache = DynamicCache(config=self.model.config)
         cache.layers = [Roomy(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        fed: dict[str, Tensor] = {"input_ids": ids}
+        with adapters.acting(self.model):
+            soft = adapters.soft(self.model)
+        if soft is not None:
+            mask = torch.cat([mask.new_ones(len(mask), soft.many), mask], -1)
+            if soft.embeds is None:
+                for i, layer in enumerate(self.model.get_prompt(len(mask)).layers):
+                    cache.update(layer.keys, layer.values, i)
+            else:
+                words = self.model.get_input_embeddings()(ids)
+                fed = {"inputs_embeds": torch.cat([soft.embeds.to(words.dtype).expand(len(mask), -1, -1), words], 1)}
         position = mask.cumsum(-1)
-        first = self._forward(ids, mask, (position - 1).clamp(min=0), cache)
+        first = self._forward(mask, (position - 1).clamp(min=0)[:, mask.shape[1] - next(iter(fed.values())).shape[1] :], cache, **fed)
         cache.batch_repeat_interleave(n)
         return [(len(prompts), PaddedBatch(cache, mask.repeat_interleave(n, 0), position[:, -1].repeat_interleave(n)), first)]
 
@@ -384,10 +399,12 @@ class Padded:
         for batch, new in zip(batches, tokens.split([len(batch.live) for batch in batches]), strict=True):
             fed = new.new_zeros(len(batch.mask)).index_copy_(0, batch.live, new)
             batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(fed), 1)], -1)
-            out.append(self._forward(fed[:, None], batch.mask, batch.position[:, None], batch.cache)[batch.live])
+            out.append(self._forward(batch.mask, batch.position[:, None], batch.cache, input_ids=fed[:, None])[batch.live])
             batch.position = batch.position + 1
         return torch.cat(out)
 
-    def _forward(self, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    def _forward(self, mask: Tensor, position: Tensor, cache: DynamicCache, **fed: Tensor) -> Tensor:
+        model, how = adapters.beneath(self.model), {"use_cache": True, "logits_to_keep": 1}
+        with adapters.acting(self.model):
+            out = model(**fed, attention_mask=mask, position_ids=position, past_key_values=cache, **how)
         return out.logits[:, -1].float()

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from temper.config import Settings, UserError, opt
+from temper.models import adapters
 from temper.models.load import Precision
 
 
@@ -43,7 +44,7 @@ class Compute(Settings):
 
 def blocks(module: nn.Module) -> list[Any]:
     """The transformer blocks of all models in a module."""
-    return [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
+    return [part for part in adapters.parts(module) if isinstance(part, GradientCheckpointingLayer)]
 
 
 class Compiled:
@@ -72,7 +73,7 @@ def activations(module: nn.Module, how: str) -> Iterator[None]:
     for block in recomputed:
         # transformers checkpoints a block in training mode only; its parts stay as they are, so dropout does too
         block.gradient_checkpointing = block.training = True
-        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=adapters.again)
     offload = how == "offload"
     kept: AbstractContextManager = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()) if offload else nullcontext()
     try:

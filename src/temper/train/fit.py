@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from temper.config import UserError
 from temper.forest import Forest, divide
+from temper.models.adapters import dropping
 from temper.runs import State
 from temper.train import machine, ranks, shard
 from temper.train.compute import Compiled, Compute, activations
@@ -42,9 +43,13 @@ class TrainingError(UserError):
 class Term(NamedTuple):
     """A part of the loss: a sum, and the name of the weight (in `forest.weights`) that divides it."""
 
-    total: Tensor  # scalar
+    total: Tensor | Callable[[], Tensor]  # scalar; a function: computed only after the backward pass of the terms before it
     per: str  # "tokens", "pairs", ...
     coefficient: float = 1.0
+
+    def summed(self) -> Tensor:
+        """The sum, computed now where it was not."""
+        return self.total if isinstance(self.total, Tensor) else self.total()
 
 
 class Loss(NamedTuple):
@@ -178,7 +183,9 @@ class _Training:
         self.norms: list[float] = []
         if resume is not None:
             self.done, self.limit, self.norms = resume["step"], resume["limit"], list(resume["norms"])
-            module.load_state_dict(resume["module"])
+            wrong = module.load_state_dict(resume["module"], strict=False)
+            if wrong.unexpected_keys or set(wrong.missing_keys) - frozen(module):
+                raise ValueError(f"a snapshot of another module: {sorted([*wrong.unexpected_keys, *wrong.missing_keys])[0]}")
         spread = compute.shard == "full" and ranks.count() > 1 and self.done < steps
         self.twin = shard.Twin(module) if spread else None
         self.trained = self.twin.module if self.twin else module
@@ -195,10 +202,11 @@ class _Training:
         """See `Step`."""
         if n != self.done:
             raise RuntimeError(f"snapshot of step {n} asked for at step {self.done}: the weights have moved on")
+        still = frozen(self.trained)  # what an adapter stands on is read from its own folder
         state = {
             "step": n,
             "limit": self.limit,
-            "module": self.trained.state_dict(),
+            "module": {name: x for name, x in self.trained.state_dict().items() if name not in still},
             "optimizer": self.optimizer.state_dict(),
             "norms": list(self.norms),
             "random": random_states(),
@@ -256,6 +264,11 @@ class _Training:
         self.optimizer.zero_grad()
         self.done += 1
         return {"lr": rate} | ({"skipped": float(spike)} if guarded else {})
+
+
+def frozen(module: nn.Module) -> set[str]:
+    """Names of the parameters that do not learn, under every name they have."""
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
 def _count(batches: Sequence[Forest]) -> dict[str, float]:
@@ -343,19 +356,36 @@ def _fitting(backward: Callable[..., Loss], batches: Sequence[Forest], trainable
     return min((n for n in ranks.gather(limit) if n), default=0)
 
 
-def _terms(module: nn.Module, batch: Forest, loss: Callable, weights: Mapping[str, float], step: int) -> tuple[Loss, dict[str, Tensor]]:
-    """The loss of one micro-batch and its terms' shares of the step's loss. A term whose weight is 0 has no share."""
+def _terms(
+    module: nn.Module, batch: Forest, loss: Callable, weights: Mapping[str, float], step: int
+) -> Iterator[tuple[Loss, dict[str, Tensor]]]:
+    """The loss of one micro-batch with the terms that are computed together, and their shares of the step's loss: first all that are
+    there, then those that are functions one by one, so that the activations of two are not held at once. A term whose weight is 0 has no
+    share."""
     out = loss(module, batch)
     for name, term in out.terms.items():
         if term.per not in weights:
             raise ValueError(f"step {step + 1}: loss term {name!r} is per {term.per!r}; the batches weigh {sorted(weights)}")
     if all(weights[term.per] == 0 for term in out.terms.values()):
         raise TrainingError(f"step {step + 1}: nothing to learn: the weights of all loss terms are 0; look at this step's records")
-    return out, {
-        name: term.total * (term.coefficient / weights[term.per])
-        for name, term in out.terms.items()
-        if weights[term.per] != 0 and term.total.requires_grad
-    }
+    later = {name: term for name, term in out.terms.items() if callable(term.total)}
+    there = {name: term for name, term in out.terms.items() if name not in later}
+    first = Loss(there, out.metrics)
+    del out
+    while True:
+        yield (
+            first,
+            {
+                name: term.summed() * (term.coefficient / weights[term.per])
+                for name, term in first.terms.items()
+                if weights[term.per] != 0 and term.summed().requires_grad
+            },
+        )
+        if not later:
+            return
+        name = next(iter(later))
+        term = later.pop(name)
+        first = Loss({name: term._replace(total=term.summed())}, {})
 
 
 def _backward(
@@ -370,15 +400,16 @@ def _backward(
     scale: float = 1.0,
 ) -> Loss:
     """Adds the micro-batch's gradients times `scale`. Gives its loss back without the graph. kept: what is, of the activations."""
-    with activations(module, kept), compiled():
-        out, shares = _terms(module, batch, loss, weights, step)
-        if shares:
-            total = cast(Tensor, sum(shares.values()))
-            (total if scale == 1.0 else total * scale).backward()
-    return Loss(
-        {name: term._replace(total=term.total.detach()) for name, term in out.terms.items()},
-        {name: (_detached(total), _detached(weight)) for name, (total, weight) in out.metrics.items()},
-    )
+    terms: dict[str, Term] = {}
+    metrics: dict[str, tuple[Tensor | float, Tensor | float]] = {}
+    with activations(module, kept), dropping(module), compiled():
+        for out, shares in _terms(module, batch, loss, weights, step):
+            if shares:
+                total = cast(Tensor, sum(shares.values()))
+                (total if scale == 1.0 else total * scale).backward()
+            terms |= {name: term._replace(total=term.summed().detach()) for name, term in out.terms.items()}
+            metrics |= {name: (_detached(total), _detached(weight)) for name, (total, weight) in out.metrics.items()}
+    return Loss(terms, metrics)
 
 
 def _detached(x: Tensor | float) -> Tensor | float:
@@ -395,7 +426,7 @@ def _measure(
     sums: dict[tuple[str, str], float] = defaultdict(float)
     for i, part in enumerate(parts):
         for name, term in part.terms.items():
-            value = float(term.total)
+            value = float(term.summed())
             if not math.isfinite(value):
                 problem = problem or f"loss term {name!r} is {value} in micro-batch {i + 1} of {len(parts)}; {ADVICE}"
             if weights[term.per] != 0:
@@ -442,10 +473,11 @@ def _grad_norm(trainable: Mapping[str, nn.Parameter], limit: float) -> float:
 def _blame(module: nn.Module, batches: Sequence[Forest], loss: Callable, weights: Mapping, trainable: Mapping, step: int) -> str | None:
     """Which term of which micro-batch makes a gradient that is not finite, and in which tensor: computed again, one at a time."""
     for i, batch in enumerate(batches):
-        names = list(_terms(module, batch, loss, weights, step)[1])
-        for name in names:
-            share = _terms(module, batch, loss, weights, step)[1][name]
-            gradients = torch.autograd.grad(share, list(trainable.values()), allow_unused=True)
+        shares: dict[str, Tensor] = {}
+        for _, some in _terms(module, batch, loss, weights, step):
+            shares |= some
+        for name, share in shares.items():
+            gradients = torch.autograd.grad(share, list(trainable.values()), allow_unused=True, retain_graph=True)
             for tensor, gradient in zip(trainable, gradients, strict=True):
                 if gradient is not None and not bool(torch.isfinite(gradient).all()):
                     where = f"micro-batch {i + 1} of {len(batches)}"

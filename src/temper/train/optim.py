@@ -53,6 +53,7 @@ def lr_at(optim: Optim, step: int, steps: int) -> float:
 def optimizer(module: nn.Module, optim: Optim, multipliers: Mapping[str, float] | None = None) -> torch.optim.AdamW:
     """AdamW or Muon over the parameters that require gradients, in groups by weight decay, learning-rate multiplier and rule.
 
+    An adapter learns at its own pace: a module's attribute `pace` multiplies the rate of what is in it.
     multipliers: {prefix of a parameter's name: factor on the learning rate}; the longest matching prefix counts. Each group
     carries its factor as "multiplier". Vectors (norms, biases) never decay; embeddings only with `decay_embeddings`.
     Raises ValueError for a prefix that no trainable parameter has, UserError for Muon where no transformer block has a matrix to train.
@@ -67,8 +68,10 @@ def optimizer(module: nn.Module, optim: Optim, multipliers: Mapping[str, float] 
     if optim.optimizer == "muon" and not any(id(p) in hidden for p in trainable.values()):
         raise UserError(f"--optimizer muon: {type(module).__name__} has no transformer block with matrices to train; use adamw")
     groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
+    pace = {id(p): vars(part)["pace"] for part in module.modules() if "pace" in vars(part) for p in part.parameters()}
     for name, p in trainable.items():
         factor = multipliers[max((x for x in multipliers if name.startswith(x)), key=len)] if _any(name, multipliers) else 1.0
+        factor *= pace.get(id(p), 1.0)
         decays = p.ndim >= 2 and (optim.decay_embeddings or id(p) not in embeddings)
         groups.setdefault((factor, decays, id(p) in hidden), []).append(p)
     # fused is one pass over the memory: 3.3 against 12.2 ms for 2.6M parameters on one core, equal to the last bit
