@@ -164,6 +164,9 @@ def short(method, toy, folder):
     more = {
         "sft": {"epochs": 0.25},
         "dpo": {"epochs": 1.5},
+        "kto": {"epochs": 0.75, "tokens_per_microbatch": 100},
+        "bco": {"epochs": 0.75},
+        "online-dpo": {"rollouts": 3, "tokens_per_microbatch": 100},
         "reward": {"epochs": 1.5},
         "ppo": {"rollouts": 3, "tokens_per_microbatch": 100, "kl_target": 0.5, "samples_per_prompt": 2},
     }
@@ -192,7 +195,7 @@ def same_answers(rollouts, others):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("method", ["sft", "muon", "dpo", "reward", "rankings", "ppo"])
+@pytest.mark.parametrize("method", ["sft", "muon", "dpo", "kto", "bco", "online-dpo", "reward", "rankings", "ppo"])
 def test_two_ranks_train_what_one_does(two, toy, tmp_path, method):
     name, values = short(method, toy, tmp_path)
     (rows, weights, _, rollouts), (theirs, own, _, _) = two(play, name, values)
@@ -229,7 +232,7 @@ FULL = {"shard": "full"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sft", "muon", "dpo", "reward", "ppo"])
+@pytest.mark.parametrize("method", ["sft", "muon", "dpo", "kto", "online-dpo", "reward", "ppo"])
 def test_spread_over_two_ranks_what_one_does(two, toy, tmp_path, method):
     """Unequal numbers of micro-batches too: a rank that has fewer makes passes without effect."""
     name, values = short(method, toy, tmp_path)
