@@ -172,6 +172,9 @@ def short(method, toy, folder):
     more = {
         "sft": {"epochs": 0.25},
         "dpo": {"epochs": 1.5},
+        "kto": {"epochs": 0.75, "tokens_per_microbatch": 100},
+        "bco": {"epochs": 0.75},
+        "online-dpo": {"rollouts": 3, "tokens_per_microbatch": 100},
         "reward": {"epochs": 1.5},
         "grpo": {"rollouts": 3, "tokens_per_microbatch": 100, "dynamic": 1, "minibatches": 2},
         "ppo": {"rollouts": 3, "tokens_per_microbatch": 100, "kl_target": 0.5, "samples_per_prompt": 2},
@@ -201,7 +204,7 @@ def same_answers(rollouts, others):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("method", ["sft", "muon", "lora", "dpo", "reward", "rankings", "ppo", "grpo"])
+@pytest.mark.parametrize("method", ["sft", "muon", "lora", "dpo", "kto", "bco", "online-dpo", "reward", "rankings", "ppo", "grpo"])
 def test_two_ranks_train_what_one_does(two, toy, tmp_path, method):
     name, values = short(method, toy, tmp_path)
     (rows, weights, _, rollouts), (theirs, own, _, _) = two(play, name, values)
@@ -238,7 +241,7 @@ FULL = {"shard": "full"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sft", "muon", "lora", "dpo", "reward", "ppo"])
+@pytest.mark.parametrize("method", ["sft", "muon", "lora", "dpo", "kto", "online-dpo", "reward", "ppo"])
 def test_spread_over_two_ranks_what_one_does(two, toy, tmp_path, method):
     """Unequal numbers of micro-batches too: a rank that has fewer makes passes without effect."""
     name, values = short(method, toy, tmp_path)
