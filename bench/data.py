@@ -13,6 +13,7 @@ from temper.data.trees import chat_trees, comparison_trees, prompt_ids
 from temper.forest import Forest, Tree, plant
 from temper.methods import sft
 from temper.methods.base import Batching, Window
+from temper.models.fused import unfuse
 from temper.models.load import Size, load_policy, load_scalar, load_tokenizer, new_model, save
 from temper.models.tokenizer import train_tokenizer
 from temper.records import Chat, Message, Pair, Prompt, write_jsonl
@@ -104,6 +105,7 @@ class Setup:
 
     def plain(self, model: Any) -> Any:
         """The same model as transformers alone would run it."""
+        unfuse(model)
         model.set_attn_implementation("sdpa")
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
