@@ -3,7 +3,7 @@
 from typing import Any
 
 from bench.data import OPTIM, Setup
-from bench.training import Peer, twin
+from bench.training import Peer, twin, with_liger
 from temper.methods import preference, reward
 
 MICRO = (2, 4, 8)
@@ -17,8 +17,8 @@ class DPO:
     def __init__(self, setup: Setup) -> None:
         self.setup, self.trees, self.batch = setup, setup.pair_trees(), setup.scale.pairs
         plain = {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
-        self.candidates = [Peer(micro, more=plain) for micro in MICRO if micro <= self.batch]
-        self.candidates.append(Peer(min(4, self.batch), more={"gradient_checkpointing": False}))
+        peers = [Peer(micro, more=plain) for micro in MICRO if micro <= self.batch]
+        self.candidates = with_liger([*peers, Peer(min(4, self.batch), more={"gradient_checkpointing": False})], setup.device)
         self.default = Peer(min(8, self.batch), sort=False, more={})
 
     def model(self) -> Any:
@@ -58,7 +58,8 @@ class Reward:
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.trees, self.batch = setup, setup.pair_trees(), setup.scale.pairs
-        self.candidates = [Peer(micro, more={"gradient_checkpointing": False}) for micro in MICRO if micro <= self.batch]
+        peers = [Peer(micro, more={"gradient_checkpointing": False}) for micro in MICRO if micro <= self.batch]
+        self.candidates = with_liger(peers, setup.device)
         self.default = Peer(min(8, self.batch), sort=False, more={})
 
     def model(self) -> Any:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from bench.data import OPTIM, Setup
-from bench.training import Peer
+from bench.training import Peer, with_liger
 from temper.forest import Tree
 from temper.methods import sft
 
@@ -16,10 +16,8 @@ class SFT:
         self.trees = setup.chat_trees if trees is None else trees
         self.batch = batch or setup.scale.chats
         plain = {"gradient_checkpointing": False, "max_length": None}
-        self.candidates = [
-            *(Peer(micro, more=plain) for micro in sorted({min(m, self.batch) for m in (2, 4, 8, 16)})),
-            Peer(min(4, self.batch), more={**plain, "padding_free": True}),
-        ]
+        peers = [Peer(micro, more=plain) for micro in sorted({min(m, self.batch) for m in (2, 4, 8, 16)})]
+        self.candidates = with_liger([*peers, Peer(min(4, self.batch), more={**plain, "padding_free": True})], setup.device)
         self.default = Peer(min(8, self.batch), sort=False, more={})
 
     def model(self) -> Any:

@@ -5,7 +5,8 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 from transformers import PrinterCallback, TrainerCallback
@@ -33,6 +34,12 @@ class Peer:
     def __str__(self) -> str:
         more = "".join(f", {key}={value}" for key, value in self.more.items())
         return f"float32, per_device_train_batch_size={self.micro}{', rows sorted by length within the step' if self.sort else ''}{more}"
+
+
+def with_liger(peers: list[Peer], device: str) -> list[Peer]:
+    """These, and on a GPU where Liger's kernels are installed the same with them."""
+    there = device == "cuda" and find_spec("liger_kernel")
+    return peers + ([replace(peer, more={**peer.more, "use_liger_kernel": True}) for peer in peers] if there else [])
 
 
 class Task(Protocol):
@@ -159,7 +166,11 @@ def search(task: Task, say: Any) -> tuple[int, Peer]:
         say(f"ours, tokens_per_microbatch={tokens}", least(steps))
     theirs = {}
     for i, peer in enumerate(task.candidates):
-        steps = run_peer(task, peer, 3).peer
+        try:
+            steps = run_peer(task, peer, 3).peer
+        except (RuntimeError, ImportError) as problem:  # a peer that cannot run here is not this bench's error
+            say(f"{peer}: does not run here ({type(problem).__name__}: {next(iter(str(problem).splitlines()), '')})", None)
+            continue
         try:
             agree(mine[BUDGETS[-1]], steps)
         except Refused as problem:
