@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
-from temper.models.fused import Gated, Norm, fuse, unfuse
+from temper.models.fused import Gated, Norm, Rotary, fuse, unfuse
 
 SMALL = {
     "hidden_size": 24,
@@ -42,7 +43,8 @@ def test_values_and_gradients_are_those_of_transformers(model, config):
     usual = made(model, config)
     fused = copy.deepcopy(usual)
     fuse(fused)
-    assert {kind: sum(isinstance(m, kind) for m in fused.modules()) for kind in (Norm, Gated)}[Gated] == 2
+    norms = 5 if model is LlamaForCausalLM else 9  # Qwen3 norms each head's queries and keys
+    assert [sum(isinstance(m, kind) for m in fused.modules()) for kind in (Norm, Gated, Rotary)] == [norms, 2, 2]
     ids = torch.randint(50, (3, 300))  # more rows than are computed at a time
     (out, grads), (theirs, others) = learned(fused, ids), learned(usual, ids)
     torch.testing.assert_close(out, theirs, rtol=1e-5, atol=1e-5)
@@ -62,6 +64,18 @@ def test_gradients_are_the_derivatives():
         for parameter in module.parameters():
             x = torch.randn(3, 24).double()
             assert torch.autograd.gradcheck(lambda _, module=module, x=x: module.compute(module, x), parameter)
+
+
+def test_positions_turn_as_transformers_turns_them():
+    usual = LlamaAttention.forward.__globals__["apply_rotary_pos_emb"]
+    q, k, angles = (torch.randn(shape).double() for shape in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8)))
+    q, k = q.float().requires_grad_(), k.float().requires_grad_()
+    cos, sin = angles.cos().float(), angles.sin().float()  # halves that differ: each half has its own place
+    ours, theirs = Rotary.turning(usual)(q, k, cos, sin), usual(q, k, cos, sin)
+    weights = [torch.randn_like(x) for x in ours]
+    ours, theirs = ((*pair, *torch.autograd.grad(pair, (q, k), weights)) for pair in (ours, theirs))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_other_formulas_stay_as_they_are():
