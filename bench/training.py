@@ -20,7 +20,7 @@ from temper.train import Step
 
 WARM_UP = 2
 FIRST, LATER = 1e-5, 1e-4  # tolerances of losses and gradient norms, relative; before the first update, and after it
-BUDGETS = (1024, 2048, 4096, 8192)  # tokens per micro-batch that are tried for ours
+BUDGETS = (2048, 4096, 8192)  # tokens per micro-batch that are tried for ours
 
 
 @dataclass(frozen=True)

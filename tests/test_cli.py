@@ -77,6 +77,14 @@ def test_usage_imports_nothing():
     assert not {"torch", "transformers", "numpy"} & answers([], ["sfd"])[1]
 
 
+def test_help_and_a_mistake_import_no_pytorch():
+    said, modules = answers(["sft", "--help"], ["ppo", "--halp"], ["data", "convert", "--help"])
+    assert "usage: temper sft" in said
+    assert "no flag --halp; did you mean --help?" in said
+    assert not HEAVY & modules
+
+
+@pytest.mark.slow
 def test_a_command_line_is_read_without_pytorch(tmp_path):
     """Help, wrong flags, recipes and files that are not there; and nothing of the hollow libraries is left behind."""
     recipe = tmp_path / "recipe.yaml"
