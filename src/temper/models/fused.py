@@ -87,16 +87,21 @@ class Norm:
     def compute(module: Any, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return cast(Tensor, _Norm.apply(x, module.weight, module.variance_epsilon))
-        return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+        return (x * _scale(x, module.variance_epsilon)).mul_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if _usual(x) else self.compute(self, x)  # type: ignore[misc]
 
 
+def _scale(x: Tensor, eps: float) -> Tensor:
+    """[..., 1] 1 / sqrt(mean(x^2) + eps), without a tensor of squares."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        scale = _scale(x, eps)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
