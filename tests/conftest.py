@@ -9,9 +9,11 @@ import pytest
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """Files and trained stages (tests/toy.py); read-only. The processes of a run of the tests share them: the first makes them."""
+    import torch
     from filelock import FileLock
     from toy import Toy, make_toy
 
+    torch.set_num_threads(1)
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "toy"
     with FileLock(f"{folder}.lock"):

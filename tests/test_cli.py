@@ -152,6 +152,7 @@ def test_exit_codes(monkeypatch, capsys):
     assert capsys.readouterr().err == "temper: interrupted\n"
 
 
+@pytest.mark.slow
 def test_a_method_by_hand_from_end_to_end_on_files_alone(toy, tmp_path, capsys):
     """base -> sft -> reward -> ppo, each by its command, each finding the one before by its folder."""
     steps = {

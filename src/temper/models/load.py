@@ -358,7 +358,7 @@ def check_export(model: PreTrainedModel, aside: Path, folder: Path, dtype: torch
     """
     scoring = hasattr(model, "score")
     try:
-        again = again or (load_scalar if scoring else load_policy)(aside, dtype=dtype)[0]
+        again = again or (load_scalar(aside, dtype=dtype, labels=None) if scoring else load_policy(aside, dtype=dtype))[0]
     except UserError as error:
         raise ExportError(f"{folder}: what was saved cannot be read back ({str(error).replace(str(aside), folder.name)})") from error
     ids = torch.linspace(0, model.config.get_text_config().vocab_size - 1, PROBE, dtype=torch.int64).tolist()
