@@ -197,6 +197,9 @@ def _measured(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
 def _trained(t: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     rates = [float(rate) for rate, nll in t["tried"].items() if nll is not None]
     notes = []
+    if not t["epochs"]:
+        yield reason("measured", f"no pass at any of the rates {names(list(t['tried']))} was better than none", "rows kept for choosing")
+        return
     if len(rates) > 1 and t["rate"] in (min(rates), max(rates)):
         notes.append(f"it is the {'largest' if t['rate'] == max(rates) else 'smallest'} rate that worked: try --rates beyond it")
     if t["epochs"] == t["of"]:
@@ -414,9 +417,9 @@ def costs(found: Mapping[str, Any]) -> dict[str, Any]:
     if not kind:
         choice = "Not known: memory and speed are measured on a model (--model)"
     elif took is None:
-        choice = f"{kind}: {_gigabytes(total(found['costs'][kind]))}, {_speed(found['costs'][kind])}"
+        choice = f"If it is trained, {kind}: {_gigabytes(total(found['costs'][kind]))}, {_speed(found['costs'][kind])}"
     else:
-        choice = f"{kind}: {_gigabytes(total(found['costs'][kind]))}, {duration(took[0])}"
+        choice = f"If it is trained, {kind}: {_gigabytes(total(found['costs'][kind]))}, {duration(took[0])}"
     return advice("What it costs", choice, _bill(found, kind))
 
 

@@ -96,6 +96,10 @@ def read(argv: list[str]) -> Advise:
         raise UserError(f"--schema describes JSON, --format is {s.answers.format}; leave one of the two out")
     if "none" in s.answers.feedback and len(s.answers.feedback) > 1:
         raise UserError(f"--feedback {' '.join(s.answers.feedback)}: none stands alone")
+    if isinstance(s.answers.hardware, float) and s.answers.hardware <= 0:
+        raise UserError(f"--hardware {s.answers.hardware:g}: give the GB of the device's memory, or here")
+    if any(rate <= 0 for rate in s.trial.rates):
+        raise UserError(f"--rates {' '.join(f'{rate:g}' for rate in s.trial.rates)}: a learning rate is above 0")
     if s.output.out and Path(s.output.out).is_file():
         raise UserError(f"{s.output.out}: a file; give a folder for --out")
     return s

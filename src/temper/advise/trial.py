@@ -401,12 +401,12 @@ def _steps(s: Trial, model: Any, trees: Sequence[Tree], rate: float, epochs: flo
 
 
 def train(s: Trial, name: str, kind: str, rate: float, rows: Rows, way: Way, epochs: float, quiet: bool) -> Trained | None:
-    """Train on `rows.learn`, looking at `rows.dev` after each pass; the best pass's weights stay. None: the loss became no number."""
+    """Train on `rows.learn`, looking at `rows.dev` before and after each pass; the weights that were best there stay. None: the loss became no number."""
     model, tokenizer = load(s, name, kind)
     trees, _ = chat_trees(tokenizer, rows.learn, model, s.window)
     dev = [way(tokenizer, chat).tree for chat in rows.dev]
     trained = [p for p in model.parameters() if p.requires_grad]
-    best, kept, at = float("inf"), [p.detach().clone() for p in trained], 0.0
+    best, kept, at = _mean_nll(s, model, dev), [p.detach().clone() for p in trained], 0.0
     total = Batching(batch=s.batch, epochs=epochs).steps(len(trees))
     each = max(1, -(-len(trees) // s.batch))
     with progress(f"{kind}, rate {rate:g}", total, 0, quiet) as show:
@@ -414,17 +414,19 @@ def train(s: Trial, name: str, kind: str, rate: float, rows: Rows, way: Way, epo
             for step in _steps(s, model, trees, rate, epochs):
                 show(step.n, step.metrics)
                 if step.n % each == 0 or step.n == total:
-                    found = sum(answer_nll(model, dev, s.tokens_per_microbatch)) / len(dev)
+                    found = _mean_nll(s, model, dev)
                     if found < best:
                         best, at, kept = found, step.n / each, [p.detach().clone() for p in trained]
         except TrainingError:
             return None
-    if best == float("inf"):
-        return None
     with torch.no_grad():
         for p, value in zip(trained, kept, strict=True):
             p.copy_(value)
     return Trained(model, tokenizer, rate, at, len(trees), best)
+
+
+def _mean_nll(s: Trial, model: Any, trees: Sequence[Tree]) -> float:
+    return sum(answer_nll(model, trees, s.tokens_per_microbatch)) / len(trees)
 
 
 def best_rate(s: Trial, name: str, kind: str, rows: Rows, way: Way, epochs: float, quiet: bool) -> Trained:
