@@ -72,7 +72,13 @@ def test_as_many_shots_as_fit(toy):
 
 @pytest.mark.parametrize(
     ("a", "b", "equal"),
-    [("Red.", " red", True), ("red boat", "red  Boat", True), ("red", "blue", False), ('{"a": 1}', '{ "a":1 }', True), ("[1]", "[2]", False)],
+    [
+        ("Red.", " red", True),
+        ("red boat", "red  Boat", True),
+        ("red", "blue", False),
+        ('{"a": 1}', '{ "a":1 }', True),
+        ("[1]", "[2]", False),
+    ],
 )
 def test_equal_answers(a, b, equal):
     assert same(a, b) == equal

@@ -175,7 +175,7 @@ def _measured(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         if measure not in decision["by"] and measure != next(iter(decision["against"])):
             continue
         figures = [f"{r['name']} {told(measure, r['measures'][measure])}" for r in found["rivals"] if measure in r["measures"]]
-        worse = [name for name, gap in against["gaps"].items() if gap["low"] > 0]
+        worse = [name for name, gap in against["gaps"].items() if (gap["low"] or 0.0) > 0]
         text = f"{measure}: {'; '.join(figures)}"
         text += f". Clearly worse than {against['best']}: {names(worse)}" if worse else ". None is clearly worse than another"
         yield reason("measured", text, "held-out rows", limit)

@@ -98,7 +98,7 @@ class Trial(Settings):
 
 def machine_facts(s: Trial) -> dict[str, Any]:
     """What computes, and how much memory is free on it."""
-    free = host.free_memory(torch.device(s.device, 0) if s.device == "cuda" else torch.device(s.device)) if _there(s.device) else None
+    free = host.free_memory(torch.device(s.device)) if _there(s.device) else None
     name = torch.cuda.get_device_name() if s.device == "cuda" and _there("cuda") else f"{os.cpu_count()} CPU cores"
     return {"device": s.device, "name": name, "threads": torch.get_num_threads(), "free_bytes": free}
 
@@ -289,6 +289,8 @@ def answered(
 ) -> Result:
     """The rival's figures on the rows, and its answers. checks: by rater; None: compared with the row's answer."""
     asked = [way(tokenizer, chat) for chat in rows]
+    if way.name == "few-shot" and not any(a.shots for a in asked):
+        raise UserError(f"no example fits beside a request and its answer into {way.room} tokens")
     began = time.perf_counter()
     values: Values = {"nll": [*answer_nll(model, [a.tree for a in asked], s.tokens_per_microbatch)]}
     forward = sum(size(a.tree) for a in asked) / (time.perf_counter() - began)
@@ -358,7 +360,7 @@ class _TooMuch(UserError):
 def load(s: Trial, name: str, kind: str) -> tuple[Any, Any]:
     """The model with what is to be trained of it, and a tokenizer with a chat template."""
     full = TRAINED[kind] == "full"
-    free = host.free_memory(torch.device("cpu")) if s.device == "cpu" else None
+    free = host.free_memory(torch.device(s.device)) if _there(s.device) else None
     if full and free is not None and (least := parameters_in(name) * (4.0 + BESIDE["adamw"])) > free:
         raise _TooMuch(f"weights, gradients and optimiser take {least / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
     model, tokenizer = load_policy(name, **s.compute.placed, adapters=Adapter(adapter=TRAINED[kind]), seed=s.seed)  # type: ignore[arg-type]
@@ -516,15 +518,22 @@ def _trial(s: Trial, name: str, chats: Sequence[Chat], schema: str | None, form:
     max_new = s.max_new or int(min(MOST_NEW, quantile(lengths, 0.95) + 8, (room or 2 * MOST_NEW) // 2))
     ways = {rival: Way(rival, system, (), room, max_new) for rival in RIVALS}
 
-    def fits(chat: Chat) -> bool:
+    def fits(chat: Chat, rivals: Sequence[str] = ("zero-shot",)) -> bool:
         try:
-            return all(ways[rival].fits(ways[rival](tokenizer, chat)) for rival in ("zero-shot", "system"))
+            return all(ways[rival].fits(ways[rival](tokenizer, chat)) for rival in rivals)
         except UserError:
             if not s.window.skip_bad:
                 raise UserError(f"{chat.meta.get('at', 'a row')}: {sys.exc_info()[1]}; --skip-bad leaves such rows out") from None
             return False
 
-    rows, long = divide(chats, s, fits)
+    some = list(filter(fits, chats[:50]))
+    prompted = [k for k in PROMPTED if k in s.rivals]
+    if "system" in prompted and 2 * sum(fits(chat, ["system"]) for chat in some) < len(some):
+        prompted.remove("system")
+        out["not_measured"].append(
+            f"system: its prompt does not fit beside most requests into {room} tokens; give a shorter one (--system)"
+        )
+    rows, long = divide(chats, s, partial(fits, rivals=[k for k in prompted if k == "system"] or ["zero-shot"]))
     ways["few-shot"].shots = rows.shots
     clusters = [key(chat) for chat in rows.test]
     out["rows"] |= {"learned_from": len(rows.learn), "chosen_on": len(rows.dev), "held_out": len(rows.test), "too_long": long}
@@ -535,7 +544,7 @@ def _trial(s: Trial, name: str, chats: Sequence[Chat], schema: str | None, form:
         out["rows"]["unfit"] = unfit
     results: dict[str, Result] = {}
     ask = partial(answered, rows=rows.test, s=s, checks=checks, quiet=quiet)
-    for rival in (r for r in PROMPTED if r in s.rivals):
+    for rival in prompted:
         with _may_fail(rival, out):
             results[rival] = ask(model, tokenizer, way=ways[rival])
             out["rivals"].append(_row(rival, results[rival], clusters))
