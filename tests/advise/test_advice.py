@@ -2,10 +2,11 @@
 
 import pytest
 
-from temper.advise.advice import LITERATURE, recommend
+from temper.advise.advice import recommend
 from temper.advise.command import QUESTIONS, Answers, ask, settled
+from temper.advise.literature import LITERATURE
+from temper.advise.rivals import decide
 from temper.advise.show import page, tell
-from temper.advise.trial import decide
 
 APPROACH, PREFERENCE, AMOUNT, COST = range(4)
 
@@ -14,7 +15,7 @@ def found(**answers):
     """What is known where nothing was measured."""
     said = {name: {"value": q.assumed if name != "feedback" else [q.assumed], "from": "assumed"} for name, q in QUESTIONS.items()}
     said |= {name: {"value": value, "from": "a flag"} for name, value in answers.items()}
-    empty = {"rows": None, "rivals": [], "decision": None, "curve": None, "costs": {}, "samples": [], "not_measured": []}
+    empty = {"rows": None, "rivals": [], "decision": None, "curve": None, "costs": {}, "samples": [], "too_large": [], "not_measured": []}
     machine = {"device": "cpu", "name": "2 CPU cores", "threads": 1, "free_bytes": 1e9}
     return {"model": None, "data": None, "schema": None, "machine": machine, "answers": said, **empty}
 
@@ -31,8 +32,8 @@ def cost(trained=1e6):
 
 def measured(right=0.3, epochs=2.0, gain=-0.2, half=0.05, by=("correct",), **answers):
     """A trial that LoRA won."""
-    trained = {"rate": 3e-4, "epochs": epochs, "of": 4.0, "rows": 512, "tried": {"3e-05": 2.0, "0.0003": 1.0, "0.003": None}}
-    rest = {"forward_tokens_per_second": 1.0, "sampled_tokens_per_second": 50.0, "shots": 0.0}
+    trained = {"rate": 3e-4, "epochs": epochs, "of": 4.0, "asked": 8, "rows": 512, "tried": {"3e-05": 2.0, "0.0003": 1.0, "0.003": None}}
+    rest = {"forward_tokens_per_second": 2000.0, "sampled_tokens_per_second": 50.0, "shots": 0.0, "answer_tokens": 20.0}
     rivals = [
         {"name": "few-shot", "measures": {"correct": m(0.1), "nll": m(2.0)}, "trained": None, **rest},
         {"name": "lora", "measures": {"correct": m(right), "nll": m(1.0)}, "trained": trained, **rest},
@@ -125,9 +126,18 @@ def test_a_trial_speaks_for_itself():
     assert bill["choice"] == "If it is trained, lora: 2.0 GB, 3 min 20 s"  # 1000 rows x 2 passes x 100 tokens at 1000/s
 
 
+def test_the_price_of_a_preference_method_is_arithmetic():
+    """1,000 pairs of 2 x 100 tokens: 200 s of learning at 1000/s and 100 s of the reference's reading at 2000/s."""
+    assert "1,000 pairs: about 5 min 00 s" in said(recommend(measured(feedback=["pairs"]))[PREFERENCE])
+    grpo = said(recommend(measured(feedback=["verifiable"]))[PREFERENCE])  # 20 tokens at 50/s, then 100 at 1000/s and at 2000/s
+    assert "1,000 sampled answers: about 9 min 10 s" in grpo
+    assert "no second model" in grpo
+
+
 def test_the_limits_are_said():
     assert "likelihood is not quality" in said(recommend(measured(by=("nll",)))[APPROACH])
     assert "no pass" in said(recommend(measured(epochs=0.0))[APPROACH])
+    assert "the time allowed 4 of 8 passes" in said(recommend(measured())[APPROACH])
     assert "the last pass was the best" in said(recommend(measured(epochs=4.0))[APPROACH])
     assert "nothing told the rivals apart" in said(recommend(measured(by=()))[APPROACH])
     assert recommend(measured(half=0.3))[AMOUNT]["choice"].startswith("Four times the rows gained nothing")

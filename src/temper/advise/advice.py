@@ -8,92 +8,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from temper.advise.literature import LITERATURE
 from temper.report.words import amount, capital, duration, names, percent, plain
 
 Kind = Literal["measured", "answered", "reckoned", "literature"]
 LOCAL_SHOTS = 16  # examples at which arXiv:2305.16938 compared fine-tuning with the same examples in the prompt
 WIDE = 10_000_000_000  # parameters at which prompt tuning met full tuning (arXiv:2104.08691)
+MANY = 1000  # pairs or answers whose time is told
 PASSES = 3  # over the data, where no trial says how many
 RIGHT = 0.02  # share of right answers below which hardly any group of answers holds a right one
-
-
-class Claim(NamedTuple):
-    """What a paper says, and how far that goes."""
-
-    arxiv: str
-    text: str
-    limit: str
-
-
-LITERATURE = {
-    "lora": Claim(
-        "2405.09673",
-        "LoRA equals full fine-tuning on instruction data; on code and maths it learns less and forgets less"
-        " (HumanEval .358 at rank 16 against .497, what was known before .646 against .446)",
-        "one family of models, rates matched by a sweep; what is forgotten was not measured here",
-    ),
-    "prompt-tuning": Claim(
-        "2104.08691",
-        "prompt tuning meets full fine-tuning at about 10 billion parameters; below that it trails prefix tuning, LoRA and full",
-        "a statement on scale, on classification-like tasks; its parameters are k x width, for example 100 x 4,096 = 409,600",
-    ),
-    "few": Claim(
-        "2305.16938",
-        "models of 6.7 to 30 billion parameters fine-tuned on 16 examples generalise out of domain as well as or better than with the"
-        " examples in the prompt; that fewer than 50 examples overfit and few-shot is safer is folklore",
-        "classification; a very small model cannot learn from examples in its prompt at all",
-    ),
-    "nll": Claim(
-        "2203.02155",
-        "the validation loss overfits after one pass while further passes still raise the reward model's score and people's preference",
-        "so a likelihood is not quality: read the answers, or give --reward",
-    ),
-    "amount": Claim(
-        "2305.11206",
-        "1,000 curated demonstrations made a good assistant of a 65B model, fewer than 2,000 were unstable at 7B; others used 27,540"
-        " (arXiv:2307.09288) and 939,344 (arXiv:2411.15124)",
-        "no number holds for every task: what your own rows are worth is measured by giving --data and --model",
-    ),
-    "qlora": Claim(
-        "2305.14314",
-        "LoRA on weights in four bits; a 7B model fits one consumer GPU at usual lengths only so",
-        "on a GPU with bitsandbytes (--quantise 4bit)",
-    ),
-    "dpo": Claim(
-        "2305.18290",
-        "pairs are learned from directly, without sampling and without a reward model; the reference's log-probs can be written beforehand,"
-        " so that one model is held",
-        "whether it equals PPO is contested: see the next reason",
-    ),
-    "online": Claim(
-        "2404.10719",
-        "tuned PPO beat DPO on every task of that study; online methods beat offline ones at equal KL (arXiv:2405.08448)",
-        "elsewhere PPO was comparable at a cost many times as high (arXiv:2411.15124)",
-    ),
-    "kto": Claim(
-        "2402.01306",
-        "thumbs alone matched DPO from 1B to 30B parameters, also with 90% fewer good answers",
-        "the authors' own comparison; needs both thumbs up and down",
-    ),
-    "grpo": Claim(
-        "2402.03300",
-        "several answers to each prompt are compared with each other: no value network; the reward can be a program's verdict"
-        " (arXiv:2501.12948)",
-        "a prompt whose answers are all right or all wrong teaches nothing, so the model must sometimes be right already",
-    ),
-    "people": Claim(
-        "2203.02155",
-        "people agreed on 72.6% and 77.3% of comparisons; 63% in arXiv:2204.05862. A comparison cost $0.30 (arXiv:2305.14387)",
-        "InstructGPT ranked 4 to 9 answers to each of 33,207 prompts; nobody has shown how few would do",
-    ),
-    "principles": Claim(
-        "2212.08073",
-        "written principles replaced labels of harmfulness: critiques, revisions, and comparisons by the model",
-        "for harmlessness alone: helpfulness came from 135,296 human comparisons",
-    ),
-}
 
 
 def reason(kind: Kind, text: str, source: str = "", limit: str = "") -> dict[str, str]:
@@ -163,7 +88,7 @@ def _unmeasured(found: Mapping[str, Any]) -> str:
         return "system"
     if answer(found, "examples") < LOCAL_SHOTS:
         return "few-shot"
-    fits = found["costs"].get("full") is None or _room(found, "full") is not False
+    fits = _room(found, "full") is not False
     return "full" if answer(found, "task") in ("facts", "reasoning") and fits else "lora"
 
 
@@ -184,6 +109,10 @@ def _measured(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         yield reason("measured", f"{name} could not be told apart from {chosen}, which is cheaper", "held-out rows", "more rows may tell")
     if not decision["by"]:
         yield reason("measured", "nothing told the rivals apart; the cheapest is taken", "held-out rows", f"{n} rows see large gaps only")
+    cut = [r["name"] for r in found["rivals"] if "ended" in r["measures"] and r["measures"]["ended"]["mean"] < 0.5]
+    if cut:
+        text = f"most answers of {names(cut)} did not end within {rows['max_new']} tokens"
+        yield reason("measured", text, "held-out rows", "a model that does not stop, or --max-new is too small")
     if "nll" in decision["by"]:
         yield literature("nll")
     if rows.get("unfit"):
@@ -204,6 +133,8 @@ def _trained(t: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[dict[str
         notes.append(f"it is the {'largest' if t['rate'] == max(rates) else 'smallest'} rate that worked: try --rates beyond it")
     if t["epochs"] == t["of"]:
         notes.append("the last pass was the best: more may help (--epochs, --minutes)")
+    if t["of"] < t["asked"]:
+        notes.append(f"the time allowed {plain(t['of'], 0)} of {t['asked']} passes (--minutes)")
     if t["rows"] < rows["records"]:
         notes.append(f"it learned from {amount(t['rows'])} of {amount(rows['records'])} rows")
     text = f"rate {t['rate']:g} and {plain(t['epochs'], 0)} of {plain(t['of'], 0)} passes were best on {rows['chosen_on']} other rows"
@@ -221,7 +152,7 @@ def _supposed(found: Mapping[str, Any], chosen: str) -> Iterator[dict[str, str]]
         yield literature("few")
         yield said(found, "task", f"the task is {task}: " + _for_task(task))
         yield literature("lora")
-    if found["costs"].get("full") is not None and _room(found, "full") is False and task in ("facts", "reasoning"):
+    if _room(found, "full") is False and task in ("facts", "reasoning"):
         yield reason("reckoned", "full fine-tuning would suit the task but does not fit into the memory", "see the costs")
     yield literature("prompt-tuning")
     if answer(found, "format") == "json":
@@ -315,9 +246,34 @@ def _why(found: Mapping[str, Any], method: str, have: list[str], right: Mapping[
         yield literature("online")
     if method == "constitution":
         yield literature("principles")
+    yield from _preference_bill(found, method)
     if not method:
         text = "without pairs, thumbs, a program that verifies, or people, no preference method has anything to learn from"
         yield reason("reckoned", text, "", "a rater of your own is enough: --reward of `temper grpo` and `temper best-of-n`")
+
+
+def _preference_bill(found: Mapping[str, Any], method: str) -> Iterator[dict[str, str]]:
+    """What it takes beside fine-tuning, from speeds that were measured."""
+    kind = next((k for k in _ways(found) if k in found["costs"]), "")
+    own = rival(found, kind) if kind else None
+    if not own or not method:
+        return
+    cost, adapter = found["costs"][kind], kind != "full"
+    learn, row = cost["tokens_per_second"]["mean"], cost["tokens_per_row"]
+    if method in ("dpo", "kto"):
+        took = MANY * 2 * row * (1 / learn + 1 / own["forward_tokens_per_second"])
+        text = f"{MANY:,} pairs: about {duration(took)} for a pass, with {kind}; memory as for fine-tuning"
+        yield reason(
+            "reckoned", text, "two rows of tokens each, learned from once and read once by the reference", "pairs as long as your rows"
+        )
+    elif method in ("grpo", "online-dpo"):
+        took = MANY * (own["answer_tokens"] / own["sampled_tokens_per_second"] + row * (1 / learn + 1 / own["forward_tokens_per_second"]))
+        beside = "no second model, the reference being the adapter switched off" if adapter else _gigabytes(cost["bytes"]["weights"])
+        text = f"{MANY:,} sampled answers: about {duration(took)}, with {kind}; beside fine-tuning's memory {beside}"
+        text += "" if adapter else " for the reference"
+        yield reason(
+            "reckoned", text, "sampled, read by the reference, learned from once", "answers as long as now; a reward model comes on top"
+        )
 
 
 def _preference_command(found: Mapping[str, Any], method: str) -> str:
@@ -392,6 +348,8 @@ def total(cost: Mapping[str, Any]) -> float:
 def _room(found: Mapping[str, Any], kind: str) -> bool | None:
     """Whether it fits where it is to be trained; None where that is not known."""
     hardware, cost = answer(found, "hardware"), found["costs"].get(kind)
+    if hardware == "here" and kind in found["too_large"]:
+        return False
     if cost is None:
         return None
     if hardware == "here":  # it was measured here, so it fitted
@@ -409,10 +367,14 @@ def seconds(found: Mapping[str, Any], kind: str) -> tuple[float, float] | None:
     return answer(found, "examples") * passes * cost["tokens_per_row"] / cost["tokens_per_second"]["mean"], passes
 
 
+def _ways(found: Mapping[str, Any]) -> list[str]:
+    """Ways of training, the recommended one first."""
+    return [(found["decision"] or {}).get("chosen") or _unmeasured(found), *found["costs"]]
+
+
 def costs(found: Mapping[str, Any]) -> dict[str, Any]:
     """Memory and hours of each way of training."""
-    chosen = (found["decision"] or {}).get("chosen") or _unmeasured(found)
-    kind = chosen if chosen in found["costs"] else next(iter(found["costs"]), "")
+    kind = next((k for k in _ways(found) if k in found["costs"]), "")
     took = seconds(found, kind) if kind else None
     if not kind:
         choice = "Not known: memory and speed are measured on a model (--model)"
@@ -459,5 +421,5 @@ def _bill(found: Mapping[str, Any], chosen: str) -> Iterator[dict[str, str]]:
         fastest = max(told_of, key=lambda r: r["sampled_tokens_per_second"])
         text = f"sampling: {plain(fastest['sampled_tokens_per_second'], 0)} tokens/s ({fastest['name']}, up to 64 answers at once)"
         yield reason("measured", text, "the held-out answers", "what PPO, GRPO and online methods spend most of their time on")
-    if any("fit" in line or "MB" in line for line in found["not_measured"]) or any(_room(found, k) is False for k in found["costs"]):
+    if any(_room(found, kind) is False for kind in ("lora", "full")):
         yield literature("qlora")

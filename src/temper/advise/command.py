@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from temper.advise.advice import recommend
+from temper.advise.rivals import Trial
 from temper.advise.show import page, tell
-from temper.advise.trial import Trial, machine_facts, measure
+from temper.advise.trial import machine_facts, measure
 from temper.config import Settings, UserError, build, dump, opt, parse
 from temper.ladder.stage import absent
 from temper.runs import atomic_write

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from temper.advise.advice import number, told
-from temper.advise.trial import MEASURES
+from temper.advise.rivals import MEASURES
 from temper.report.page import document, html, join, scroll
 from temper.report.words import clean, names, plain
 
