@@ -33,7 +33,7 @@ from temper.stats.intervals import Interval, mean_interval
 from temper.train import Optim, TrainingError
 from temper.train import machine as host
 
-PROBE = 3.0  # seconds for which training is timed
+PROBE, STEPS = 3.0, 3  # seconds and steps for which training is timed, at least
 RANDOM = 256  # tokens of a row, where there is no data
 
 
@@ -97,10 +97,13 @@ def price(s: Trial, name: str, kind: str, rows: Sequence[Chat] | None, quiet: bo
     if free is not None and need.states + need.activations > 0.9 * free:
         raise TooMuch(f"training takes {(need.states + need.activations) / 1e6:,.0f} MB beside the weights, {free / 1e6:,.0f} MB are free")
     speeds, began = [], time.perf_counter()
-    for step in _steps(s, model, trees, 1e-6, 1000 * len(trees)):
-        speeds += [step.metrics["tokens_per_second"]] if step.n > 1 else []  # the first one makes the optimiser's memory
-        if len(speeds) >= 3 and time.perf_counter() - began > PROBE:
-            break
+    with progress(f"{kind}: timing", 1 + STEPS, 0, quiet) as show:
+        for step in _steps(s, model, trees, 1e-6, 1000 * len(trees)):
+            if step.n <= 1 + STEPS:
+                show(step.n, step.metrics)
+            speeds += [step.metrics["tokens_per_second"]] if step.n > 1 else []  # the first one makes the optimiser's memory
+            if len(speeds) >= STEPS and time.perf_counter() - began > PROBE:
+                break
     return Cost(need, mean_interval(speeds), sum(map(size, trees)) / len(trees), s.tokens_per_microbatch)
 
 
