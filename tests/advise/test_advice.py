@@ -181,6 +181,12 @@ def test_only_what_is_open_is_asked():
     assert answers == Answers(task="style", budget=2, examples=12, hardware=24.0, feedback=["pairs", "people"], format="json")
 
 
+def test_what_the_data_tell_is_not_asked():
+    heard = []
+    ask(Answers(), lambda name, *_: heard.append(name) or "", ("examples", "format"))
+    assert heard == ["task", "feedback", "hardware", "privacy", "budget"]
+
+
 def test_a_wrong_answer_is_asked_again(capsys):
     replies = iter(["maths", "reasoning"])
     assert ask(Answers(), lambda name, *_: next(replies) if name == "task" else "").task == "reasoning"

@@ -16,6 +16,7 @@ from temper.models.load import load_policy
 from temper.records import Chat, Message
 
 QUICK = ["--threads", "1", "--json", "--held-out", "8", "--learn-from", "16", "--epochs", "2", "--max-new", "8", "--rates", "1e-2"]
+FEW = ["--rivals", "zero-shot", "few-shot", "lora"]
 
 
 def chat(ask, answer="It is red.", system=None):
@@ -103,19 +104,19 @@ def test_what_a_file_shows(tmp_path, row, shows):
 
 def test_the_rivals_run(toy, tmp_path, capsys):
     """SFT's model and its own data: trained rivals, a curve, costs and advice; the same figures in the file and on the page."""
-    assert main(["advise", "--model", toy.sft, "--data", toy.chats, *QUICK, "--out", str(tmp_path / "o")]) == 0
+    assert main(["advise", "--model", toy.sft, "--data", toy.chats, *QUICK, *FEW, "--out", str(tmp_path / "o")]) == 0
     out = json.loads(capsys.readouterr().out)
     assert out == json.loads((tmp_path / "o" / "advice.json").read_text())
     rivals = {r["name"]: r for r in out["rivals"]}
-    assert list(rivals) == ["zero-shot", "system", "few-shot", "lora", "full"], out["not_measured"]
+    assert list(rivals) == ["zero-shot", "few-shot", "lora"], out["not_measured"]
     assert out["rows"]["held_out"] == 8
     for r in rivals.values():
         assert r["measures"]["nll"]["n"] == 8
         assert r["measures"].keys() == {"nll", "exact", "ended"}
     assert rivals["few-shot"]["shots"] > 0
-    assert out["costs"]["lora"]["trained"] < out["costs"]["full"]["trained"] == out["costs"]["full"]["parameters"]
-    assert out["costs"]["full"]["bytes"]["states"] == 16 * out["costs"]["full"]["trained"]
-    assert out["costs"]["full"]["tokens_per_second"]["mean"] > 0
+    cost = out["costs"]["lora"]
+    assert cost["bytes"]["states"] == 16 * cost["trained"] < 16 * cost["parameters"]
+    assert cost["tokens_per_second"]["mean"] > 0
     assert out["decision"]["chosen"] in rivals
     assert out["answers"]["examples"] == {"value": 168, "from": "the data"}
     assert [len(a["reasons"]) > 0 for a in out["advice"]] == [True] * 4
@@ -128,17 +129,21 @@ def test_training_wins_where_there_is_something_to_learn(toy, tmp_path, capsys):
     rows = [{"messages": [*user(f"Code of {a}{b}?"), says(json.dumps({"code": a}))]} for a in "pqrs" for b in range(25)]
     schema = tmp_path / "s.json"
     schema.write_text('{"type": "object", "required": ["code"]}')
-    more = ["--schema", str(schema), "--epochs", "12", "--rivals", "zero-shot", "full", "--learn-from", "64", "--max-new", "24"]
+    more = ["--schema", str(schema), "--epochs", "40", "--rates", "2e-2", "--learn-from", "64", "--max-new", "24"]
     data = write(tmp_path / "d.jsonl", rows)
     assert main(["advise", "--model", toy.sft, "--data", str(data), *QUICK, *more]) == 0
     out = json.loads(capsys.readouterr().out)
     rivals = {r["name"]: r["measures"] for r in out["rivals"]}
     assert rivals["zero-shot"]["schema"]["mean"] == 0
-    assert rivals["full"]["schema"]["mean"] > 0.8
-    assert out["decision"] | {"against": 0} == {"chosen": "full", "equal": [], "by": out["decision"]["by"], "against": 0}
+    assert rivals["full"]["schema"]["mean"] > 0.5
+    assert {"exact", "schema", "json"} < rivals["full"].keys()
+    assert out["decision"]["chosen"] in ("lora", "full")
+    assert out["curve"]["rows"] == [16, 64]
     assert out["rows"]["unfit"] == 0
+    assert out["costs"]["full"]["trained"] == out["costs"]["full"]["parameters"] > out["costs"]["lora"]["trained"]
 
 
+@pytest.mark.slow
 def test_speed_and_memory_without_data(toy, capsys):
     assert main(["advise", "--model", toy.sft, "--rivals", "lora", "--examples", "100", *QUICK]) == 0
     out = json.loads(capsys.readouterr().out)

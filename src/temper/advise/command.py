@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -106,13 +106,13 @@ def read(argv: list[str]) -> Advise:
     return s
 
 
-def ask(answers: Answers, person: Callable[[str, Question, list[str]], str]) -> Answers:
-    """The answers with what `person(name, question, choices)` says of each that is open; "" leaves it open."""
+def ask(answers: Answers, person: Callable[[str, Question, list[str]], str], shown: Sequence[str] = ()) -> Answers:
+    """The answers with what `person(name, question, choices)` says of each that is open; "" leaves it open. shown: what the data tell."""
     values = dump(answers)
     for name, question in QUESTIONS.items():
         field = Answers.model_fields[name]
         choices = _choices(field.annotation)
-        while values[name] in (None, []):
+        while name not in shown and values[name] in (None, []):
             said = person(name, question, choices).strip()
             if not said:
                 break
@@ -163,7 +163,7 @@ def main(argv: list[str]) -> int:
     machine.use(s.output.threads)
     said = s.answers
     if s.output.ask and not s.output.json_ and sys.stdin.isatty() and sys.stderr.isatty():
-        said = ask(said, _person)
+        said = ask(said, _person, ("examples", "format") if s.data else ())
     found: dict[str, Any] = {"model": s.model, "data": s.data, "schema": s.schema_, "machine": machine_facts(s.trial)}
     found |= measure(s.trial, s.model, s.data, s.schema_, said.format, quiet=s.output.json_)
     found["answers"] = settled(s.answers, said, found.get("rows"))

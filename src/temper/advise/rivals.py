@@ -304,7 +304,8 @@ def decide(values: Mapping[str, Values], clusters: Sequence[Any]) -> dict[str, A
     Measures are asked in their order: those remain that are not clearly worse than the best so far, i.e. whose paired 95% interval of the
     difference does not exclude zero. The NLL counts only where nothing else told any apart.
     """
-    left, by, against = [name for name in RIVALS if name in values], [], {}
+    left, by = [name for name in RIVALS if name in values], list[str]()
+    against: dict[str, Any] = {}
     for measure in MEASURES:
         if measure == "ended" or (measure == "nll" and by) or not all(measure in values[name] for name in left):
             continue

@@ -96,7 +96,8 @@ def price(s: Trial, name: str, kind: str, rows: Sequence[Chat] | None, quiet: bo
     free = host.free_memory(next(model.parameters()).device)
     if free is not None and need.states + need.activations > 0.9 * free:
         raise TooMuch(f"training takes {(need.states + need.activations) / 1e6:,.0f} MB beside the weights, {free / 1e6:,.0f} MB are free")
-    speeds, began = [], time.perf_counter()
+    speeds: list[float] = []
+    began = time.perf_counter()
     with progress(f"{kind}: timing", 1 + STEPS, 0, quiet) as show:
         for step in _steps(s, model, trees, 1e-6, 1000 * len(trees)):
             if step.n <= 1 + STEPS:

@@ -194,7 +194,8 @@ class _Run:
         found = train(self.s, self.name, kind, rate, few, self.ways[kind], 4 * epochs, self.quiet)
         if found is None:
             return None
-        part, gains = self.ask(kind, found.model, found.tokenizer), {}
+        part = self.ask(kind, found.model, found.tokenizer)
+        gains: dict[str, Any] = {}
         for measure, column in self.results[kind].values.items():
             rows_of = zip(column, part.values[measure], self.clusters, strict=True)
             both = [(a, b, c) for a, b, c in rows_of if a is not None and b is not None]
