@@ -178,7 +178,7 @@ def _continuous(model: Any, prompts: list[list[int]], config: GenerationConfig) 
 @cache
 def _engine(folder: str) -> Any:
     """vLLM holding the model; half of the card's memory, for ours is in the same process."""
-    from vllm import LLM  # type: ignore[import-not-found]
+    from vllm import LLM
 
     return LLM(folder, dtype="float32", gpu_memory_utilization=0.5, enable_prefix_caching=True)
 

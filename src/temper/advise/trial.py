@@ -141,7 +141,7 @@ class _Run:
                     raise UserError(f"{chat.meta.get('at', 'a row')}: {error}; --skip-bad leaves such rows out") from None
                 return False
 
-        prompted = [k for k in PROMPTED if k in s.rivals]
+        prompted: list[str] = [k for k in PROMPTED if k in s.rivals]
         some = list(filter(fits, chats[: SOME // 10]))
         if "system" in prompted and 2 * sum(fits(chat, "system") for chat in some) < len(some):
             prompted.remove("system")
