@@ -14,13 +14,14 @@ import torch
 
 from bench import training
 from bench.data import Setup
+from bench.grpo import GRPO, RLOO
 from bench.machine import Peak, Refused, can_measure_memory, in_turn, now, ratio
 from bench.ppo import PPO
-from bench.preference import DPO, Reward
+from bench.preference import DPO, KTO, Reward
 from bench.rollout import CompiledRollouts, Rollouts
-from bench.sft import SFT
+from bench.sft import SFT, LoRA
 
-TRAINING: dict[str, Any] = {task.name: task for task in (SFT, DPO, Reward)}
+TRAINING: dict[str, Any] = {task.name: task for task in (SFT, LoRA, DPO, Reward, KTO, GRPO, RLOO)}
 CALLS: dict[str, Any] = {task.name: task for task in (Rollouts, CompiledRollouts, PPO)}
 NAMES = (*TRAINING, *CALLS)
 
