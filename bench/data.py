@@ -43,7 +43,7 @@ class Scale(NamedTuple):
 SCALES = {
     "tiny": Scale(Size(width=192, layers=4, heads=4, context=1024), 2048, 32, 16, 64, 128, 40),
     "small": Scale(Size(width=512, layers=8, heads=8, mlp=1344, context=1024), 8192, 16, 8, 16, 64, 20),
-    "smoke": Scale(Size(width=32, layers=2, heads=2, context=1024), 512, 4, 4, 3, 8, 0),
+    "smoke": Scale(Size(width=32, layers=2, heads=2, context=1024), 512, 4, 4, 8, 24, 60),
 }
 
 

@@ -156,9 +156,10 @@ class GRPO:
             for what, x, y, unit in ("loss", a.loss, b.loss, 1.0), ("gradient norm", a.grad_norm, b.grad_norm, b.grad_norm):
                 if what == "loss" and not self.losses:
                     continue
-                off = max(off, abs(x - y) / unit)
-                if not off <= LATER:
+                gap = abs(x - y) / unit
+                if not gap <= LATER:
                     raise Refused(f"{what} {x:.7g} of ours, {y:.7g} of the peer")
+                off = max(off, gap)
         return off
 
     def flops(self) -> float:
