@@ -47,11 +47,11 @@ SCALES = {
 }
 
 
-def records() -> tuple[list[Pair], str]:
+def records(world: bool = False) -> tuple[list[Pair], str]:
     """Pairs of answers, and where they are from: HH dialogues in the folder TEMPER_TEST_DATA; else the embedded world's
-    demonstrations, each answer against one to another question."""
+    demonstrations, each answer against one to another question. world: these in any case."""
     path = Path(os.environ.get("TEMPER_TEST_DATA") or ".") / HARMLESS
-    if path.is_file():
+    if path.is_file() and not world:
         return read(str(path), "pairs", skip_bad=True)[0][:RECORDS], "HH harmless-base"
     chats = read(f"world:demonstrations?n={RECORDS + 1}", "chat")[0]
     answers = [chat.messages[-1].content for chat in chats]
