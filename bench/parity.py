@@ -10,7 +10,7 @@ policy, for at a log-ratio of 0 many losses are the same. Exit code 1 where a ca
 """
 
 import argparse
-import math
+import importlib.metadata
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from bench.data import SEED, Setup, make, records
@@ -33,11 +31,13 @@ from temper.methods import preference, unpaired
 from temper.methods.base import Batching, offline
 from temper.methods.comparisons import count_records
 from temper.models.adapters import adapted
-from temper.train import Optim, Step, fit
+from temper.runs import atomic_write
+from temper.train import Optim, Step, fit, machine
 
 OPTIM = Optim(lr=1.0, schedule="constant", warmup=0.0, beta2=0.999, eps=1.0, max_grad_norm=1e9)
 TOLERANCE = 1e-5
 NOISE = 0.1  # share by which a reference's weights differ from the policy's, at random
+RECORDS = 80
 PAGE = Path(__file__).parent.parent / "docs" / "parity.md"
 BEGIN, END = "<!-- table: made by `python -m bench.parity` -->", "<!-- end of table -->"
 
@@ -270,20 +270,45 @@ def compare(case: Case, setup: Setup) -> Found:
     return Found(case.name, ours, turns.peer[-1].loss, difference, moved, case.why)
 
 
+def table(found: list[Found]) -> str:
+    """What stands between the marks of the page."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("trl", "transformers", "torch"))
+    lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}", *(f"| {' | '.join(one.cells)} |" for one in found)]
+    return "\n".join([f"{sum(one.agrees for one in found)} of {len(found)} cases agree; {versions}.", "", *lines])
+
+
+def page(found: list[Found]) -> None:
+    """Put the table into docs/parity.md."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    atomic_write(PAGE, f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{rest.partition(END)[2]}")
+
+
 def weights(model: Any) -> dict[str, Tensor]:
     return model.state_dict() if not adapted(model) else {name: x for name, x in model.state_dict().items() if "lora_" in name}
 
 
-def main(names: list[str]) -> int:
+def chosen(names: list[str]) -> list[Case]:
+    """The cases of these names, whole or of their first word; of none, all. Raises KeyError for a name that no case has."""
+    short = {case.name: case.name.split()[0].strip(",") for case in CASES}
+    for name in names:
+        if name not in short and name not in short.values():
+            raise KeyError(name)
+    return [case for case in CASES if not names or {case.name, short[case.name]} & set(names)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a case as the table has it, or its first word")
+    names = parser.parse_args().names
+    try:
+        cases = chosen(names)
+    except KeyError as problem:
+        parser.error(f"no case {problem}; there are {', '.join(dict.fromkeys(c.name.split()[0].strip(',') for c in CASES))}")
     quiet_peers()
-    chosen = [case for case in CASES if not names or any(case.name == name or case.name.split()[0].strip(",") == name for name in names)]
-    if not chosen:
-        print(f"no case of {', '.join(names)}; there are {', '.join(dict.fromkeys(c.name.split()[0].strip(',') for c in CASES))}")
-        return 2
     wrong, found = 0, []
     with tempfile.TemporaryDirectory() as folder:
-        make("smoke", Path(folder), records(world=True)[0][:80])
-        for case in chosen:
+        make("smoke", Path(folder), records(world=True)[0][:RECORDS])
+        for case in cases:
             found.append(compare(case, Setup("smoke", folder)))
             print(" | ".join(found[-1].cells), flush=True)
             wrong += found[-1].agrees == bool(case.why)
@@ -293,5 +318,5 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(SEED)
-    sys.exit(main(sys.argv[1:]))
+    machine.use(1)
+    sys.exit(main())
