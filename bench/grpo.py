@@ -35,6 +35,7 @@ class GRPO:
     theirs: ClassVar[dict[str, Any]] = {"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False}
     unit = 1000.0  # of rewards: TRL adds 1e-4 to a group's deviation, which is nothing then
     updates = 1  # on each rollout
+    rollouts = 1  # that are compared
     losses = True  # whether the loss's value is compared, too
 
     def __init__(self, setup: Setup) -> None:
@@ -133,10 +134,10 @@ class GRPO:
 
         return reward
 
-    def beside(self, peer: Peer, rollouts: int = 1) -> tuple[list[Timed], Any, InTurn]:
+    def beside(self, peer: Peer) -> tuple[list[Timed], Any, InTurn]:
         """(our updates, our module, the peer's run) on rollouts of ours."""
         mine, module, given = [], None, []
-        for step in self.ours(None, batching(self, rollouts * self.updates)):
+        for step in self.ours(None, batching(self, self.rollouts * self.updates)):
             if len(mine) % self.updates == 0:
                 given.append(answered(Forest.from_tensors(f) for f in step.snapshot()["source"]["pending"][0]))
             mine.append(Timed(0.0, step.metrics["loss"], step.metrics["grad_norm"]))
@@ -148,8 +149,8 @@ class GRPO:
             self.given = []
 
     def compare(self, peer: Peer) -> float:
-        """The largest difference of loss and gradient norm on a rollout of ours. Raises Refused. The norm's is relative; the loss is near 0,
-        a mean of compared rewards: its difference is in the unit of advantages."""
+        """The largest difference of loss and gradient norm on a rollout of ours. Raises Refused. The norm's is relative; the loss is near
+        0, a mean of compared rewards: its difference is in the unit of advantages."""
         mine, _, turns = self.beside(peer)
         off = 0.0
         for a, b in zip(mine, turns.peer, strict=True):

@@ -72,7 +72,8 @@ class Reward:
         return self.setup.scorer()
 
     def ours(self, model, batching):
-        return reward.train(reward.Reward(model="", data="", batching=batching, optim=self.optim, centring=self.centring), model, self.trees)
+        settings = reward.Reward(model="", data="", batching=batching, optim=self.optim, centring=self.centring)
+        return reward.train(settings, model, self.trees)
 
     def trainer(self, model, rows, peer, common, callback):
         from datasets import Dataset
