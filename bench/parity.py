@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bench.data import SEED, Setup, make, records
-from bench.grpo import GRPO, RLOO
+from bench.grpo import EACH, GRPO, RLOO
 from bench.preference import DPO, KTO, Reward
 from bench.sft import SFT, LoRA
 from bench.training import Peer, batching, quiet_peers, run_peer
@@ -214,7 +214,7 @@ CASES = [
         *("kto, in micro-batches of two rows", Thumbs, {}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
         "TRL finds z0 anew in each micro-batch, ours once over the whole step",
     ),
-    Case("reward", Reward, {"centring": 0.0}, {"center_rewards_coefficient": None}),
+    Case("reward", Reward, {"centring": 0.0}),
     Case("reward, centred", Reward),
     Case("reward, with margins", Margins),
     Case("grpo --std bessel, the second rollout", GRPO, SECOND),
@@ -247,7 +247,7 @@ def compare(case: Case, setup: Setup) -> Found:
     sampled = isinstance(task, GRPO)
     if sampled:
         task.theirs = {**task.theirs, **case.peer}
-    micro = task.batch * (8 if sampled else 1)
+    micro = task.batch * (EACH if sampled else 1)
     peer = Peer(micro, sort=False, more={"gradient_checkpointing": False, **({} if sampled else case.peer)})
     before = {name: x.clone() for name, x in task.model().state_dict().items()}
     if sampled:

@@ -1,6 +1,7 @@
 """Training rows: a method of ours beside a trainer of TRL, step by step on the same records."""
 
 import copy
+import logging
 import os
 import tempfile
 import warnings
@@ -223,11 +224,13 @@ def quiet_peers() -> None:
     """Without the peers' progress bars and notes."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("trl").setLevel(logging.ERROR)
     import datasets
-    from transformers.utils import logging
+    from transformers.utils import logging as notes
 
     datasets.disable_progress_bars()
-    logging.set_verbosity_error()
+    notes.set_verbosity_error()
+    notes.disable_progress_bar()
 
 
 def twin(model: Any) -> Any:
