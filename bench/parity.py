@@ -6,7 +6,7 @@
 Both sides start from the same small model on the embedded world, take the same records (of methods that sample: the same answers, ours)
 and make the same update, by AdamW with lr = eps = 1 and no clipping: a weight then moves by g / (1 + |g|), so that every gradient counts
 by its size. At an eps near 0 the first update would be the gradient's sign alone, equal for many a wrong loss. Reference models differ from
-the policy, for at a log-ratio of 0 many losses are the same. Exit code 1 where a case differs that should not, or agrees that should differ.
+the policy, for at a log-ratio of 0 many losses are the same. Exit code 1 where a case differs that should not, or the other way round.
 """
 
 import argparse
