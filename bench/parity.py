@@ -170,7 +170,7 @@ class Margins(Reward):
 OVER_TOKENS = "TRL averages the likelihood over all chosen tokens of the step, ours over each answer's and then over answers"
 BESSEL = "TRL divides by the deviation over n - 1, plus 1e-4; ours over n (`--std bessel`: over n - 1)"
 BIAS = "TRL lets the gradient through the ratio that weighs the KL, ours takes the ratio as data; the value is the same"
-PER_ANSWER = "the same gradient; of a loss without a slope at ratio 1 TRL counts an answer's advantage once, ours at each of its tokens"
+PER_ANSWER = "the same gradient, another value: at ratio 1 TRL counts an answer's advantage once, ours at each of its tokens"
 WHOLE_RATIO = "after the first update on a rollout: TRL clips one ratio for the whole answer, the product of its tokens', ours each token's"
 SECOND = {"rollouts": 2}
 TWICE = {"updates": 2}
