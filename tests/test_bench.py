@@ -54,6 +54,7 @@ def test_operations_are_counted_by_hand():
     assert training_flops(model, [[Segment([1, 2], [0.0, 1.0])]]) == 3 * (2 * inner * 2 + 4 * 8 * 3 + 2 * 8 * 32)
 
 
+@pytest.mark.slow  # imports peft
 def test_a_frozen_weight_needs_no_product_of_its_own():
     """LoRA of rank 1: backward through the frozen weights to their inputs alone; its own, and attention, as ever."""
     model = new_model(Size(width=8, layers=1, heads=2, mlp=16, context=8), 32, seed=0)
