@@ -136,7 +136,9 @@ class GRPO:
 
     def beside(self, peer: Peer) -> tuple[list[Timed], Any, InTurn]:
         """(our updates, our module, the peer's run) on rollouts of ours."""
-        mine, module, given = [], None, []
+        mine: list[Timed] = []
+        given: list[Answered] = []
+        module: Any = None
         for step in self.ours(None, batching(self, self.rollouts * self.updates)):
             if len(mine) % self.updates == 0:
                 given.append(answered(Forest.from_tensors(f) for f in step.snapshot()["source"]["pending"][0]))
