@@ -1,4 +1,4 @@
-"""Supervised fine-tuning against TRL's SFTTrainer: conversations, loss on the assistant's tokens."""
+"""Supervised fine-tuning against TRL's SFTTrainer, of all weights and by LoRA: conversations, loss on the assistant's tokens."""
 
 from typing import Any
 
@@ -6,10 +6,14 @@ from bench.data import OPTIM, Setup
 from bench.training import Peer, with_liger
 from temper.forest import Tree
 from temper.methods import sft
+from temper.models.adapt import Adapter
+
+LORA = Adapter(adapter="lora", adapter_lr=1.0)  # rank 16 on all linear layers but the head, at the same rate as the peer's
 
 
 class SFT:
     name = "sft"
+    optim = OPTIM
 
     def __init__(self, setup: Setup, trees: list[Tree] | None = None, batch: int = 0) -> None:
         self.setup = setup
@@ -24,7 +28,7 @@ class SFT:
         return self.setup.policy()
 
     def ours(self, model, batching):
-        return sft.train(sft.SFT(model="", data="", batching=batching, optim=OPTIM), model, self.trees)
+        return sft.train(sft.SFT(model="", data="", batching=batching, optim=self.optim), model, self.trees)
 
     def trainer(self, model, rows, peer, common, callback):
         from datasets import Dataset
@@ -45,3 +49,12 @@ class SFT:
             processing_class=self.setup.tokenizer,
             callbacks=[callback],
         )
+
+
+class LoRA(SFT):
+    """The same adapter of PEFT on both sides, A drawn from one seed."""
+
+    name = "lora"
+
+    def model(self) -> Any:
+        return self.setup.policy(LORA)
