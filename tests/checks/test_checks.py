@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from temper.checks import CHECKS, Case, examine_stage, run_checks
+from temper.checks import CHECKS, Case, examine_stage, foresee, run_checks
 from temper.checks.machine import arithmetic
 from temper.checks.registry import lengths, listed
 from temper.checks.rows import mojibake
@@ -22,6 +22,7 @@ from temper.ladder.graph import make
 from temper.ladder.recipe import read_recipe
 from temper.methods import load
 from temper.methods.base import Batching, Corpus, Prepared, Window
+from temper.models.load import parameters_in
 from temper.models.tokenizer import train_tokenizer
 from temper.records import Chat, Function, Message, Pair, Prompt, Rated, ToolCall
 from temper.runs import Run
@@ -444,3 +445,12 @@ def test_the_evaluation_sets_of_a_recipe(toy, tmp_path, capsys):
     _, (stage,) = read_recipe(str(tmp_path / "r.yaml"), None)
     with pytest.raises(UserError, match="with something of test"):
         make(stage, tmp_path / "r", "", None, None)
+
+
+def test_an_adapter_needs_no_room_for_the_gradients_of_all_weights(toy, monkeypatch):
+    room = 4 * 3 * parameters_in(toy.base)  # the weights, thrice
+    monkeypatch.setattr("temper.train.machine.free_memory", lambda device: room)
+    own = {"model": toy.base, "adapter": "full"}
+    assert [finding.severity for finding in foresee("sft", own, 1)] == ["error"]
+    assert foresee("dpo", own | {"adapter": "lora"}, 1) == []
+    assert foresee("dpo", own | {"adapter": "auto"}, 1) != []  # of a whole model that is all weights

@@ -14,7 +14,7 @@ from temper.data.sharing import size
 from temper.data.store import Trees
 from temper.forest import Forest, Tree, divide, plant
 from temper.methods.base import Prepared
-from temper.models.load import parameters_in
+from temper.models.load import backbone, parameters_in, source
 from temper.train import Compute, TrainingError, machine, ranks
 from temper.train.compute import activations
 
@@ -131,16 +131,27 @@ def _free(device: torch.device, count: int) -> float | None:
     return free / here if free is not None and device.type == "cpu" else free
 
 
+def adapted(values: Mapping[str, Any]) -> bool:
+    """Whether what is trained is an adapter."""
+    kind = values.get("adapter", "full")
+    return kind not in ("auto", "full") or (kind == "auto" and backbone(values["model"]) != source(values["model"]))
+
+
 def foresee(method: str, values: Mapping[str, Any], count: int) -> Iterator[Found]:
     """Before anything is loaded: whether the weights, gradients and optimiser alone are more than is free."""
     device = values.get("device", "cpu")
     if values.get("shard", "none") != "none" or (device != "cpu" and not getattr(torch, device).is_available()):
         return
+    if values.get("quantise", "none") != "none":
+        return  # four bits of a device's own
     model = parameters_in(values["model"]) if values.get("model") else 0
     judges = [parameters_in(folder) for folder in reward_models(values)]
     value = (judges or [model])[0] if method == "ppo" else 0
-    loaded = model * (2 if method in TWICE else 1) + value + sum(judges)
-    trained = 0 if method in UNTRAINED else model + value
+    if adapted(values):  # the reference is the adapter switched off, and adapters of one base share it
+        loaded, trained = sum(map(parameters_in, {backbone(name) for name in (values["model"], *reward_models(values))})), 0
+    else:
+        loaded = model * (2 if method in TWICE else 1) + value + sum(judges)
+        trained = 0 if method in UNTRAINED else model + value
     free, states = _free(torch.device(device), count), trained * _beside(values)
     if free is not None and (need := loaded * 4 + states) > free:
         what = f"{loaded / 1e6:.3g} million parameters take {loaded * 4 / MB:,.0f} MB of weights and {states / MB:,.0f} MB of"

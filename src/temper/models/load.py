@@ -118,7 +118,7 @@ def load_policy(
     precision: see `compute_in`. adapters: what of it is to be trained; None: it is for use. seed: of a new adapter.
     Raises UserError for a folder that is missing, incomplete or not a language model, and for a hub name that cannot be reached.
     """
-    name = _source(name_or_dir)
+    name = source(name_or_dir)
     base = adapt.base_of(name) if adapt.is_adapter(name) else name
     config, tokenizer = _config(base), load_tokenizer(name)
     if _scores(config) or (base != name and adapt.described(name).get("task_type") == "SEQ_CLS"):
@@ -146,7 +146,7 @@ def load_scalar(
     beside: a role (`temper.models.shared`) whose backbone an adapter of the same base shares.
     Raises UserError as `load_policy` does, and for a saved model with other labels.
     """
-    given, name = name_or_dir, _source(name_or_dir)
+    given, name = name_or_dir, source(name_or_dir)
     adapter = name if adapt.is_adapter(name) else None
     name = adapt.base_of(name) if adapter else name
     config, tokenizer = _config(name), load_tokenizer(adapter or name)
@@ -228,7 +228,7 @@ def compute_in(model: PreTrainedModel, precision: Precision) -> None:
 
 def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name; an adapter may have its base's. Raises UserError when there is none."""
-    name = _source(name_or_dir)
+    name = source(name_or_dir)
     if adapt.is_adapter(name) and not list(Path(name).glob("tokenizer*")):
         name = adapt.base_of(name)
     try:
@@ -237,9 +237,18 @@ def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{name}: no readable tokenizer ({_line(error)})") from error
 
 
+def backbone(name_or_dir: str | Path) -> str:
+    """The folder or hub name of the weights that stay frozen under an adapter; of a whole model, its own. Raises UserError as loading."""
+    name = source(name_or_dir)
+    return adapt.base_of(name) if adapt.is_adapter(name) else name
+
+
 def parameters_in(name_or_dir: str | Path) -> int:
-    """How many numbers a model's files hold, by their headers; 0 where these cannot be read. Raises UserError where there is no model."""
-    name = _source(name_or_dir)
+    """How many numbers a model's files hold, by their headers; 0 where these cannot be read. Raises UserError where there is no model.
+
+    Of an adapter: its base's.
+    """
+    name = backbone(name_or_dir)
     try:
         if not Path(name).is_dir():
             return sum(get_safetensors_metadata(name).parameter_count.values())
@@ -482,7 +491,7 @@ def _line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _source(name_or_dir: str | Path) -> str:
+def source(name_or_dir: str | Path) -> str:
     """A folder that looks like a model, or a hub name as it is."""
     name = os.fspath(name_or_dir)
     path = Path(name).expanduser()
@@ -518,7 +527,7 @@ def _reachable(name: str) -> str:
         if not isinstance(cached, str):
             why = f"no such folder, not in the cache, and the hub cannot be reached ({_line(error)})"
             raise UserError(f"{name}: {why}; give a model's folder, or this name once where there is a network") from error
-        return _source(Path(cached).parent)
+        return source(Path(cached).parent)
     return name
 
 
