@@ -20,7 +20,8 @@ from torch import Tensor
 
 from temper.config import UserError
 from temper.models.heads import computing
-from temper.rollout.decode import Batch, Decoder, decoder, transposed
+from temper.rollout.decode import decoder, transposed
+from temper.rollout.interface import Batch, Decoder
 from temper.rollout.sampling import Sampling, draw, uniforms
 
 REFILL = 0.25  # share of the rows that must be free before prompts are computed: one at a time, each would be a call of its own
@@ -205,8 +206,7 @@ class _Live:
                     x[to] = x[source]
         del self.rows[left:], self.fed[left:]
         self.uniform, self.seen = (None if x is None else x[:left] for x in (self.uniform, self.seen))
-        if left:
-            self.batch.keep(left, moves)
+        self.batch.keep(left, moves)
 
 
 class _Run:
@@ -220,7 +220,7 @@ class _Run:
 
     @cached_property
     def decoder(self) -> Decoder:
-        return decoder(self.model, self.sampling.kernel == "c")
+        return decoder(self.model, self.sampling.kernel == "c", self.sampling.graphs)
 
     @property
     def going(self) -> bool:
@@ -235,19 +235,20 @@ class _Run:
 
     @torch.inference_mode()
     def _step(self) -> list[Token]:
-        logits = []
+        drawn = []
         if self.live:
             fed = torch.tensor([token for live in self.live for token in live.fed], device=self.model.device)
-            logits.append(self.decoder.step([live.batch for live in self.live], fed))
+            uniform, seen = self._numbers(self.live)
+            drawn.append(self.decoder.turn([live.batch for live in self.live], fed, uniform, self.sampling, seen))
         free = self.sampling.rows - sum(len(live.rows) for live in self.live)
         if self.waiting and (not self.live or free >= max(self.n, REFILL * self.sampling.rows)):
-            logits += self._admit(max(1, free // self.n))
-        return self._take(torch.cat(logits))
+            drawn.append(self._admit(max(1, free // self.n)))
+        return self._take(*(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*drawn, strict=True)))
 
-    def _admit(self, many: int) -> list[Tensor]:
-        """Compute the next prompts -> the logits of their rows."""
+    def _admit(self, many: int) -> tuple[Tensor, Tensor]:
+        """Compute the next prompts -> their rows' first tokens and log-probs."""
         chosen, self.waiting = self.waiting[:many], self.waiting[many:]
-        logits = []
+        new, logits = [], []
         for count, batch, first in self.decoder.admit([self.request.prompts[i] for i in chosen], self.n, self.sampling.max_new):
             here, chosen = chosen[:count], chosen[count:]
             rows = [_Row(i, k, [], []) for i in here for k in range(self.n)]
@@ -258,18 +259,23 @@ class _Run:
                 seen = torch.zeros(len(rows), first.shape[-1], dtype=torch.bool, device=first.device)
                 for i, row in enumerate(rows):
                     seen[i, list(self.request.prompts[row.prompt])] = True
-            self.live.append(_Live(batch, rows, uniform, seen))
+            new.append(_Live(batch, rows, uniform, seen))
             logits.append(first.repeat_interleave(self.n, 0))
-        return logits
+        self.live += new
+        uniform, seen = self._numbers(new)
+        return draw(torch.cat(logits), uniform, self.sampling, seen)
 
-    def _take(self, logits: Tensor) -> list[Token]:
-        """Draw a token for every row; let go of those that end with it."""
+    def _numbers(self, some: Sequence[_Live]) -> tuple[Tensor | None, Tensor | None]:
+        """The uniform numbers of their rows' next tokens [R], and the tokens that the penalty is for [R, V]."""
         uniform = seen = None
         if self.sampling.temperature:
-            uniform = torch.cat([live.uniform[:, len(live.rows[0].tokens)] for live in self.live if live.uniform is not None])
+            uniform = torch.cat([live.uniform[:, len(live.rows[0].tokens)] for live in some if live.uniform is not None])
         if self.sampling.repetition_penalty != 1:
-            seen = torch.cat([live.seen for live in self.live if live.seen is not None])
-        drawn, drawn_logp = draw(logits, uniform, self.sampling, seen)
+            seen = torch.cat([live.seen for live in some if live.seen is not None])
+        return uniform, seen
+
+    def _take(self, drawn: Tensor, drawn_logp: Tensor) -> list[Token]:
+        """Hand out a token for every row; let go of those that end with it."""
         tokens, logp = drawn.tolist(), drawn_logp.tolist()
         out: list[Token] = []
         at = 0

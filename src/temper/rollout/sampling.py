@@ -29,6 +29,7 @@ class Sampling(Settings):
     max_new: int = opt(48, "tokens an answer may have at most, the end token included", ge=1)
     rows: int = opt(256, "answers decoded at the same time", ge=1)
     kernel: Literal["torch", "c"] = opt("torch", "attention of decoding; c: compiled at first use, for float32 on the CPU")
+    graphs: bool = opt(True, "on CUDA, decode by recorded graphs; without, every step launches its kernels anew")
 
     @model_validator(mode="after")
     def _sensible(self) -> "Sampling":
