@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,6 +41,9 @@ WARM = 2  # steps before a recording, in which libraries choose their kernels an
 
 _kept: weakref.WeakKeyDictionary[Any, Slots] = weakref.WeakKeyDictionary()  # of models that are not decoding
 _refused: weakref.WeakSet[Any] = weakref.WeakSet()  # models whose step cannot be recorded
+# Streams to record on that no slots have. Each slots have their own, and drop their graphs all at once: a graph that goes takes along the
+# workspaces of cuBLAS that all graphs of its stream know (pytorch/pytorch#193402).
+_idle: defaultdict[torch.device, list[Any]] = defaultdict(list)
 
 
 def _on_cuda(run: Callable[[], None], slots: Slots) -> Callable[[], None]:
@@ -47,7 +51,11 @@ def _on_cuda(run: Callable[[], None], slots: Slots) -> Callable[[], None]:
     stream, recorded on the same one, without a call that waits for the device. `run` may be run any number of times."""
     with torch.cuda.device(slots.device):
         if slots.stream is None:
-            slots.stream, slots.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            idle = _idle[slots.device]
+            slots.stream = idle.pop() if idle else torch.cuda.Stream()
+            weakref.finalize(slots, idle.append, slots.stream).atexit = False
+        if slots.pool is None:
+            slots.pool = torch.cuda.graph_pool_handle()
         slots.stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(slots.stream):  # a recording that fails leaves its stream current
@@ -141,6 +149,11 @@ class Slots:
             for x in store:
                 x.zero_()
 
+    def forget(self) -> None:
+        """Drop the graphs, with their memory."""
+        self.graphs.clear()
+        self.pool = None
+
     def fit(self, rows: int, prompts: int, length: int, room: int, n: int) -> None:
         """Make room for so many; what is there moves along, and the graphs, which know the old place, are dropped."""
         R, P = max(self.rows, _bucket(rows)), max(self.prompts, _bucket(prompts))
@@ -148,7 +161,7 @@ class Slots:
         seats = max(self.seats, P * n)
         if (R, P, L, T, seats) == (self.rows, self.prompts, self.length, self.room, self.seats):
             return
-        self.graphs.clear()
+        self.forget()
         self.buffers.clear()
         for store, many, axis, tokens, right in zip(self.stores, (P, P, R, R), (3, 2, 2, 2), (L, L, T, T), (1, 1, 0, 0), strict=True):
             for layer, x in enumerate(store):
@@ -270,7 +283,7 @@ def _step(shared: Shared, slots: Slots, bucket: Bucket) -> None:
         def by_row(x: Tensor) -> Tensor:  # [P * G, n * r, X] -> [B, G, r, X]
             return x.view(P * G * n, -1).index_select(0, back).view(B, G, -1, x.shape[-1])
 
-        q = (q * scale).view(B, G, H // G, D)
+        q = (q * scale).contiguous().view(B, G, H // G, D)
         against = torch.bmm(by_prompt(q), prompt_k[:P].flatten(0, 1)[..., slots.length - L :])
         scores = torch.bmm(q.view(B * G, -1, D), own_k[:B].flatten(0, 1)[:, :T].transpose(1, 2)).view(B, G, -1, T)
         scores = torch.cat([by_row(against), scores], -1).masked_fill_(unseen[window], -torch.inf)
@@ -327,7 +340,7 @@ class Static(Decoder):
                 slots.buffer(name, slots.rows, *more, dtype=dtype)
         if bucket not in slots.graphs:
             if len(slots.graphs) == GRAPHS:
-                slots.graphs.clear()
+                slots.forget()
             slots.graphs[bucket] = _recorded(self.shared, slots, bucket)
         slots.graphs[bucket]()
         for batch in batches:
@@ -336,12 +349,16 @@ class Static(Decoder):
 
 
 def _recorded(shared: Shared, slots: Slots, bucket: Bucket) -> Callable[[], None]:
+    """The graph of a bucket; where it cannot be recorded, that is said once, and the step itself runs."""
     model, run = shared.model, partial(_step, shared, slots, bucket)
+    if model in _refused:
+        return run
     try:
-        return run if model in _refused else RECORD[slots.device.type](run, slots)
-    except torch.OutOfMemoryError:
-        raise
+        return RECORD[slots.device.type](run, slots)
     except RuntimeError as error:
+        slots.forget()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         _refused.add(model)
         why = str(error).strip().splitlines()[0]
         log.warning("%s: its step cannot be recorded as a CUDA graph (%s); rollouts launch every kernel anew", type(model).__name__, why)

@@ -97,11 +97,11 @@ def _kept(p: Tensor, sampling: Sampling) -> Tensor:
     ordered, order = p.sort(stable=True, dim=-1, descending=True)
     keep = torch.ones_like(p, dtype=torch.bool)
     if sampling.top_k:
-        keep[:, sampling.top_k :] = False
+        keep[:, sampling.top_k :].fill_(False)
     if sampling.top_p < 1:
         left = ordered * keep
         before = left.cumsum(-1) - left
         keep &= before < sampling.top_p * left.sum(-1, keepdim=True)
     keep &= ordered >= sampling.min_p * ordered[:, :1]
-    keep[:, 0] = True
+    keep[:, 0].fill_(True)
     return torch.zeros_like(keep).scatter_(-1, order, keep)
