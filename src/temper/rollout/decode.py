@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from temper.config import UserError
 from temper.forest import Segment, plant
 from temper.models import adapters
 from temper.models.attention import attend, laid_out, trunk
@@ -47,6 +48,9 @@ def decoder(model: Any, compiled: bool = False, recorded: bool = True) -> Decode
     compiled: attend by the C kernel where it can be used. recorded: by graphs (`graphs.py`) where there are such.
     """
     if isinstance(model, Mixed):
+        sizes = [m.config.get_text_config().vocab_size for m in model.models]
+        if len(set(sizes)) > 1:
+            raise UserError(f"models of {', '.join(map(str, sizes))} tokens cannot be mixed token by token; give them one size")
         rows = any(_backend(m) == "rows" for m in model.models)  # then all: in lockstep batches must be cut alike
         return Lockstep([Padded(m) if rows else decoder(m, compiled, recorded) for m in model.models], model.weights)
     backend = _backend(model)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from temper.config import UserError
 from temper.models.heads import computing
+from temper.models.load import out_of_memory
 from temper.rollout.decode import decoder, transposed
 from temper.rollout.interface import Batch, Decoder
 from temper.rollout.sampling import Sampling, draw, uniforms
@@ -75,11 +76,16 @@ class Request:
         return range(len(self.prompts)) if self.index is None else self.index
 
     def check(self, model: Any) -> Stop:
-        """When its answers end. Raises UserError for a prompt that is empty or does not fit the model's window, or an empty stop string."""
-        window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        """When its answers end. Raises UserError for a prompt that is empty, does not fit the model's window or has tokens that it does not
+        know, or an empty stop string."""
+        config = model.config.get_text_config()
+        window, vocabulary = getattr(config, "max_position_embeddings", None), config.vocab_size  # not every model has a window
         for i, prompt in enumerate(self.prompts):
             if not prompt:
                 raise UserError(f"prompt {i}: is empty; give it at least one token")
+            if max(prompt) >= vocabulary or min(prompt) < 0:
+                unknown = next(token for token in prompt if not 0 <= token < vocabulary)
+                raise UserError(f"prompt {i}: token {unknown} for a model of {vocabulary} tokens; use the model's own tokenizer")
             if window and len(prompt) + self.sampling.max_new > window:
                 long = f"{len(prompt)} tokens + --max-new {self.sampling.max_new} > the model's window of {window}"
                 raise UserError(f"prompt {i}: {long}; shorten the prompt or --max-new")
@@ -100,7 +106,7 @@ class Engine(ABC):
 def sample(model: Any, request: Request, progress: Progress | None = None) -> list[list[Rollout]]:
     """The answers of a language model, or of another engine: one list of n rollouts per prompt, in the order given.
 
-    Raises UserError where a prompt is empty or does not fit, or a stop string is empty.
+    Raises UserError where a prompt is empty, does not fit or has tokens of another vocabulary, and where a stop string is empty.
     """
     if isinstance(model, Engine):
         return model.sample(request, progress)
@@ -119,8 +125,18 @@ def sample(model: Any, request: Request, progress: Progress | None = None) -> li
 
 
 def stream(model: Any, request: Request) -> Iterator[Token]:
-    """The tokens of the same answers as `sample`, as they come; those of one step stand together. May be left at any token."""
-    return _stream(_Run(model, request))
+    """The tokens of the same answers as `sample`, as they come; those of one step stand together. May be left at any token.
+
+    Another engine gives whole answers; their tokens follow one another when all of them are there.
+    """
+    return _told(model, request) if isinstance(model, Engine) else _stream(_Run(model, request))
+
+
+def _told(engine: Engine, request: Request) -> Iterator[Token]:
+    for i, group in enumerate(engine.sample(request)):
+        for k, answer in enumerate(group):
+            for t, (token, logp) in enumerate(zip(answer.tokens, answer.logp, strict=True), 1):
+                yield Token(i, k, token, logp, answer if t == len(answer.tokens) else None)
 
 
 def _stream(run: _Run) -> Iterator[Token]:
@@ -230,7 +246,9 @@ class _Run:
         """One token of every row that is being decoded; of those that are now admitted, the first."""
         try:
             return self._step()
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             raise UserError(f"--rows {self.sampling.rows}: out of memory; lower --rows, --max-new or the samples per prompt") from None
 
     @torch.inference_mode()
