@@ -252,7 +252,9 @@ def test_an_adapter_is_merged_for_the_server(tmp_path):
     tokenizer = train_tokenizer(iter(["A boat at sea. " * 9]), 300)
     base = model_of(0, len(tokenizer))
     server = Server(copy.deepcopy(base), tmp_path / "served")
-    policy = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    policy = peft.get_peft_model(
+        base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
+    ).eval()
     check_forest(policy)
     engine = VLLM(server.url, policy)
     engine.sync(tokenizer, tmp_path / "served")

@@ -76,7 +76,9 @@ class VLLM(Engine):
         """
         ends = request.check(self.policy)
         prompts, sampling, n, seed, keys = request.prompts, request.sampling, request.n, request.seed, request.keys
-        wanted = {(i, k): (*seed, keys[i], k, sampling, tuple(request.stop), tuple(prompt)) for i, prompt in enumerate(prompts) for k in range(n)}
+        wanted = {
+            (i, k): (*seed, keys[i], k, sampling, tuple(request.stop), tuple(prompt)) for i, prompt in enumerate(prompts) for k in range(n)
+        }
         missing = [at for at, key in wanted.items() if key not in self.kept]
         left = [sum(at[0] == i for at in missing) for i in range(len(prompts))] if progress else []
         name = self._model() if missing else ""
