@@ -110,7 +110,7 @@ class VLLM(Engine):
         return answers
 
     def sync(self, tokenizer: Any, folder: str | Path) -> None:
-        """Give the server the policy's weights, an adapter merged in: write them where the server's model lies, and have it read them again.
+        """Give the server the policy's weights, an adapter merged in: written where the server's model lies, and read by it again.
 
         folder: what `vllm serve` was started with, on a file system that both see. Needs VLLM_SERVER_DEV_MODE=1 on the server, for
         /collective_rpc and /reset_prefix_cache. Raises UserError where the server will not.
