@@ -171,7 +171,7 @@ def test_adapters(taped, kind):
     assert first not in taped[1:]
     with without_adapter(model):
         assert both(model, sampling, count=5) != adapted
-    assert first in taped[many:]
+    assert (first in taped[many:]) == (kind == "lora")  # what stands before the tokens is in the cache, not in the step
 
 
 def test_in_bfloat16(taped):
