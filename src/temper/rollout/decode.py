@@ -39,7 +39,7 @@ PREFILL = 4096  # tokens computed at once: beyond it temporaries leave the cache
 PADDING = 2048  # prompt tokens that a batch may pad: as dear in a step as the calls of one more batch
 ROOM = 64  # own tokens a cache first has room for; doubled when they are used up, so that a row's memory follows its length
 _told: set[str] = set()
-B = TypeVar("B")
+B = TypeVar("B", bound=Any)
 
 
 def decoder(model: Any, compiled: bool = False, recorded: bool = True) -> Decoder:

@@ -84,7 +84,7 @@ def _baked(model: Any) -> tuple[Any, ...]:
     with adapters.acting(model):
         parts = list(adapters.parts(model))
         where = [x.data_ptr() for part in parts for x in (*part.parameters(recurse=False), *part.buffers(recurse=False))]
-        layers = [part for part in parts if "_disable_adapters" in vars(part)]
+        layers: list[Any] = [part for part in parts if "_disable_adapters" in vars(part)]
         at_work = [(part._disable_adapters, tuple(part.active_adapters), tuple(part.merged_adapters)) for part in layers]
     return precision(model), tuple(where), tuple(at_work)
 
@@ -172,8 +172,8 @@ class Slots:
         old, used = (self.own, self.begin + (L - self.length), self.place), self.rows
         self.host = np.zeros(4 * R + seats, np.int64)
         self.own, self.begin, self.place, self.order, self.seated = np.split(self.host, [R, 2 * R, 3 * R, 4 * R])
-        for x, before in zip((self.own, self.begin, self.place), old, strict=True):
-            x[:used] = before
+        for numbers, before in zip((self.own, self.begin, self.place), old, strict=True):
+            numbers[:used] = before
         self.taken = np.pad(self.taken, (0, R - used))
         self.rows, self.prompts, self.length, self.room, self.seats = R, P, L, T, seats
 
