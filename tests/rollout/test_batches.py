@@ -251,9 +251,16 @@ def test_a_penalty_counts_the_prompt_and_what_was_said(llama):
         assert not logits
 
 
-def test_memory_that_does_not_hold_the_rows(llama, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes"),
+    ],
+)
+def test_memory_that_does_not_hold_the_rows(llama, monkeypatch, error):
     def step(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        raise error
 
     monkeypatch.setattr(decode.Shared, "step", step)
     with pytest.raises(UserError, match="--rows 7: out of memory; lower --rows"):

@@ -209,6 +209,8 @@ def test_what_the_user_did_wrong(models):
         sample(models("llama"), Request([[1], []], **how))
     with pytest.raises(UserError, match=rf"prompt 0: 39 tokens \+ --max-new 10 > the model's window of {WINDOW}"):
         sample(models("gpt2"), Request([[1] * 39], **how))
+    with pytest.raises(UserError, match=rf"prompt 1: token {V} for a model of {V} tokens; use the model's own tokenizer"):
+        sample(models("llama"), Request([[1], [2, V, 3]], **how))
     ((fits,),) = sample(models("gpt2"), Request([[1] * 38], **{**how, "stop": [V + 1]}))
     assert len(fits.tokens) == 10
     assert sample(models("llama"), Request([], **how)) == []

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from temper.config import UserError
 from temper.models.load import check_forest
 from temper.models.mix import Mixed, mixed_logp
 from temper.rollout import Request, Sampling, sample, stream
@@ -75,6 +76,13 @@ def test_a_model_of_weight_one_is_that_model(three):
     request = Request(PROMPTS, sampling=Sampling(max_new=8), stop=[0], n=2)
     alone, mixed = sample(three[0], request), sample(Mixed(three[:2], [1.0, 0.0]), request)
     assert [[a.tokens for a in g] for g in alone] == [[a.tokens for a in g] for g in mixed]
+
+
+def test_models_of_other_vocabularies_are_one_line(three):
+    other = deepcopy(LLAMA)
+    other.vocab_size = V + 3
+    with pytest.raises(UserError, match=rf"models of {V}, {V + 3} tokens cannot be mixed token by token"):
+        sample(Mixed([three[0], model(other, 3)], [0.5, 0.5]), Request(PROMPTS, sampling=Sampling(max_new=2), stop=[0]))
 
 
 def test_the_models_modes_are_as_before(three):

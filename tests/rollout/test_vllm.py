@@ -14,7 +14,7 @@ from temper.forest import Segment, plant
 from temper.models.heads import token_logp
 from temper.models.load import check_forest
 from temper.models.tokenizer import train_tokenizer
-from temper.rollout import Request, Sampling, sample
+from temper.rollout import Request, Sampling, sample, stream
 from temper.rollout.vllm import VLLM
 
 PROMPTS = [[5, 7, 9], [11], [4, 4, 8, 15, 16]]
@@ -28,6 +28,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.folder, self.dev = model, folder, dev
         self.asked, self.calls, self.fails, self.failure, self.gone, self.let = [], [], 0, 503, None, 0
+        self.page = None  # what is shown instead of the list of models
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -56,6 +57,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
+        if self.server.page is not None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(self.server.page)))
+            self.end_headers()
+            return self.wfile.write(self.server.page)
         self.answer(200, {"object": "list", "data": [{"id": "policy"}]})
 
     def do_POST(self):
@@ -198,6 +204,66 @@ def test_weights_are_synchronised(tmp_path):
     server.dev = False
     with pytest.raises(UserError, match=r"status 404.*VLLM_SERVER_DEV_MODE=1"):
         engine.sync(tokenizer, tmp_path / "served")
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(("page", "said"), [(b"<html>hello</html>", "not in JSON; is that a vLLM server"), (b"{}", "lists no models")])
+def test_another_kind_of_server_is_one_line(policy, server, page, said):
+    server.page = page
+    with pytest.raises(UserError, match=said):
+        sample(VLLM(server.url, policy), Request(PROMPTS, **HOW))
+
+
+def test_a_model_of_another_vocabulary_is_one_line(policy, server):
+    server.model = model_of(0, 300)
+    with pytest.raises(UserError, match=r"answers with token \d+, and the policy has 61 tokens: it serves another model"):
+        sample(VLLM(server.url, policy), Request(PROMPTS, **HOW))
+
+
+def test_a_stream_gives_the_answers_whole(policy, server):
+    request = Request(PROMPTS, **HOW)
+    said = [[[] for _ in range(3)] for _ in PROMPTS]
+    for token in stream(VLLM(server.url, policy), request):
+        said[token.prompt][token.sample].append(token)
+    for group, told in zip(sample(VLLM(server.url, policy), request), said, strict=True):
+        for answer, tokens in zip(group, told, strict=True):
+            assert [t.token for t in tokens] == answer.tokens
+            assert [t.rollout for t in tokens] == [None] * (len(tokens) - 1) + [answer]
+
+
+def test_what_had_come_before_an_interrupt_is_kept_until_the_weights_change(policy, server, tmp_path):
+    engine, want = VLLM(server.url, policy), sample(VLLM(server.url, policy), Request(PROMPTS, **HOW))
+
+    def interrupt(done):
+        raise KeyboardInterrupt
+
+    few = HOW | {"sampling": Sampling(max_new=9, rows=1)}
+    with pytest.raises(KeyboardInterrupt):
+        sample(engine, Request(PROMPTS, **few), progress=interrupt)
+    assert 3 <= len(engine.kept) < 9, "an interrupt waited for all answers, or lost those that had come"
+    assert sample(engine, Request(PROMPTS, **few)) == want
+    with pytest.raises(KeyboardInterrupt):
+        sample(engine, Request(PROMPTS, **few), progress=interrupt)
+    server.folder = tmp_path / "served"
+    engine.sync(train_tokenizer(iter(["A boat at sea. " * 9]), 300), server.folder)
+    assert not engine.kept
+
+
+def test_an_adapter_is_merged_for_the_server(tmp_path):
+    peft = pytest.importorskip("peft")
+    tokenizer = train_tokenizer(iter(["A boat at sea. " * 9]), 300)
+    base = model_of(0, len(tokenizer))
+    server = Server(copy.deepcopy(base), tmp_path / "served")
+    policy = peft.get_peft_model(
+        base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
+    ).eval()
+    check_forest(policy)
+    engine = VLLM(server.url, policy)
+    engine.sync(tokenizer, tmp_path / "served")
+    sample(engine, Request(PROMPTS, **HOW))
+    assert engine.gap.mean < 1e-5
+    assert hasattr(policy, "get_base_model")
     server.shutdown()
     server.server_close()
 

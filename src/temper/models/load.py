@@ -226,6 +226,11 @@ def compute_in(model: PreTrainedModel, precision: Precision) -> None:
     adapters.beneath(model).precision = torch.bfloat16 if half else model.dtype
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is what PyTorch raises when memory is short, on any device."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def load_tokenizer(name_or_dir: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name; an adapter may have its base's. Raises UserError when there is none."""
     name = source(name_or_dir)

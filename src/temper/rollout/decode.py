@@ -13,22 +13,24 @@ prompts and gives the logits of their first tokens, `step` feeds one token to ev
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from temper.config import UserError
 from temper.forest import Segment, plant
 from temper.models import adapters
 from temper.models.attention import attend, laid_out, trunk
 from temper.models.heads import computing, logits, precision
 from temper.models.load import check_forest
 from temper.models.mix import Mixed
-from temper.rollout import kernel
+from temper.rollout import graphs, kernel
+from temper.rollout.interface import Decoder
 from temper.rollout.lockstep import Lockstep
 
 log = logging.getLogger("temper")
@@ -37,39 +39,24 @@ PREFILL = 4096  # tokens computed at once: beyond it temporaries leave the cache
 PADDING = 2048  # prompt tokens that a batch may pad: as dear in a step as the calls of one more batch
 ROOM = 64  # own tokens a cache first has room for; doubled when they are used up, so that a row's memory follows its length
 _told: set[str] = set()
+B = TypeVar("B", bound=Any)
 
 
-class Batch(Protocol):
-    """The cache of rows that were admitted together."""
-
-    def keep(self, rows: int, moves: Sequence[tuple[int, int]]) -> None:
-        """Only the first `rows` rows remain, after each (to, from) of `moves` has been moved."""
-
-
-class Decoder(Protocol):
-    """A way to run the model."""
-
-    def admit(self, prompts: Sequence[Sequence[int]], n: int, room: int) -> Sequence[tuple[int, Any, Tensor]]:
-        """Compute prompts that come longest first, for n rows each that will have up to `room` tokens of their own.
-
-        Batches of consecutive prompts: (how many prompts, the cache of their n rows each, the logits [prompts, V] of what comes next).
-        """
-
-    def step(self, batches: Sequence[Any], tokens: Tensor) -> Tensor:
-        """Feed every row of all batches its next token, tokens [R] -> logits [R, V] float32 of the one after."""
-
-
-def decoder(model: Any, compiled: bool = False) -> Decoder:
+def decoder(model: Any, compiled: bool = False, recorded: bool = True) -> Decoder:
     """The way that fits the model, which is checked against the forest if it has not been. Says once where it is the slow one.
 
-    compiled: attend by the C kernel where it can be used.
+    compiled: attend by the C kernel where it can be used. recorded: by graphs (`graphs.py`) where there are such.
     """
     if isinstance(model, Mixed):
+        sizes = [m.config.get_text_config().vocab_size for m in model.models]
+        if len(set(sizes)) > 1:
+            raise UserError(f"models of {', '.join(map(str, sizes))} tokens cannot be mixed token by token; give them one size")
         rows = any(_backend(m) == "rows" for m in model.models)  # then all: in lockstep batches must be cut alike
-        return Lockstep([Padded(m) if rows else decoder(m, compiled) for m in model.models], model.weights)
+        return Lockstep([Padded(m) if rows else decoder(m, compiled, recorded) for m in model.models], model.weights)
     backend = _backend(model)
     if backend != "rows":
-        return Shared(model, backend, compiled)
+        shared = Shared(model, backend, compiled)
+        return graphs.Static(shared) if recorded and graphs.fits(model, backend) else shared
     name = type(model).__name__
     if name not in _told:
         _told.add(name)
@@ -210,7 +197,7 @@ class SharedBatch:
             self.prompt_k, self.prompt_v = ([x[used] for x in store] for store in (self.prompt_k, self.prompt_v))
 
 
-class Shared:
+class Shared(Decoder):
     """Prompts as a packed forest; one call of the trunk for one token of every row."""
 
     def __init__(self, model: Any, backend: str, compiled: bool = False) -> None:
@@ -218,9 +205,13 @@ class Shared:
         self.no_mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)  # keeps transformers from building its own
 
     def admit(self, prompts: Sequence[Sequence[int]], n: int, room: int) -> list[tuple[int, SharedBatch, Tensor]]:
-        return [self._compute(prompts[part], n, room) for part in _alike([len(prompt) for prompt in prompts])]
+        return self.compute(prompts, lambda lengths: SharedBatch(lengths, n, room, self.compiled))
 
-    def _compute(self, prompts: Sequence[Sequence[int]], n: int, room: int) -> tuple[int, SharedBatch, Tensor]:
+    def compute(self, prompts: Sequence[Sequence[int]], make: Callable[[Tensor], B]) -> list[tuple[int, B, Tensor]]:
+        """As `admit`, into what `make` gives for the prompts' lengths: it has `longest` and `learn` (see `SharedBatch`)."""
+        return [self._compute(prompts[part], make) for part in _alike([len(prompt) for prompt in prompts])]
+
+    def _compute(self, prompts: Sequence[Sequence[int]], make: Callable[[Tensor], B]) -> tuple[int, B, Tensor]:
         """One batch, its prompts packed into forests of up to PREFILL tokens."""
         held: list[list[tuple[Tensor, Tensor]]] = []  # per layer, of each forest
         first = []
@@ -239,7 +230,7 @@ class Shared:
             first.append(logits(self.model, states[forest.last]))
             held.append(seen)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.model.device)
-        batch = SharedBatch(lengths + soft, n, room, self.compiled)
+        batch = make(lengths + soft)
         back = torch.arange(batch.longest, 0, -1, device=lengths.device)  # a place, counted from the prompt's end
         own = soft + lengths.cumsum(0)[:, None] - back
         index = torch.where(back <= lengths[:, None], own, (soft + lengths[:, None] - back).clamp(min=0))
@@ -262,11 +253,15 @@ class Shared:
             return done[0] if len(done) == 1 else torch.cat(done)
 
         position = torch.cat([batch.next for batch in batches])
-        states = self._trunk(each, input_ids=tokens[None], position_ids=position[None], attention_mask=self.no_mask, use_cache=False)
+        states = self.ask(each, tokens, position)
         for batch in batches:
             batch.own += 1
             batch.next += 1
         return logits(self.model, states)
+
+    def ask(self, each: Callable[..., Tensor], tokens: Tensor, position: Tensor) -> Tensor:
+        """[R, d] states of one token of every row, [R] at positions [R], where `each` attends in every layer."""
+        return self._trunk(each, input_ids=tokens[None], position_ids=position[None], attention_mask=self.no_mask, use_cache=False)
 
     def _trunk(self, decode: Any, **given: Any) -> Tensor:
         with computing(self.model):
@@ -362,7 +357,7 @@ class PaddedBatch:
             self.live = torch.arange(rows, device=self.mask.device)
 
 
-class Padded:
+class Padded(Decoder):
     """transformers' forward with its own cache, one call per batch."""
 
     def __init__(self, model: Any) -> None:

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from temper.config import UserError
 from temper.models.heads import computing
-from temper.rollout.decode import Batch, Decoder, decoder, transposed
+from temper.models.load import out_of_memory
+from temper.rollout.decode import decoder, transposed
+from temper.rollout.interface import Batch, Decoder
 from temper.rollout.sampling import Sampling, draw, uniforms
 
 REFILL = 0.25  # share of the rows that must be free before prompts are computed: one at a time, each would be a call of its own
@@ -74,11 +76,16 @@ class Request:
         return range(len(self.prompts)) if self.index is None else self.index
 
     def check(self, model: Any) -> Stop:
-        """When its answers end. Raises UserError for a prompt that is empty or does not fit the model's window, or an empty stop string."""
-        window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        """When its answers end. Raises UserError for a prompt that is empty, does not fit the model's window or has tokens that it does not
+        know, or an empty stop string."""
+        config = model.config.get_text_config()
+        window, vocabulary = getattr(config, "max_position_embeddings", None), config.vocab_size  # not every model has a window
         for i, prompt in enumerate(self.prompts):
             if not prompt:
                 raise UserError(f"prompt {i}: is empty; give it at least one token")
+            if max(prompt) >= vocabulary or min(prompt) < 0:
+                unknown = next(token for token in prompt if not 0 <= token < vocabulary)
+                raise UserError(f"prompt {i}: token {unknown} for a model of {vocabulary} tokens; use the model's own tokenizer")
             if window and len(prompt) + self.sampling.max_new > window:
                 long = f"{len(prompt)} tokens + --max-new {self.sampling.max_new} > the model's window of {window}"
                 raise UserError(f"prompt {i}: {long}; shorten the prompt or --max-new")
@@ -99,7 +106,7 @@ class Engine(ABC):
 def sample(model: Any, request: Request, progress: Progress | None = None) -> list[list[Rollout]]:
     """The answers of a language model, or of another engine: one list of n rollouts per prompt, in the order given.
 
-    Raises UserError where a prompt is empty or does not fit, or a stop string is empty.
+    Raises UserError where a prompt is empty, does not fit or has tokens of another vocabulary, and where a stop string is empty.
     """
     if isinstance(model, Engine):
         return model.sample(request, progress)
@@ -118,8 +125,18 @@ def sample(model: Any, request: Request, progress: Progress | None = None) -> li
 
 
 def stream(model: Any, request: Request) -> Iterator[Token]:
-    """The tokens of the same answers as `sample`, as they come; those of one step stand together. May be left at any token."""
-    return _stream(_Run(model, request))
+    """The tokens of the same answers as `sample`, as they come; those of one step stand together. May be left at any token.
+
+    Another engine gives whole answers; their tokens follow one another when all of them are there.
+    """
+    return _told(model, request) if isinstance(model, Engine) else _stream(_Run(model, request))
+
+
+def _told(engine: Engine, request: Request) -> Iterator[Token]:
+    for i, group in enumerate(engine.sample(request)):
+        for k, answer in enumerate(group):
+            for t, (token, logp) in enumerate(zip(answer.tokens, answer.logp, strict=True), 1):
+                yield Token(i, k, token, logp, answer if t == len(answer.tokens) else None)
 
 
 def _stream(run: _Run) -> Iterator[Token]:
@@ -205,8 +222,7 @@ class _Live:
                     x[to] = x[source]
         del self.rows[left:], self.fed[left:]
         self.uniform, self.seen = (None if x is None else x[:left] for x in (self.uniform, self.seen))
-        if left:
-            self.batch.keep(left, moves)
+        self.batch.keep(left, moves)
 
 
 class _Run:
@@ -220,7 +236,7 @@ class _Run:
 
     @cached_property
     def decoder(self) -> Decoder:
-        return decoder(self.model, self.sampling.kernel == "c")
+        return decoder(self.model, self.sampling.kernel == "c", self.sampling.graphs)
 
     @property
     def going(self) -> bool:
@@ -230,24 +246,27 @@ class _Run:
         """One token of every row that is being decoded; of those that are now admitted, the first."""
         try:
             return self._step()
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             raise UserError(f"--rows {self.sampling.rows}: out of memory; lower --rows, --max-new or the samples per prompt") from None
 
     @torch.inference_mode()
     def _step(self) -> list[Token]:
-        logits = []
+        drawn = []
         if self.live:
             fed = torch.tensor([token for live in self.live for token in live.fed], device=self.model.device)
-            logits.append(self.decoder.step([live.batch for live in self.live], fed))
+            uniform, seen = self._numbers(self.live)
+            drawn.append(self.decoder.turn([live.batch for live in self.live], fed, uniform, self.sampling, seen))
         free = self.sampling.rows - sum(len(live.rows) for live in self.live)
         if self.waiting and (not self.live or free >= max(self.n, REFILL * self.sampling.rows)):
-            logits += self._admit(max(1, free // self.n))
-        return self._take(torch.cat(logits))
+            drawn.append(self._admit(max(1, free // self.n)))
+        return self._take(*(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*drawn, strict=True)))
 
-    def _admit(self, many: int) -> list[Tensor]:
-        """Compute the next prompts -> the logits of their rows."""
+    def _admit(self, many: int) -> tuple[Tensor, Tensor]:
+        """Compute the next prompts -> their rows' first tokens and log-probs."""
         chosen, self.waiting = self.waiting[:many], self.waiting[many:]
-        logits = []
+        new, logits = [], []
         for count, batch, first in self.decoder.admit([self.request.prompts[i] for i in chosen], self.n, self.sampling.max_new):
             here, chosen = chosen[:count], chosen[count:]
             rows = [_Row(i, k, [], []) for i in here for k in range(self.n)]
@@ -258,18 +277,23 @@ class _Run:
                 seen = torch.zeros(len(rows), first.shape[-1], dtype=torch.bool, device=first.device)
                 for i, row in enumerate(rows):
                     seen[i, list(self.request.prompts[row.prompt])] = True
-            self.live.append(_Live(batch, rows, uniform, seen))
+            new.append(_Live(batch, rows, uniform, seen))
             logits.append(first.repeat_interleave(self.n, 0))
-        return logits
+        self.live += new
+        uniform, seen = self._numbers(new)
+        return draw(torch.cat(logits), uniform, self.sampling, seen)
 
-    def _take(self, logits: Tensor) -> list[Token]:
-        """Draw a token for every row; let go of those that end with it."""
+    def _numbers(self, some: Sequence[_Live]) -> tuple[Tensor | None, Tensor | None]:
+        """The uniform numbers of their rows' next tokens [R], and the tokens that the penalty is for [R, V]."""
         uniform = seen = None
         if self.sampling.temperature:
-            uniform = torch.cat([live.uniform[:, len(live.rows[0].tokens)] for live in self.live if live.uniform is not None])
+            uniform = torch.cat([live.uniform[:, len(live.rows[0].tokens)] for live in some if live.uniform is not None])
         if self.sampling.repetition_penalty != 1:
-            seen = torch.cat([live.seen for live in self.live if live.seen is not None])
-        drawn, drawn_logp = draw(logits, uniform, self.sampling, seen)
+            seen = torch.cat([live.seen for live in some if live.seen is not None])
+        return uniform, seen
+
+    def _take(self, drawn: Tensor, drawn_logp: Tensor) -> list[Token]:
+        """Hand out a token for every row; let go of those that end with it."""
         tokens, logp = drawn.tolist(), drawn_logp.tolist()
         out: list[Token] = []
         at = 0

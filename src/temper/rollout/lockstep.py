@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from temper.models.mix import mixed_logp
-
-if TYPE_CHECKING:
-    from temper.rollout.decode import Batch, Decoder
+from temper.rollout.interface import Batch, Decoder
 
 
 class LockstepBatch:
@@ -24,7 +22,7 @@ class LockstepBatch:
             part.keep(rows, moves)
 
 
-class Lockstep:
+class Lockstep(Decoder):
     """A decoder of decoders (see `temper.rollout.decode`), all of one kind: how they cut prompts into batches depends on lengths alone."""
 
     def __init__(self, decoders: Sequence[Decoder], weights: Sequence[float]) -> None:

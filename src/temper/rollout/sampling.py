@@ -29,6 +29,7 @@ class Sampling(Settings):
     max_new: int = opt(48, "tokens an answer may have at most, the end token included", ge=1)
     rows: int = opt(256, "answers decoded at the same time", ge=1)
     kernel: Literal["torch", "c"] = opt("torch", "attention of decoding; c: compiled at first use, for float32 on the CPU")
+    graphs: bool = opt(True, "on CUDA, decode by recorded graphs; without, every step launches its kernels anew")
 
     @model_validator(mode="after")
     def _sensible(self) -> "Sampling":
@@ -96,11 +97,11 @@ def _kept(p: Tensor, sampling: Sampling) -> Tensor:
     ordered, order = p.sort(stable=True, dim=-1, descending=True)
     keep = torch.ones_like(p, dtype=torch.bool)
     if sampling.top_k:
-        keep[:, sampling.top_k :] = False
+        keep[:, sampling.top_k :].fill_(False)
     if sampling.top_p < 1:
         left = ordered * keep
         before = left.cumsum(-1) - left
         keep &= before < sampling.top_p * left.sum(-1, keepdim=True)
     keep &= ordered >= sampling.min_p * ordered[:, :1]
-    keep[:, 0] = True
+    keep[:, 0].fill_(True)
     return torch.zeros_like(keep).scatter_(-1, order, keep)

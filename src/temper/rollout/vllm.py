@@ -15,6 +15,7 @@ processed_logprobs`, and after top-k and its like if it does.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import time
@@ -28,6 +29,7 @@ import torch
 
 from temper.config import UserError
 from temper.forest import Segment, plant
+from temper.models import adapt, adapters
 from temper.models.heads import token_logp
 from temper.models.load import save
 from temper.rollout.engine import Engine, Progress, Request, Rollout, Stop
@@ -74,7 +76,9 @@ class VLLM(Engine):
         """
         ends = request.check(self.policy)
         prompts, sampling, n, seed, keys = request.prompts, request.sampling, request.n, request.seed, request.keys
-        wanted = {(i, k): (*seed, keys[i], k, sampling, tuple(prompt)) for i, prompt in enumerate(prompts) for k in range(n)}
+        wanted = {
+            (i, k): (*seed, keys[i], k, sampling, tuple(request.stop), tuple(prompt)) for i, prompt in enumerate(prompts) for k in range(n)
+        }
         missing = [at for at, key in wanted.items() if key not in self.kept]
         left = [sum(at[0] == i for at in missing) for i in range(len(prompts))] if progress else []
         name = self._model() if missing else ""
@@ -91,11 +95,13 @@ class VLLM(Engine):
                         left[at[0]] -= 1
                         if not left[at[0]]:
                             progress(1)
-            except UserError as error:
+            except BaseException as error:  # Ctrl-C too
                 pool.shutdown(cancel_futures=True)  # waits for those that are on their way
                 for answer, at in asked.items():
                     if not answer.cancelled() and answer.exception() is None:
                         self.kept[wanted[at]] = answer.result()
+                if not isinstance(error, UserError):
+                    raise
                 have = sum(key in self.kept for key in wanted.values())
                 raise UserError(f"{error}; {have} of {len(wanted)} answers had come and are kept for another try") from None
         answers = [[self.kept[wanted[i, k]] for k in range(n)] for i in range(len(prompts))]
@@ -104,18 +110,22 @@ class VLLM(Engine):
         return answers
 
     def sync(self, tokenizer: Any, folder: str | Path) -> None:
-        """Give the server the policy's weights: write them where the server's model lies, and have it read them again.
+        """Give the server the policy's weights, an adapter merged in: written where the server's model lies, and read by it again.
 
         folder: what `vllm serve` was started with, on a file system that both see. Needs VLLM_SERVER_DEV_MODE=1 on the server, for
         /collective_rpc and /reset_prefix_cache. Raises UserError where the server will not.
         """
-        save(self.policy, tokenizer, folder)
+        save(adapt.merged(copy.deepcopy(self.policy)) if adapters.adapted(self.policy) else self.policy, tokenizer, folder)
+        self.kept = {}  # answers of the old weights
         self._post("/collective_rpc", {"method": "reload_weights"}, dev=True)
         self._post("/reset_prefix_cache", {}, dev=True)  # the old weights' keys and values
 
     def _model(self) -> str:
         if self.name is None:
-            have = [one["id"] for one in self._request("GET", "/v1/models").json()["data"]]
+            try:
+                have = [one["id"] for one in self._json(self._request("GET", "/v1/models"))["data"]]
+            except (KeyError, TypeError):
+                raise UserError(f"{self.url}/v1/models: lists no models; is that a vLLM server?") from None
             if len(have) != 1:
                 raise UserError(f"{self.url}: serves {', '.join(have) or 'no model'}; say which by name")
             self.name = have[0]
@@ -152,7 +162,13 @@ class VLLM(Engine):
 
     def _post(self, path: str, body: Mapping[str, Any], dev: bool = False) -> Any:
         response = self._request("POST", path, body, "; start it with VLLM_SERVER_DEV_MODE=1" if dev else "")
-        return response.json() if response.content.strip() else None
+        return self._json(response) if response.content.strip() else None
+
+    def _json(self, response: httpx.Response) -> Any:
+        try:
+            return response.json()
+        except ValueError:
+            raise UserError(f"{response.url}: answers, but not in JSON; is that a vLLM server?") from None
 
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None, hint: str = "") -> httpx.Response:
         """The server's answer, asked again while it does not answer, is too busy or has an error of its own."""
@@ -178,6 +194,9 @@ class VLLM(Engine):
         some = flat[:: max(1, len(flat) // CHECKED)][:CHECKED]
         if not some:
             return
+        vocabulary = self.policy.config.get_text_config().vocab_size
+        if (largest := max(max(a.tokens) for _, a in some)) >= vocabulary:
+            raise UserError(f"{self.url}: answers with token {largest}, and the policy has {vocabulary} tokens: it serves another model")
         trees = [[Segment(p, [0.0] * len(p)), Segment(a.tokens, [1.0] * len(a.tokens), parent=0)] for p, a in some]
         here = token_logp(self.policy, plant(trees).to(self.policy.device), temperature=sampling.temperature or 1.0).cpu()
         off = (here - torch.tensor([x for _, one in some for x in one.logp])).abs()

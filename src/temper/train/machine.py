@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from temper.models.load import out_of_memory as out_of_memory
 from temper.train import ranks
 
 _TRIM, _TOP_PAD, _MMAP = -1, -2, -3  # glibc's M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
@@ -43,11 +44,6 @@ def _stay(threads: int) -> None:
 
 def _glibc(name: str) -> Any:
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether this is what PyTorch raises when memory is short, on any device."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def free_memory(device: torch.device) -> int | None:
