@@ -1,16 +1,19 @@
 """GRPO: advantages by hand, aggregation through the loop's weights, presets, answers without a rating, the fused gradient."""
 
+import json
 import math
 
 import pytest
 import torch
 from toy import train, values_of
+from vllm_server import Server
 
 from temper.config import UserError, build
 from temper.losses.kl import k1
 from temper.methods import grpo, ppo, start
 from temper.methods.rated import Ending, Sampled
 from temper.methods.switches import BASE, PRESETS, resolved
+from temper.models.load import load_policy, save
 from temper.runs import Run
 from temper.train import TrainingError
 
@@ -442,3 +445,29 @@ def test_sampled_steps_and_kl():
     a = Sampled(None, torch.tensor([-1.0, -2.0]), steps=[(0, 0.5), (1, 1.0)], found={"ref_logp": torch.tensor([-1.5, -2.0])})
     assert a.kl.tolist() == [0.5, 0.0]
     assert a.step_reward.tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_a_server_samples_from_the_weights_that_are_trained(toy, tmp_path, adapter):
+    """The server's folder is read anew before each rollout; the ratio starts from the trainer's own log-probs."""
+    model, tokenizer = load_policy(toy.sft)
+    save(model, tokenizer, tmp_path / "served")
+    server = Server(model, tmp_path / "served")
+    values = values_of("grpo", toy) | {"rollouts": 3, "lr": 1e-2, "vllm": server.url, "vllm_folder": str(tmp_path / "served")}
+    try:
+        train("grpo", tmp_path / "run", **values, adapter=adapter)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert len(server.calls) == 6  # weights and cache, for each rollout
+    assert len(server.asked) == 3 * values["prompts_per_step"] * values["samples_per_prompt"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(row["sampler_gap"] for row in rows if "sampler_gap" in row) < 1e-5
+    read = server.model.get_input_embeddings().weight if adapter == "full" else server.model.model.layers[0].self_attn.q_proj.weight
+    own = model.get_input_embeddings().weight if adapter == "full" else model.model.layers[0].self_attn.q_proj.weight
+    assert not torch.equal(read, own)
+
+
+def test_a_server_without_its_folder_is_refused(toy, tmp_path):
+    with pytest.raises(UserError, match="--vllm and --vllm-folder belong together"):
+        train("grpo", tmp_path / "run", **values_of("grpo", toy), vllm="http://localhost:1")

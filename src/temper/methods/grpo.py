@@ -70,8 +70,8 @@ class GRPO(Settings):
 
     @property
     def on_policy(self) -> bool:
-        """Whether each rollout is used for one update, so that the ratio is 1."""
-        return self.plan.updates == 1
+        """Whether each rollout is used for one update and was sampled here, so that the ratio is 1."""
+        return self.plan.updates == 1 and not self.plan.vllm
 
 
 def settings(name: str) -> type[Settings]:

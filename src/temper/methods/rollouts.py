@@ -43,6 +43,11 @@ class Rollouts:
         self.said: list[str] = []  # what was announced
         self.why = ""  # an answer could not be rated
         self.new: list[dict[str, Any]] = []  # what is to be, with the next step
+        self.sampler: Any = module["policy"]
+        if settings.plan.vllm:
+            from temper.rollout.vllm import VLLM
+
+            self.sampler = VLLM(settings.plan.vllm, module["policy"])
 
     def measure(self, forest: Forest, at: Tensor) -> dict[str, Tensor]:
         """[len(at)] each, of the answers' tokens `at`: ref_logp, and what else the columns need."""
@@ -110,6 +115,10 @@ class Rollouts:
     def _collect(self, rollout: int) -> tuple[list[list[Sampled]], list[list[Sampled]]]:
         """(the groups to learn from, all that were sampled). Dynamic sampling replaces dead ones (arXiv:2503.14476, sec. 3.2)."""
         plan = self.settings.plan
+        if plan.vllm:
+            with ranks.leader_first():
+                if ranks.rank() == 0:
+                    self.sampler.sync(self.given.tokenizer, plan.vllm_folder)
         taken: list[list[Sampled]] = []
         sampled: list[list[Sampled]] = []
         for turn in range(1 + self.dynamic):
@@ -132,8 +141,7 @@ class Rollouts:
         mine = ranks.share([len(given.prompts[i]) for i in chosen])
         key = (self.name, s.seed, rollout, *([turn] if turn else []))
         asked = [given.prompts[chosen[k]] for k in mine]
-        policy = self.module["policy"]
-        drawn = sample(policy, Request(asked, sampling=s.sampling, stop=given.stop, n=n, seed=key, index=mine))
+        drawn = sample(self.sampler, Request(asked, sampling=s.sampling, stop=given.stop, n=n, seed=key, index=mine))
         answers = []
         for k, group in zip(mine, drawn, strict=True):
             for a in group:

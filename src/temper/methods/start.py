@@ -30,6 +30,8 @@ class Plan(Settings):
     samples_per_prompt: int = opt(1, "answers to each", ge=1)
     epochs_per_batch: int = opt(2, "passes over a rollout", ge=1)
     minibatches: int = opt(1, "optimiser steps per pass", ge=1)
+    vllm: str | None = opt(None, "URL of a vLLM server that samples instead of this process, such as http://localhost:8000")
+    vllm_folder: str | None = opt(None, "with --vllm, the folder that it serves: it gets the policy's weights before each rollout")
 
     @property
     def updates(self) -> int:
@@ -75,6 +77,10 @@ def ready(s: Any, title: str) -> Ready:
     if s.plan.minibatches > s.plan.prompts_per_step:
         few = f"--minibatches {s.plan.minibatches} > --prompts-per-step {s.plan.prompts_per_step}"
         raise UserError(f"{few}: each needs at least one prompt")
+    if (s.plan.vllm is None) != (s.plan.vllm_folder is None):
+        raise UserError("--vllm and --vllm-folder belong together: the server's URL, and the folder of the model that it serves")
+    if s.plan.vllm and s.compute.shard == "full":
+        raise UserError("--vllm with --shard full: no rank holds all the weights that the server is to get; leave one out")
     policy, reference, tokenizer = begin(s, seed=s.seed)
     stop = stop_ids(tokenizer)
     reward = rater(s.reward, tokenizer=tokenizer, **s.compute.placed, beside=policy)
