@@ -5,6 +5,7 @@ activations) over two rollouts of training. The models are random: memory does n
 """
 
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from temper.methods import load
 from temper.models.adapt import Adapter
 from temper.models.load import Size, export, load_policy, load_scalar, new_model, save
 from temper.models.tokenizer import train_tokenizer
+from temper.runs import Run
 from temper.train import machine
 
 SIZES = {  # and answers of a rollout: where activations outweigh the model, and where the model outweighs them, as large ones do
@@ -38,7 +40,8 @@ def files(folder: Path, size: str) -> None:
     export(load_policy(folder / "base", adapters=Adapter(adapter="lora"))[0], tokenizer, folder / "sft")
     export(load_scalar(folder / "base", adapters=Adapter(adapter="lora"))[0], tokenizer, folder / "reward")
     export(load_scalar(folder / "base")[0], tokenizer, folder / "whole_reward")
-    asks = [" ".join(words[(i * (k + 1)) % len(words)] for i in range(ASKED)) for k in range(4 * SIZES[size][1])]
+    draw = random.Random(0)  # rows that begin alike would share it
+    asks = [" ".join(draw.choices(words, k=ASKED)) for _ in range(4 * SIZES[size][1])]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"messages": [{"role": "user", "content": a}]}) + "\n" for a in asks))
     chats = [[{"role": "user", "content": a}, {"role": "assistant", "content": " ".join([*words] * 8)[: 5 * ANSWER]}] for a in asks]
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": c}) + "\n" for c in chats))
@@ -63,7 +66,7 @@ def peak(folder: Path, way: str) -> dict[str, float]:
 
     def run() -> None:
         nonlocal tokens
-        for step in load(method).prepare(build(load(method).settings(method), values), None).steps(None):
+        for step in load(method).prepare(build(load(method).settings(method), values), Run(folder / method)).steps(None):
             tokens = step.metrics["tokens"]
 
     found = machine.peak_of(run, torch.device("cpu"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import rows
+from bench import memory, rows
 from bench.data import training_flops
 from bench.machine import Refused, Timed, ratio
 from bench.rollout import left_padded
@@ -68,3 +68,12 @@ def test_padding_stands_on_the_left():
     ids, mask = left_padded([[5], [6, 7]], 0, "cpu")
     assert ids.tolist() == [[0, 5], [6, 7]]
     assert mask.tolist() == [[0, 1], [1, 1]]
+
+
+@pytest.mark.slow
+def test_memory_is_measured_at_about_the_same_tokens(monkeypatch):
+    monkeypatch.setitem(memory.SIZES, "smoke", (Size(width=32, layers=1, heads=2, context=256), 4))
+    found = memory.main("smoke")
+    assert [*found] == [*memory.WAYS]
+    tokens = [x["tokens"] for x in found.values()]
+    assert max(tokens) < 1.3 * min(tokens)
