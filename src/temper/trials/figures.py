@@ -1,0 +1,187 @@
+"""What the trials of an experiment came to: each arm over its seeds, each changed setting beside it; as JSON and as a table. Floor 8.
+
+With several seeds an interval is the t interval of their means, so its unit is the training; with one seed it is that trial's own,
+over prompts. An arm passes where the interval over seeds lies above the line, and every trial's own interval over prompts does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from temper.runs import Run
+from temper.stats.intervals import mean_interval
+from temper.trials.plan import Experiment, Trial
+
+COSTS = ("seconds", "cpu_seconds", "peak_mb", "tokens", "steps")  # of a training, beside what was measured
+HOLDS = {  # file of a method -> the models that training holds at once, and what it learns from
+    "sft": ("policy", "demonstrations"),
+    "preference": ("policy", "pairs"),
+    "unpaired": ("policy", "thumbs"),
+    "online": ("policy, reference, reward", "prompts, reward"),
+    "ppo": ("policy, value, reference, reward", "prompts, reward"),
+    "grpo": ("policy, reference, reward", "prompts, reward"),
+    "best_of_n": ("policy, reward", "prompts, reward"),
+    "rejection": ("policy, reward", "prompts, reward"),
+    "constitution": ("policy", "prompts, principles, pairs"),
+    "process_reward": ("policy", "solutions"),
+    "reward": ("reward", "pairs"),
+}
+SAMPLES = ("online", "ppo", "grpo", "best_of_n", "rejection", "constitution")
+Row = dict[str, Any]
+
+
+def stopped(trial: Trial, out: Path) -> Path:
+    """The file that says why a check stopped a trial; beside its folder, which is its method's alone."""
+    return out / f"{trial.name}.stopped.json"
+
+
+def outcome(trial: Trial, out: Path) -> Row | None:
+    """What a trial came to: its metrics, what it cost, or why it stopped; None where it is not done."""
+    folder, why = out / trial.name, _json(stopped(trial, out))
+    if why:
+        return {"stopped": why["why"]}
+    found = _json(folder / "evaluation.json")
+    if "metrics" not in found:
+        return None
+    spent = Run(folder).stage.get("summary", {}) if trial.stage else {}
+    return {"metrics": found["metrics"], "costs": {name: spent[name] for name in COSTS if name in spent}}
+
+
+def _json(path: Path) -> Row:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+
+
+def over_seeds(outcomes: Sequence[Row]) -> Row:
+    """Metrics and costs of an arm's trials: {name: {mean, low, high, n, each: [...]}}; a trial that has no such figure is left out."""
+    rows = [{**o["metrics"], **{name: {"mean": x, "low": None, "high": None, "n": 1} for name, x in o["costs"].items()}} for o in outcomes]
+    found: Row = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        each = [row[name] for row in rows if name in row]
+        whole = mean_interval([x["mean"] for x in each]).to_dict() if len(each) > 1 else each[0]
+        found[name] = {**whole, "each": each}
+    return found
+
+
+def passes(plan: Experiment, metrics: Mapping[str, Row]) -> bool | None:
+    """Whether the interval over seeds and every trial's own lie above the line; None where the experiment draws none."""
+    if not plan.better or plan.better not in metrics:
+        return None
+    lows = [metrics[plan.better]["low"], *(x["low"] for x in metrics[plan.better]["each"])]
+    return all(low is not None and low > plan.above for low in lows)
+
+
+def gathered(plan: Experiment, found: Sequence[Trial], out: Path) -> Row:
+    """The experiment's results: a row per arm, in the file's order; trials that are missing or stopped are named."""
+    rows = []
+    for arm in plan.arms:
+        own = [t for t in found if t.arm == arm]
+        done = {t.name: o for t in own if (o := outcome(t, out))}
+        plain = [t for t in own if not t.changed]
+        good = [done[t.name] for t in plain if "metrics" in done.get(t.name, {})]
+        metrics = over_seeds(good) if good else {}
+        stage = plain[0].stage
+        rows.append(
+            {
+                "arm": arm,
+                "method": stage.method if stage else None,
+                "settings": stage.values if stage else {},
+                "seeds": [t.seed for t in plain if t.name in done],
+                "metrics": metrics,
+                "passes": passes(plan, metrics),
+                "varied": [
+                    {"setting": t.changed[0], "value": t.changed[1], "factor": t.changed[2], **done[t.name]}
+                    for t in own
+                    if t.changed and t.name in done
+                ],
+                "missing": [t.name for t in own if t.name not in done],
+                "stopped": {name: o["stopped"] for name, o in done.items() if "stopped" in o},
+                "note": plain[0].note,
+            }
+        )
+    return {"name": plan.name, "title": plan.title, "columns": plan.columns, "better": plan.better, "above": plan.above, "rows": rows}
+
+
+# ---------------------------------------------------------------- the table
+
+
+def number(x: float | None) -> str:
+    """Three significant digits, and no more than three decimals."""
+    if x is None or not math.isfinite(x):
+        return "?"
+    digits = 3 if x == 0 else max(0, min(3, 2 - math.floor(math.log10(abs(x)))))
+    return f"{x:.{digits}f}".replace("-", "−")
+
+
+def told(m: Row) -> str:
+    """A mean with its interval, where it has one."""
+    return number(m["mean"]) if m["low"] is None else f"{number(m['mean'])} ({number(m['low'])} to {number(m['high'])})"
+
+
+def table(results: Row) -> str:
+    """Markdown: a row per arm, then what the changed settings did to the metric of the line, or to the first column."""
+    columns, rows = results["columns"], results["rows"]
+    means = [*columns]
+    facts = any(r["method"] in _files() for r in rows)
+    head = ["", *columns.values(), *(["models held", "learns from", "samples"] if facts else [])]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for r in rows:
+        cells = [told(r["metrics"][name]) if name in r["metrics"] else "" for name in means]
+        if not r["metrics"]:
+            cells[0] = "stopped" if r["stopped"] else "not measured yet"
+        mark = " †" if r["passes"] is False else ""
+        lines.append(_line([f"`{r['arm']}`{mark}", *cells, *(_facts(r) if facts else [])]))
+    seeds = sorted({len(r["seeds"]) for r in rows if r["method"]})
+    unit = "over seeds" if seeds and seeds[-1] > 1 else "over prompts, one seed"
+    notes = [f"Seeds: {' or '.join(map(str, seeds)) or 'none'}. Intervals (95%) are {unit}."]
+    if any(r["passes"] is False for r in rows):
+        what = columns.get(results["better"], results["better"])
+        notes.append(f"†: {what} is not above {number(results['above'])} with its interval over seeds and over prompts.")
+    notes += [f"`{r['arm']}`: {r['note']}." for r in rows if r["note"]]
+    notes += [f"`{name}` stopped: {why}." for r in rows for name, why in r["stopped"].items()]
+    return "\n".join([*lines, "", *notes, *_varied(results)]) + "\n"
+
+
+def _varied(results: Row) -> list[str]:
+    name = results["better"] or next(iter(results["columns"]))
+    lines = []
+    for r in (r for r in results["rows"] if r["varied"]):
+        own = r["metrics"].get(name, {}).get("each", [{"mean": None}])[0]["mean"]
+        by: dict[str, list[str]] = {}
+        for v in r["varied"]:
+            got = "stopped" if "stopped" in v else number(v["metrics"].get(name, {"mean": None})["mean"])
+            by.setdefault(v["setting"], []).append(f"× {v['factor']:g}: {got}")
+        lines.append(_line([f"`{r['arm']}`", number(own), "; ".join(f"`{s}` {r['settings'].get(s, '')} {', '.join(x)}" for s, x in by.items())]))
+    if not lines:
+        return []
+    what = results["columns"].get(name, name)
+    return ["", f"What a changed setting does to it ({what}, one seed):", "", _line(["", "as above", "changed"]), _line(["---"] * 3), *lines]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _files() -> dict[str, str]:
+    from temper.methods import NAMES
+
+    return {name: file for name, file in NAMES.items() if file in HOLDS}
+
+
+def _facts(row: Row) -> list[str]:
+    file = _files().get(row["method"] or "", "")
+    if not file:
+        return ["", "", ""]
+    holds, data = HOLDS[file]
+    if file == "preference":
+        from temper.losses.preference import RULES
+
+        holds += ", reference before it" if RULES[row["method"]].reference else ""
+        data = "rankings" if RULES[row["method"]].listwise else data
+    return [holds, data, "yes" if file in SAMPLES else "no"]
