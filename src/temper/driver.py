@@ -147,7 +147,15 @@ def drive(
 
 def _standing(run: Run, steps: int, title: str, quiet: bool) -> tuple[State | None, dict[str, Any], int]:
     """From where a run goes on: the newest whole snapshot (None: from the start), what was counted up to it, its step. Later rows go."""
-    tally: dict[str, Any] = {"seconds": 0.0, "cpu_seconds": 0.0, "tokens": 0.0, "tokens_learned": 0.0, "skipped": 0, "peak_mb": 0.0, "resumed": 0}
+    tally: dict[str, Any] = {
+        "seconds": 0.0,
+        "cpu_seconds": 0.0,
+        "tokens": 0.0,
+        "tokens_learned": 0.0,
+        "skipped": 0,
+        "peak_mb": 0.0,
+        "resumed": 0,
+    }
     step, saved, events = load_latest(run.checkpoints)
     for event in events:
         run.event(**event)

@@ -38,11 +38,16 @@ def finished(folder: Path, *names: str) -> Path:
 
 @pytest.fixture
 def run(tmp_path):
-    return finished(tmp_path / "run", "base", "sft", "comparisons", "reward")
+    folder = finished(tmp_path / "run", "base", "sft", "comparisons", "reward")
+    (folder / "recipe.yaml").write_text("name: x\nevaluation: {prompts_each: 24}\n")
+    (folder / "sft" / "evaluation.json").write_text("{}")
+    return folder
 
 
 def experiment(tmp_path: Path, arms=ARMS, **more) -> str:
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"name": "mine", "title": "Mine", "columns": {"gold": "gold"}, "arms": arms, **more}, sort_keys=False))
+    (tmp_path / "mine.yaml").write_text(
+        yaml.safe_dump({"name": "mine", "title": "Mine", "columns": {"gold": "gold"}, "arms": arms, **more}, sort_keys=False)
+    )
     return str(tmp_path / "mine.yaml")
 
 
@@ -84,7 +89,10 @@ def test_an_arm_is_a_stage_for_each_seed_and_a_changed_setting_one_more(tmp_path
         ({"dpo": {**ARMS["dpo"], "vary": {"adapter": [2]}}}, r"dpo: vary: 'adapter' is 'auto', no number"),
         ({"dpo": {**ARMS["dpo"], "vary": {"betta": [2]}}}, r"dpo: vary: 'betta' is None, no number"),
         ({"sft": {"of": "@sft", "lr": 1}}, r"sft: `of: \"@STAGE\"` names a stage of the run and takes no settings"),
-        ({"a": {"method": "sft", "model": "@b", "data": "x"}, "b": {"method": "sft", "model": "@a", "data": "x"}}, "need each other in a cycle"),
+        (
+            {"a": {"method": "sft", "model": "@b", "data": "x"}, "b": {"method": "sft", "model": "@a", "data": "x"}},
+            "need each other in a cycle",
+        ),
         ({}, "arms: .*at least 1"),
     ],
 )
@@ -99,6 +107,9 @@ def test_only_some_arms_with_what_they_need(tmp_path, run):
     assert command.wanted(found, []) == found
     with pytest.raises(UserError, match=r"--only ppo: no such arm; there are sft, dpo, again"):
         command.read([experiment(tmp_path), "--run", str(run), "--only", "ppo"])
+    (run / "sft" / "evaluation.json").unlink()
+    with pytest.raises(UserError, match=r"run: its stage sft was not evaluated"):
+        command.read([experiment(tmp_path), "--run", str(run)])
     with pytest.raises(UserError, match=r"no experiment 'method'; there are adapters, arithmetic, methods"):
         command.read(["method"])
 
@@ -107,7 +118,7 @@ def test_only_some_arms_with_what_they_need(tmp_path, run):
 
 
 def one(mean, low, high):
-    return {"metrics": {"win": {"mean": mean, "low": low, "high": high, "n": 9}}, "costs": {"seconds": 60 * mean}}
+    return {"metrics": {"win": {"mean": mean, "low": low, "high": high, "n": 9}}, "items": {}, "costs": {"seconds": 60 * mean}}
 
 
 def test_several_seeds_have_the_interval_of_their_means_and_one_seed_its_own():
@@ -124,6 +135,24 @@ def test_an_arm_passes_over_seeds_and_over_prompts():
     assert not passes(plan, over_seeds([one(0.6, 0.55, 0.65), one(0.61, 0.49, 0.73)]))  # one trial's own prompts
     assert not passes(plan, over_seeds([one(0.6, 0.55, 0.65), one(0.7, 0.65, 0.75)]))  # the seeds: 0.65 +- 0.64
     assert passes(plan, {}) is None
+
+
+def test_an_arm_is_counted_from_another_of_its_seed(tmp_path, run):
+    """By prompt where both have their items; a stage as it is stands for every seed."""
+    path, plan = read_experiment(experiment(tmp_path, better="win", against="sft", above=0.1))
+    found, out = trials(path, plan, run, tmp_path / "out", (0, 1), vary=False), tmp_path / "out"
+    for name, items in {"sft": [0, 0, 1, 0], "dpo-0": [1, 0, 1, 1], "dpo-1": [1, 1, 1, 1]}.items():
+        (out / name).mkdir(parents=True)
+        rows = {"metrics": {"win": {"mean": sum(items) / 4, "low": 0, "high": 1, "n": 4}}, "items": {"win": items}}
+        atomic_write(out / name / "evaluation.json", json.dumps(rows))
+    dpo = command.gathered(plan, found, out)["rows"][1]
+    each = dpo["metrics"]["gained"]["each"]
+    assert [x["mean"] for x in each] == [0.5, 0.75]
+    assert each[0]["high"] == pytest.approx(mean_interval([1, 0, 0, 1]).high)
+    assert dpo["metrics"]["gained"]["mean"] == 0.625
+    assert dpo["passes"] is False
+    with pytest.raises(UserError, match=r"against: 'base' is no arm; there are sft, dpo"):
+        planned(tmp_path, run, against="base")
 
 
 def test_numbers_are_short():
@@ -241,7 +270,7 @@ def test_an_experiment_from_end_to_end_and_again(toy, tmp_path, capsys):
         rows = {row["arm"]: row for row in results["rows"]}
         assert rows["dpo"]["seeds"] == [0, 1]
         assert rows["dpo"]["metrics"]["gold"]["n"] == 2
-        assert 0 < rows["dpo"]["metrics"]["cpu_seconds"]["mean"]
+        assert rows["dpo"]["metrics"]["cpu_seconds"]["mean"] > 0
         assert rows["sft"]["metrics"]["win_rate_vs_sft"]["mean"] == 0.5
         assert {"gold", "win_rate_vs_sft", "kl"} <= rows["best"]["metrics"].keys()
         assert len(rows["dpo"]["varied"]) == 1

@@ -1,7 +1,7 @@
 """`temper bench NAME`: the trials of an experiment, then its table. Floor 8.
 
-A trial that is done is skipped, one that was interrupted goes on, as in a recipe: the same command resumes. One that a check stopped (a loss
-that is no number, no answer that ends) is a result, and the others go on.
+A trial that is done is skipped, one that was interrupted goes on, as in a recipe: the same command resumes. One that a check stopped
+(a loss that is no number, no answer that ends) is a result, and the others go on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from temper.ladder.stage import absent, input_fingerprint
 from temper.runs import Run, atomic_write, code_version, fingerprint
 from temper.train import machine
 from temper.trials.figures import gathered, stopped, table
-from temper.trials.plan import Experiment, Trial, read_experiment, trials
+from temper.trials.plan import Experiment, Trial, evaluated_as, read_experiment, trials
 
 EXAMPLES = """
   temper bench methods                                all methods from one run's stages, three seeds, and docs' table
@@ -74,6 +74,7 @@ def read(argv: list[str]) -> Plan:
         if arm not in plan.arms:
             raise UserError(f"--only {arm}: no such arm; there are {', '.join(plan.arms)}")
     every = trials(path, plan, run, out, range(s.seeds), s.vary)
+    evaluated_as(run)
     for t in every:
         if t.stage and (problem := absent(t.stage.values)):
             raise UserError(f"{path}: {t.arm}: {problem}")
@@ -114,7 +115,7 @@ def attempt(trial: Trial, run: Path, out: Path, command: str) -> dict[str, Any]:
 
 def measured(trial: Trial, run: Path, out: Path) -> bool:
     """Writes evaluation.json, unless the one there is of the same content, settings and code; whether it did."""
-    from temper.trials.measures import MEASURES, Subject, evaluated_as
+    from temper.trials.measures import MEASURES, Subject
 
     machine.use(1)
     began, how, target = time.monotonic(), evaluated_as(run), out / trial.name / "evaluation.json"
@@ -152,7 +153,7 @@ def main(argv: list[str]) -> int:
         claim(out, plan.name, False, [])
         atomic_write(out / "recipe.yaml", _written(plan, run, every))
         code = _train(s, todo, run, out, command)
-    results = {"command": command, "run": str(run), **gathered(plan, [t for t in every if not s.only or t in todo], out)}
+    results = {"command": command, "run": str(run), **gathered(plan, every, out)}
     text = table(results)
     if out.is_dir():
         atomic_write(out / "bench.json", json.dumps(results, indent=1) + "\n")

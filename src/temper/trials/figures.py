@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from temper.runs import Run
-from temper.stats.intervals import mean_interval
+from temper.stats.intervals import mean_interval, paired_difference
 from temper.trials.plan import Experiment, Trial
 
 COSTS = ("seconds", "cpu_seconds", "peak_mb", "tokens", "steps")  # of a training, beside what was measured
@@ -48,7 +48,7 @@ def outcome(trial: Trial, out: Path) -> Row | None:
     if "metrics" not in found:
         return None
     spent = Run(folder).stage.get("summary", {}) if trial.stage else {}
-    return {"metrics": found["metrics"], "costs": {name: spent[name] for name in COSTS if name in spent}}
+    return {"metrics": found["metrics"], "items": found.get("items", {}), "costs": {name: spent[name] for name in COSTS if name in spent}}
 
 
 def _json(path: Path) -> Row:
@@ -69,43 +69,57 @@ def over_seeds(outcomes: Sequence[Row]) -> Row:
     return found
 
 
+def gained(own: Row, other: Row, name: str) -> Row:
+    """A metric above that of another trial: paired by prompt where both have its items, else the difference alone."""
+    mine, theirs = (o["items"].get(name) for o in (own, other))
+    if mine and theirs:
+        return paired_difference(mine, theirs).to_dict()
+    return {"mean": own["metrics"][name]["mean"] - other["metrics"][name]["mean"], "low": None, "high": None, "n": 1}
+
+
 def passes(plan: Experiment, metrics: Mapping[str, Row]) -> bool | None:
     """Whether the interval over seeds and every trial's own lie above the line; None where the experiment draws none."""
-    if not plan.better or plan.better not in metrics:
+    found = metrics.get("gained" if plan.against else plan.better)
+    if not plan.better or not found:
         return None
-    lows = [metrics[plan.better]["low"], *(x["low"] for x in metrics[plan.better]["each"])]
-    return all(low is not None and low > plan.above for low in lows)
+    lows = [low for low in (found["low"], *(x["low"] for x in found["each"])) if low is not None]
+    return bool(lows) and min(lows) > plan.above
 
 
 def gathered(plan: Experiment, found: Sequence[Trial], out: Path) -> Row:
     """The experiment's results: a row per arm, in the file's order; trials that are missing or stopped are named."""
-    rows = []
-    for arm in plan.arms:
-        own = [t for t in found if t.arm == arm]
-        done = {t.name: o for t in own if (o := outcome(t, out))}
-        plain = [t for t in own if not t.changed]
-        good = [done[t.name] for t in plain if "metrics" in done.get(t.name, {})]
-        metrics = over_seeds(good) if good else {}
-        stage = plain[0].stage
-        rows.append(
-            {
-                "arm": arm,
-                "method": stage.method if stage else None,
-                "settings": stage.values if stage else {},
-                "seeds": [t.seed for t in plain if t.name in done],
-                "metrics": metrics,
-                "passes": passes(plan, metrics),
-                "varied": [
-                    {"setting": t.changed[0], "value": t.changed[1], "factor": t.changed[2], **done[t.name]}
-                    for t in own
-                    if t.changed and t.name in done
-                ],
-                "missing": [t.name for t in own if t.name not in done],
-                "stopped": {name: o["stopped"] for name, o in done.items() if "stopped" in o},
-                "note": plain[0].note,
-            }
-        )
-    return {"name": plan.name, "title": plan.title, "columns": plan.columns, "better": plan.better, "above": plan.above, "rows": rows}
+    done = {t.name: o for t in found if (o := outcome(t, out))}
+    measured = {t.name: done[t.name] for t in found if "metrics" in done.get(t.name, {})}
+    base = {t.seed: measured[t.name] for t in found if t.arm == plan.against and not t.changed and t.name in measured}
+    for t in found:
+        other = base.get(t.seed, base.get(0))  # a stage as it is has no seed
+        if other and t.arm != plan.against and plan.better in measured.get(t.name, {}).get("metrics", {}):
+            measured[t.name]["metrics"]["gained"] = gained(measured[t.name], other, plan.better)
+    rows = [_row(plan, arm, [t for t in found if t.arm == arm], done) for arm in plan.arms]
+    line = {"better": "gained" if plan.against else plan.better, "above": plan.above}
+    return {"name": plan.name, "title": plan.title, "columns": plan.columns, **line, "rows": rows}
+
+
+def _row(plan: Experiment, arm: str, own: Sequence[Trial], done: Mapping[str, Row]) -> Row:
+    plain = [t for t in own if not t.changed]
+    stage = plain[0].stage
+    metrics = over_seeds([done[t.name] for t in plain if "metrics" in done.get(t.name, {})])
+    return {
+        "arm": arm,
+        "method": stage.method if stage else None,
+        "settings": stage.values if stage else {},
+        "seeds": [t.seed for t in plain if t.name in done],
+        "metrics": metrics,
+        "passes": passes(plan, metrics),
+        "varied": [
+            {**dict(zip(("setting", "value", "factor"), t.changed, strict=True)), **done[t.name]}
+            for t in own
+            if t.changed and t.name in done
+        ],
+        "missing": [t.name for t in own if t.name not in done],
+        "stopped": {t.name: done[t.name]["stopped"] for t in own if "stopped" in done.get(t.name, {})},
+        "note": plain[0].note,
+    }
 
 
 # ---------------------------------------------------------------- the table
@@ -157,11 +171,20 @@ def _varied(results: Row) -> list[str]:
         for v in r["varied"]:
             got = "stopped" if "stopped" in v else number(v["metrics"].get(name, {"mean": None})["mean"])
             by.setdefault(v["setting"], []).append(f"× {v['factor']:g}: {got}")
-        lines.append(_line([f"`{r['arm']}`", number(own), "; ".join(f"`{s}` {r['settings'].get(s, '')} {', '.join(x)}" for s, x in by.items())]))
+        lines.append(
+            _line([f"`{r['arm']}`", number(own), "; ".join(f"`{s}` {r['settings'].get(s, '')} {', '.join(x)}" for s, x in by.items())])
+        )
     if not lines:
         return []
     what = results["columns"].get(name, name)
-    return ["", f"What a changed setting does to it ({what}, one seed):", "", _line(["", "as above", "changed"]), _line(["---"] * 3), *lines]
+    return [
+        "",
+        f"What a changed setting does to it ({what}, one seed):",
+        "",
+        _line(["", "as above", "changed"]),
+        _line(["---"] * 3),
+        *lines,
+    ]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """What is measured of a trial: the content of its evaluation.json, {"metrics": {name: {mean, low, high, n}}, ...}. Floor 8.
 
-A measure is one function of a `Subject`, registered by name; the file of an experiment names it. Intervals are 95%, over prompts.
+A measure is one function of a `Subject`, registered by name; the file of an experiment names it. Intervals are 95%, over prompts. `items`
+are a metric's values by prompt, the same prompts for every trial: what differences between arms are paired by.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from temper.config import UserError, build, load_yaml
+from temper.config import UserError
 from temper.data.template import render_prompt, stop_ids
 from temper.data.trees import text_trees
 from temper.evals.harbour import Answers, Evaluation, ask_all
@@ -51,14 +52,6 @@ MEASURES: dict[str, Callable[[Subject], Found]] = {}
 def measure(make: Callable[[Subject], Found]) -> Callable[[Subject], Found]:
     MEASURES[make.__name__] = make
     return make
-
-
-def evaluated_as(run: Path) -> Evaluation:
-    """How a run evaluates its stages, without the exact frontier. Raises UserError for a run that does not, or has not evaluated its SFT."""
-    recipe = load_yaml(run / "recipe.yaml")
-    if not recipe.get("evaluation") or not (run / "sft" / "evaluation.json").exists():
-        raise UserError(f"{run}: its stage sft was not evaluated, which trials are compared with; run a recipe with `evaluation:`")
-    return build(Evaluation, {"eval_seed": recipe.get("seed", 0), **recipe["evaluation"], "enumerable": 0}, f"{run / 'recipe.yaml'}")
 
 
 @measure
@@ -101,11 +94,12 @@ def sums(s: Subject) -> Found:
     prompts = dataset("sums", n=SUMS, split="evaluation")
     greedy = ask_all(model, tokenizer, prompts, 1, MAX_NEW, 0.0, ("sums greedy",))
     sampled = ask_all(model, tokenizer, prompts, s.how.samples, MAX_NEW, s.how.temperature, ("sums", s.how.eval_seed))
-    found: Found = {"metrics": {}}
+    found: Found = {"metrics": {}, "items": {}}
     for name, answers in ("accuracy", greedy), ("sampled_accuracy", sampled):
         rows = [(i, p, text) for i, (p, group) in enumerate(zip(prompts, answers.text, strict=True)) for text in group]
         right = [correct(Ask.of(p), text) for _, p, text in rows]
         found["metrics"][name] = share_interval(right, [i for i, *_ in rows]).to_dict()
+        found["items"][name] = np.reshape(right, (len(prompts), -1)).mean(1).tolist()
         traces = [(i, trace(p, text)) for (i, p, text), ok in zip(rows, right, strict=True) if ok]
         if traces:
             found["metrics"][name.replace("accuracy", "traces")] = share_interval([t for _, t in traces], [i for i, _ in traces]).to_dict()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pydantic
 
@@ -17,6 +17,9 @@ from temper.config import UserError, build, dump, leaves, load_yaml
 from temper.ladder.recipe import PACKAGED, Recipe, Stage, ordered, stage_of
 from temper.methods import load
 from temper.runs import Run
+
+if TYPE_CHECKING:
+    from temper.evals.harbour import Evaluation
 
 OWN = ("of", "measure", "vary", "note")  # what an arm says beside its method and the method's settings
 
@@ -31,6 +34,7 @@ class Experiment(pydantic.BaseModel):
     measure: str = "policy"
     better: str = ""  # the metric whose interval must lie above `above` for an arm to pass
     above: float = 0.5
+    against: str = ""  # an arm from which the others' `better` is counted, as the metric `gained`
     shared: dict[str, Any] = {}
     arms: dict[str, dict[str, Any]] = pydantic.Field(min_length=1)
 
@@ -56,10 +60,23 @@ def read_experiment(name: str) -> tuple[str, Experiment]:
     if name not in known and not Path(name).exists():
         raise UserError(f"no experiment {name!r}; there are {', '.join(known)}, or give a YAML file")
     try:
-        return path, Experiment.model_validate(load_yaml(path))
+        plan = Experiment.model_validate(load_yaml(path))
     except pydantic.ValidationError as e:
         first = e.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}") from None
+    if plan.against and plan.against not in plan.arms:
+        raise UserError(f"{path}: against: {plan.against!r} is no arm; there are {', '.join(plan.arms)}")
+    return path, plan
+
+
+def evaluated_as(run: Path) -> Evaluation:
+    """How a run evaluates its stages, without the exact frontier. Raises UserError where it does not, or has not evaluated its SFT."""
+    from temper.evals.harbour import Evaluation
+
+    recipe = load_yaml(run / "recipe.yaml")
+    if not recipe.get("evaluation") or not (run / "sft" / "evaluation.json").exists():
+        raise UserError(f"{run}: its stage sft was not evaluated, which trials are compared with; run a recipe with `evaluation:`")
+    return build(Evaluation, {"eval_seed": recipe.get("seed", 0), **recipe["evaluation"], "enumerable": 0}, f"{run / 'recipe.yaml'}")
 
 
 def trials(path: str, plan: Experiment, run: Path, out: Path, seeds: Sequence[int], vary: bool = True) -> list[Trial]:

@@ -260,7 +260,7 @@ def sums(n: int, seed: int, split: str) -> list[Prompt]:
 
 
 def news(n: int, seed: int, split: str) -> list[Chat]:
-    """New facts: what no text of the town states, asked and told. `split=evaluation`: the same facts in held-out phrasings. meta: `told`."""
+    """New facts: what no text of the town states, asked and told. `split=evaluation`: the same facts in held-out phrasings. meta: told."""
     draw, facts = Draw(stream(f"news/{split}", seed)), town()
     out = []
     for _ in range(n):
@@ -273,7 +273,8 @@ def news(n: int, seed: int, split: str) -> list[Chat]:
 
 
 DATASETS: dict[str, Callable[[int, int, str], list]] = {
-    make.__name__: make for make in (documents, demonstrations, prompts, red_team, harmless, evaluation, side_by_side, enumerable, wrapped, sums, news)
+    make.__name__: make
+    for make in (documents, demonstrations, prompts, red_team, harmless, evaluation, side_by_side, enumerable, wrapped, sums, news)
 }
 SIZES = {
     "documents": 60_000,
