@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from temper.runs import atomic_write
 from temper.stats.intervals import mean_interval
 from temper.trials import command
 from temper.trials.figures import number, over_seeds, passes, table
-from temper.trials.measures import _share_of, told, trace
-from temper.trials.plan import Experiment, read_experiment, trials
+from temper.trials.measures import MEASURES, _share_of, told, trace
+from temper.trials.plan import Experiment, Measure, read_experiment, trials
 from temper.world import dataset
 
 EXPERIMENTS = sorted(p.stem for p in (PACKAGED / "bench").glob("*.yaml"))
@@ -70,7 +71,7 @@ def test_the_experiments_that_come_with_temper_can_be_read(name, run, tmp_path):
 
 def test_an_arm_is_a_stage_for_each_seed_and_a_changed_setting_one_more(tmp_path, run):
     found = {t.name: t for t in planned(tmp_path, run)}
-    assert [*found] == ["sft", "dpo-0", "dpo-beta-x0_5-0", "dpo-beta-x2-0", "dpo-batch-x0_5-0", "dpo-1", "again-0", "again-1"]
+    assert [*found] == ["sft", "dpo-0", "dpo-1", "dpo-beta-x0_5-0", "dpo-beta-x2-0", "dpo-batch-x0_5-0", "again-0", "again-1"]
     assert found["dpo-1"].stage.values == {"model": str(run / "sft"), "data": str(run / "comparisons/pairs.jsonl"), "batch": 8, "seed": 1}
     assert found["dpo-beta-x2-0"].changed == ("beta", 0.2, 2)  # of the default
     assert found["dpo-beta-x2-0"].stage.values["beta"] == 0.2
@@ -93,6 +94,8 @@ def test_an_arm_is_a_stage_for_each_seed_and_a_changed_setting_one_more(tmp_path
             {"a": {"method": "sft", "model": "@b", "data": "x"}, "b": {"method": "sft", "model": "@a", "data": "x"}},
             "need each other in a cycle",
         ),
+        ({"dpo": {**ARMS["dpo"], "vary": {"lr": 2}}}, "dpo: vary.lr: .*list"),
+        ({"dpo": {**ARMS["dpo"], "measure": "golden"}}, "dpo: measure: .*'policy', 'chosen'"),
         ({}, "arms: .*at least 1"),
     ],
 )
@@ -213,6 +216,10 @@ def test_a_check_that_stops_a_trial_is_a_result_and_wrong_input_is_not(tmp_path,
 
 
 # ---------------------------------------------------------------- measures
+
+
+def test_every_measure_that_may_be_named_is_there():
+    assert tuple(MEASURES) == get_args(Measure)
 
 
 def test_a_new_fact_is_told_by_its_value_alone():

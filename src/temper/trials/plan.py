@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 
@@ -21,7 +21,16 @@ from temper.runs import Run
 if TYPE_CHECKING:
     from temper.evals.harbour import Evaluation
 
-OWN = ("of", "measure", "vary", "note")  # what an arm says beside its method and the method's settings
+Measure = Literal["policy", "chosen", "sums", "selection", "memory"]  # functions of trials/measures.py
+
+
+class Own(pydantic.BaseModel):
+    """What an arm says beside its method and the method's settings. vary: setting -> factors that it is multiplied by, one at a time."""
+
+    of: str = ""
+    measure: Measure | None = None
+    vary: dict[str, list[float]] = {}
+    note: str = ""
 
 
 class Experiment(pydantic.BaseModel):
@@ -31,7 +40,7 @@ class Experiment(pydantic.BaseModel):
     name: str
     title: str
     columns: dict[str, str]  # metric -> heading
-    measure: str = "policy"
+    measure: Measure = "policy"
     better: str = ""  # the metric whose interval must lie above `above` for an arm to pass
     above: float = 0.5
     against: str = ""  # an arm from which the others' `better` is counted, as the metric `gained`
@@ -47,7 +56,7 @@ class Trial:
     arm: str
     seed: int
     folder: Path  # of what is measured
-    measure: str
+    measure: Measure
     stage: Stage | None = None
     changed: tuple[str, Any, float] | None = None  # setting, its value, and by what factor it differs from the arm's
     note: str = ""
@@ -62,11 +71,15 @@ def read_experiment(name: str) -> tuple[str, Experiment]:
     try:
         plan = Experiment.model_validate(load_yaml(path))
     except pydantic.ValidationError as e:
-        first = e.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}") from None
+        raise _wrong(path, "", e) from None
     if plan.against and plan.against not in plan.arms:
         raise UserError(f"{path}: against: {plan.against!r} is no arm; there are {', '.join(plan.arms)}")
     return path, plan
+
+
+def _wrong(path: str, where: str, error: pydantic.ValidationError) -> UserError:
+    first = error.errors()[0]
+    return UserError(f"{path}: {where}{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}")
 
 
 def evaluated_as(run: Path) -> Evaluation:
@@ -80,30 +93,34 @@ def evaluated_as(run: Path) -> Evaluation:
 
 
 def trials(path: str, plan: Experiment, run: Path, out: Path, seeds: Sequence[int], vary: bool = True) -> list[Trial]:
-    """All trials, each after those that it needs: every arm on every seed; on the first seed also each setting of `vary` times its factors.
+    """Every arm on every seed; on the first seed also each setting of `vary` times its factors. In the order in which they are run, each
+    after those that it needs: all arms on one seed, then on the next, the changed settings last.
 
     Raises UserError naming the file and the arm for what is wrong, and for a stage that the run does not have.
     """
-    found: dict[str, Trial] = {}
+    found: list[Trial] = []
     for arm, given in plan.arms.items():
-        measure, note = given.get("measure", plan.measure), str(given.get("note", ""))
-        if "of" in given:
-            if set(given) - {*OWN} or not str(given["of"]).startswith("@"):
+        try:
+            own = Own.model_validate(given)
+        except pydantic.ValidationError as e:
+            raise _wrong(path, f"{arm}: ", e) from None
+        values, measure = {k: v for k, v in given.items() if k not in Own.model_fields}, own.measure or plan.measure
+        if own.of:
+            if values or not own.of.startswith("@"):
                 raise UserError(f'{path}: {arm}: `of: "@STAGE"` names a stage of the run and takes no settings')
-            where = _of_run(path, arm, str(given["of"])[1:], run)
-            found[arm] = Trial(arm, arm, 0, where, measure, note=note)
+            found.append(Trial(arm, arm, 0, _of_run(path, arm, own.of[1:], run), measure, note=own.note))
             continue
-        values = {k: v for k, v in given.items() if k not in OWN}
         for seed in seeds:
-            stages: list[tuple[Stage, tuple[str, Any, float] | None]] = [(_stage(path, plan, f"{arm}-{seed}", values, seed, run), None)]
-            for setting, factors in given.get("vary", {}).items() if vary and seed == seeds[0] else ():
-                for changed in (_times(path, arm, values, setting, factor) for factor in factors):
-                    name = f"{arm}-{setting}-x{changed[2]:g}-{seed}".replace(".", "_")
-                    stages.append((_stage(path, plan, name, {**values, setting: changed[1]}, seed, run), changed))
-            for stage, change in stages:
-                found[stage.name] = Trial(stage.name, arm, seed, out / stage.name, measure, stage, change, note)
-    order = ordered(path, [t.stage for t in found.values() if t.stage])
-    return [*(t for t in found.values() if not t.stage), *(found[stage.name] for stage in order)]
+            stage = _stage(path, plan, f"{arm}-{seed}", values, seed, run)
+            found.append(Trial(stage.name, arm, seed, out / stage.name, measure, stage, note=own.note))
+        for setting, factor in ((s, f) for s, factors in own.vary.items() for f in factors) if vary else ():
+            changed = _times(path, arm, values, setting, factor)
+            name = f"{arm}-{setting}-x{factor:g}-{seeds[0]}".replace(".", "_")
+            stage = _stage(path, plan, name, {**values, setting: changed[1]}, seeds[0], run)
+            found.append(Trial(name, arm, seeds[0], out / name, measure, stage, changed))
+    by = {t.name: t for t in found}
+    order = ordered(path, [t.stage for t in sorted(found, key=lambda t: (bool(t.changed), t.seed)) if t.stage])
+    return [*(t for t in found if not t.stage), *(by[stage.name] for stage in order)]
 
 
 def _stage(path: str, plan: Experiment, name: str, values: dict[str, Any], seed: int, run: Path) -> Stage:
