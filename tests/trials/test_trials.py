@@ -180,7 +180,8 @@ def test_the_table_has_a_row_per_arm_and_says_what_is_missing(tmp_path, run):
     text = table(results)
     lines = text.splitlines()
     assert lines[2].startswith("| `sft` † | 0.400 (0.300 to 0.500) |")
-    assert lines[3].startswith("| `dpo` | 0.705 (0.641 to 0.769) | policy, reference before it | pairs | no |")
+    assert lines[0] == "|  | gold | models held | learns from |"  # all arms are alike in the rest
+    assert lines[3] == "| `dpo` | 0.705 (0.641 to 0.769) | policy, reference before it | pairs |"
     assert lines[4].startswith("| `again` | stopped |")
     assert "`again-0` stopped: no answer ends." in text
     assert "| `dpo` | 0.700 | `beta`  × 2: 0.300 |" in text

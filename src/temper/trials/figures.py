@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from temper.methods import NAMES
 from temper.runs import Run
 from temper.stats.intervals import mean_interval, paired_difference
 from temper.trials.plan import Experiment, Trial
@@ -139,26 +140,25 @@ def told(m: Row) -> str:
 
 
 def table(results: Row) -> str:
-    """Markdown: a row per arm, then what the changed settings did to the metric of the line, or to the first column."""
+    """Markdown: a row per arm, notes, and what the changed settings did to the metric that counts, or to the first column's."""
     columns, rows = results["columns"], results["rows"]
-    means = [*columns]
-    facts = any(r["method"] in _files() for r in rows)
-    head = ["", *columns.values(), *(["models held", "learns from", "samples"] if facts else [])]
-    lines = [_line(head), _line(["---"] * len(head))]
-    for r in rows:
-        cells = [told(r["metrics"][name]) if name in r["metrics"] else "" for name in means]
+    facts = {title: [_facts(r)[k] for r in rows] for k, title in enumerate(("models held", "learns from", "samples"))}
+    facts = {title: cells for title, cells in facts.items() if len({*cells} - {""}) > 1}  # those in which the arms differ
+    lines = [_line(["", *columns.values(), *facts]), _line(["---"] * (1 + len(columns) + len(facts)))]
+    for i, r in enumerate(rows):
+        cells = [told(r["metrics"][name]) if name in r["metrics"] else "" for name in columns]
         if not r["metrics"]:
             cells[0] = "stopped" if r["stopped"] else "not measured yet"
         mark = " †" if r["passes"] is False else ""
-        lines.append(_line([f"`{r['arm']}`{mark}", *cells, *(_facts(r) if facts else [])]))
+        lines.append(_line([f"`{r['arm']}`{mark}", *cells, *(each[i] for each in facts.values())]))
     seeds = sorted({len(r["seeds"]) for r in rows if r["method"]})
     unit = "over seeds" if seeds and seeds[-1] > 1 else "over prompts, one seed"
     notes = [f"Seeds: {' or '.join(map(str, seeds)) or 'none'}. Intervals (95%) are {unit}."]
     if any(r["passes"] is False for r in rows):
         what = columns.get(results["better"], results["better"])
-        notes.append(f"†: {what} is not above {number(results['above'])} with its interval over seeds and over prompts.")
-    notes += [f"`{r['arm']}`: {r['note']}." for r in rows if r["note"]]
-    notes += [f"`{name}` stopped: {why}." for r in rows for name, why in r["stopped"].items()]
+        notes.append(f"†: {what} is not above {number(results['above'])} with its intervals.")
+    notes += [f"- `{r['arm']}`: {r['note']}." for r in rows if r["note"]]
+    notes += [f"- `{name}` stopped: {why}." for r in rows for name, why in r["stopped"].items()]
     return "\n".join([*lines, "", *notes, *_varied(results)]) + "\n"
 
 
@@ -191,20 +191,13 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _files() -> dict[str, str]:
-    from temper.methods import NAMES
+def _facts(row: Row) -> tuple[str, str, str]:
+    """The models that training holds, what it learns from, whether it samples."""
+    from temper.losses.preference import RULES
 
-    return {name: file for name, file in NAMES.items() if file in HOLDS}
-
-
-def _facts(row: Row) -> list[str]:
-    file = _files().get(row["method"] or "", "")
-    if not file:
-        return ["", "", ""]
-    holds, data = HOLDS[file]
+    file = NAMES.get(row["method"] or "", "")
+    held, data = HOLDS.get(file, ("", ""))
     if file == "preference":
-        from temper.losses.preference import RULES
-
-        holds += ", reference before it" if RULES[row["method"]].reference else ""
-        data = "rankings" if RULES[row["method"]].listwise else data
-    return [holds, data, "yes" if file in SAMPLES else "no"]
+        rule = RULES[row["method"]]
+        held, data = f"{held}{', reference before it' if rule.reference else ''}", "rankings" if rule.listwise else data
+    return held, data, "" if not held else "yes" if file in SAMPLES else "no"

@@ -58,7 +58,11 @@ def measure(make: Callable[[Subject], Found]) -> Callable[[Subject], Found]:
 def policy(s: Subject) -> Found:
     """Gold and its parts, wins over SFT, KL and proxy: what the run's own stages are measured by."""
     others = {"sft": s.run / "sft", "reward": s.run / "reward"}
-    return evaluate(s.folder, stages={role: path for role, path in others.items() if path.exists()}, how=s.how)
+    found = evaluate(s.folder, stages={role: path for role, path in others.items() if path.exists()}, how=s.how)
+    by: dict[int, list[float]] = {}
+    for row in found["sampled"]:
+        by.setdefault(row["prompt"], []).append(row["gold"])
+    return {**found, "items": {"gold": [float(np.mean(scores)) for scores in by.values()]}}
 
 
 @measure
