@@ -24,6 +24,7 @@ from temper.ladder.stage import absent, input_fingerprint
 from temper.runs import Run, atomic_write, code_version, fingerprint
 from temper.train import machine
 from temper.trials.figures import gathered, stopped, table
+from temper.trials.measures import MEASURES, Subject
 from temper.trials.plan import Experiment, Trial, evaluated_as, read_experiment, trials
 
 EXAMPLES = """
@@ -115,8 +116,6 @@ def attempt(trial: Trial, run: Path, out: Path, command: str) -> dict[str, Any]:
 
 def measured(trial: Trial, run: Path, out: Path) -> bool:
     """Writes evaluation.json, unless the one there is of the same content, settings and code; whether it did."""
-    from temper.trials.measures import MEASURES, Subject
-
     machine.use(1)
     began, how, target = time.monotonic(), evaluated_as(run), out / trial.name / "evaluation.json"
     what = trial.folder / "model" if (trial.folder / "model").is_dir() else trial.folder / Run(trial.folder).stage.get("artefact", "model")
