@@ -81,7 +81,7 @@ def chosen(s: Subject) -> Found:
     last = json.loads((s.folder / "curve.json").read_bytes())["rows"][-1]
     found = {
         "gold": mean_interval([score for _, score, _ in rows], [text for *_, text in rows]),
-        "win_rate_vs_sft": win_rate(*zip(*[(a, b) for a, b, _ in pairs], strict=True), [text for *_, text in pairs]),
+        "win_rate_vs_sft": win_rate([a for a, *_ in pairs], [b for _, b, _ in pairs], [text for *_, text in pairs]),
         "length": mean_interval([len(picked[text].split()) for *_, text in rows]),
     }
     return {"metrics": {**{name: x.to_dict() for name, x in found.items()}, "kl": last["kl"], "proxy": last["reward"]}}
@@ -128,7 +128,7 @@ def selection(s: Subject) -> Found:
     judge = ProcessReward(s.folder)
     table = []
     for prompt, own, group in zip(prompts, ids, groups, strict=True):
-        texts = [tokenizer.decode(a.tokens, skip_special_tokens=True).strip() for a in group]
+        texts = [str(tokenizer.decode(a.tokens, skip_special_tokens=True)).strip() for a in group]
         rated = judge.rate([Answer(prompt, own, a.tokens, text, a.finish == "stop") for a, text in zip(group, texts, strict=True)])
         score = [-1.0 if x is None or a.finish != "stop" else x for x, a in zip(rated, group, strict=True)]
         right = np.array([correct(Ask.of(prompt), text) for text in texts], float)
