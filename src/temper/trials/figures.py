@@ -111,7 +111,7 @@ def _row(plan: Experiment, arm: str, own: Sequence[Trial], done: Mapping[str, Ro
         "settings": stage.values if stage else {},
         "seeds": [t.seed for t in plain if t.name in done],
         "metrics": metrics,
-        "passes": passes(plan, metrics),
+        "passes": passes(plan, metrics) if stage else None,
         "varied": [
             {**dict(zip(("setting", "value", "factor"), t.changed, strict=True)), **done[t.name]}
             for t in own
