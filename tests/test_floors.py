@@ -23,7 +23,7 @@ FLOORS = {
     5: ["methods", "evals", "safety"],
     6: ["driver", "serve", "checks"],
     7: ["ladder", "report"],
-    8: ["redteam", "doctor", "advise", "studio"],
+    8: ["redteam", "doctor", "advise", "studio", "trials"],
     9: ["cli"],
     10: ["__main__"],
 }

@@ -64,6 +64,7 @@ def drive(
 
     began = time.monotonic()
     state, tally, last = _standing(run, steps, title, quiet)
+    worked = tally["cpu_seconds"] - time.process_time()
     before, beside, stopping = tally["seconds"], 0.0, False  # beside: the memory of the other ranks
     saved_at = time.monotonic()
     module: nn.Module | None = None
@@ -72,6 +73,7 @@ def drive(
     def save(step: Step) -> None:
         nonlocal saved_at
         tally["seconds"] = before + time.monotonic() - began
+        tally["cpu_seconds"] = worked + time.process_time()
         tally["peak_mb"] = max(tally["peak_mb"], _peak_mb())
         state = {"fit": step.snapshot(), "tally": dict(tally)}
         if step.gather:
@@ -132,6 +134,7 @@ def drive(
         stopping = stop()
 
     tally["seconds"] = before + time.monotonic() - began
+    tally["cpu_seconds"] = worked + time.process_time()
     tally["peak_mb"] = max(tally["peak_mb"], _peak_mb()) + beside
     summary = _summary(tally, last, final)
     run.finish(summary)
@@ -144,7 +147,15 @@ def drive(
 
 def _standing(run: Run, steps: int, title: str, quiet: bool) -> tuple[State | None, dict[str, Any], int]:
     """From where a run goes on: the newest whole snapshot (None: from the start), what was counted up to it, its step. Later rows go."""
-    tally: dict[str, Any] = {"seconds": 0.0, "tokens": 0.0, "tokens_learned": 0.0, "skipped": 0, "peak_mb": 0.0, "resumed": 0}
+    tally: dict[str, Any] = {
+        "seconds": 0.0,
+        "cpu_seconds": 0.0,
+        "tokens": 0.0,
+        "tokens_learned": 0.0,
+        "skipped": 0,
+        "peak_mb": 0.0,
+        "resumed": 0,
+    }
     step, saved, events = load_latest(run.checkpoints)
     for event in events:
         run.event(**event)
@@ -193,6 +204,7 @@ def _summary(tally: Mapping[str, Any], steps: int, final: Mapping[str, float]) -
     summary = {
         "steps": steps,
         "seconds": round(tally["seconds"], 3),
+        "cpu_seconds": round(tally["cpu_seconds"], 3),
         "tokens": int(tally["tokens"]),
         "tokens_learned": int(tally["tokens_learned"]),
         "tokens_per_second": round(tally["tokens"] / tally["seconds"], 1),
@@ -213,7 +225,7 @@ def make(
 
     job_make(artefact, told) returns how many tokens it sampled.
     """
-    began = time.monotonic()
+    began, worked = time.monotonic(), time.process_time()
     run.set_status(phase="collect", now=True)
     with progress(title, 0, 0, quiet) as show:
 
@@ -225,6 +237,7 @@ def make(
     summary = {
         "steps": 0,
         "seconds": round(seconds, 3),
+        "cpu_seconds": round(time.process_time() - worked, 3),
         "tokens": tokens,
         "tokens_per_second": round(tokens / seconds, 1),
         "peak_mb": round(peak_mb(), 1),

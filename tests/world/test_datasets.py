@@ -26,6 +26,8 @@ GOLDEN = {
     "side_by_side": "41ac0e6343a1b10b",
     "enumerable": "e46852253603956a",
     "wrapped": "fb1f778a34d227d5",
+    "sums": "81b04e5c93aff551",
+    "news": "542d13a11573146b",
 }
 
 

@@ -95,16 +95,17 @@ def read_recipe(path: str, seed: int | None) -> tuple[Recipe, list[Stage]]:
         from temper.evals.harbour import Evaluation
 
         build(Evaluation, recipe.evaluation, where=f"{path}: evaluation")
-    stages = [_stage(path, name, dict(values), recipe) for name, values in recipe.stages.items()]
+    stages = [stage_of(path, name, dict(values), recipe) for name, values in recipe.stages.items()]
     known = [s.name for s in stages]
     for stage in stages:
         for need in stage.needs:
             if need not in known:
                 raise UserError(f"{path}: {stage.name} needs @{need}, which is no stage; there are {', '.join(known)}")
-    return recipe, _ordered(path, stages)
+    return recipe, ordered(path, stages)
 
 
-def _stage(path: str, name: str, values: dict[str, Any], recipe: Recipe) -> Stage:
+def stage_of(path: str, name: str, values: dict[str, Any], recipe: Recipe) -> Stage:
+    """An entry of a recipe, checked; its seed is the recipe's unless it says one. Raises UserError naming the file and the entry."""
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
         raise UserError(f"{path}: a stage called {name!r}; its name is its folder: give letters, digits, - and _")
     method = values.get("method")
@@ -127,7 +128,8 @@ def _stage(path: str, name: str, values: dict[str, Any], recipe: Recipe) -> Stag
     )
 
 
-def _ordered(path: str, stages: list[Stage]) -> list[Stage]:
+def ordered(path: str, stages: list[Stage]) -> list[Stage]:
+    """Each stage after what it needs. Raises UserError for a cycle."""
     done: list[Stage] = []
     left = list(stages)
     while left:

@@ -93,7 +93,7 @@ def run_stage(method: str, settings: Settings, place: Place, context: Context | 
     machine.use(place.threads)
     if ranks.rank():
         return _follow(method, settings, place)
-    began = time.monotonic()
+    began, worked = time.monotonic(), time.process_time()
     values = dump(settings)
     record = {
         "parent": context.parent,
@@ -116,7 +116,8 @@ def run_stage(method: str, settings: Settings, place: Place, context: Context | 
         except UserError:
             run.abandon()  # nothing was trained yet: the corrected command finds the folder free
             raise
-        return _complete(run, {**summary, "seconds": round(max(summary["seconds"], time.monotonic() - began), 3)})
+        spent = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - worked}  # with what came before the first step
+        return _complete(run, {**summary, **{name: round(max(summary[name], x), 3) for name, x in spent.items()}})
 
 
 def _follow(method: str, settings: Settings, place: Place) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from temper.world.constitution import constitution
 from temper.world.grammar import Form
 from temper.world.phrases import grammar
 from temper.world.streams import Draw, Table, stream
+from temper.world.town import town
 
 # What demonstrations are of, and what they do.
 DEMONSTRATIONS = {
@@ -252,8 +253,28 @@ def wrapped(n: int, seed: int, split: str) -> list[Prompt]:
     return [_prompt(_ask("wrapped", draw, None, "any", True, used)) for _ in range(n)]
 
 
+def sums(n: int, seed: int, split: str) -> list[Prompt]:
+    """Arithmetic alone: rewards that a program checks. `split=evaluation`: about people that only evaluation asks about."""
+    draw, used = Draw(stream(f"sums/{split}", seed)), set[str]()
+    return [_prompt(_ask("arithmetic", draw, "seen", "seen", split == "evaluation", used)) for _ in range(n)]
+
+
+def news(n: int, seed: int, split: str) -> list[Chat]:
+    """New facts: what no text of the town states, asked and told. `split=evaluation`: the same facts in held-out phrasings. meta: told."""
+    draw, facts = Draw(stream(f"news/{split}", seed)), town()
+    out = []
+    for _ in range(n):
+        entity, relation = draw.pick(facts.never)
+        value = facts.wrong(Draw(stream(f"news/{entity}/{relation}")), entity, relation)
+        ask = asks.make("unknown", draw, None, "held_out" if split == "evaluation" else "seen", {"entity": entity, "relation": relation})
+        text = grammar().text([("say", (relation, entity, value))], draw)
+        out.append(Chat(messages=_messages(ask, ("assistant", text)), meta=_meta(ask, told=value)))
+    return out
+
+
 DATASETS: dict[str, Callable[[int, int, str], list]] = {
-    make.__name__: make for make in (documents, demonstrations, prompts, red_team, harmless, evaluation, side_by_side, enumerable, wrapped)
+    make.__name__: make
+    for make in (documents, demonstrations, prompts, red_team, harmless, evaluation, side_by_side, enumerable, wrapped, sums, news)
 }
 SIZES = {
     "documents": 60_000,
@@ -265,6 +286,8 @@ SIZES = {
     "side_by_side": 24,
     "enumerable": 40,
     "wrapped": 120,
+    "sums": 1_000,
+    "news": 600,
 }
 
 
