@@ -165,9 +165,11 @@ def usage() -> str:
 
 
 def read(argv: list[str]) -> Any:
-    """The settings of the command that is asked for; None for help. Raises UserError for a command that there is not, and wrong flags."""
+    """The settings of the command that is asked for. Raises SystemExit after help, UserError for a command that there is not, and wrong
+    flags."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        return None
+        print(usage())
+        raise SystemExit(0)
     if argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         raise UserError(f"no command 'adapter {argv[0]}'; {f'did you mean {near[0]!r}?' if near else 'temper adapter --help lists them'}")
@@ -177,9 +179,6 @@ def read(argv: list[str]) -> Any:
 def main(argv: list[str]) -> int:
     """Exit code 0; what was written and did not give the model's logits again is an error with code 1."""
     settings = read(argv)
-    if settings is None:
-        print(usage())
-        return 0
     found = COMMANDS[argv[0]][1](settings)
     if settings.json_:
         print(json.dumps(found))
