@@ -138,13 +138,16 @@ class Rollouts(rollouts.Rollouts):
 
     def columns(self, answers: Sequence[Sampled]) -> tuple[list[dict[str, Tensor]], dict[str, float]]:
         s, lengths = self.settings, [len(a.logp) for a in answers]
+        learned = torch.cat([torch.full((len(a.logp),), a.learned) for a in answers])
         shaped = [kl_shaped_reward(a.reward, a.logp, a.found["ref_logp"], self.beta) + a.step_reward for a in answers]
-        if s.whiten_rewards:
-            shaped = list(whiten(torch.cat(shaped), keep_mean=True).split(lengths))
+        if s.whiten_rewards and learned.any():
+            flat = torch.cat(shaped)
+            flat[learned] = whiten(flat[learned], keep_mean=True)
+            shaped = list(flat.split(lengths))
         values = [a.found["value"] for a in answers]
         advantage = torch.cat([gae(r, v, gamma=s.gamma, lam=s.lam) for r, v in zip(shaped, values, strict=True)])
         returns = advantage + torch.cat(values)  # before whitening
-        white, learned = advantage, torch.cat([torch.full((len(a.logp),), a.learned) for a in answers])
+        white = advantage
         if s.whiten != "none" and learned.any():
             white = torch.zeros_like(advantage)
             white[learned] = whiten(advantage[learned], unbiased=s.whiten == "bessel")
