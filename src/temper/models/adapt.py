@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from temper.config import Settings, UserError, opt
-from temper.models.adapters import OWN, REFERENCE, adapted
+from temper.models.adapters import OWN, REFERENCE, adapted, part_of
 from temper.runs import fingerprint
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "export.json"
@@ -250,8 +250,8 @@ def read_onto(model: Any, folder: str | Path, how: Adapter | None = None, *, nam
             model = _wrap(model, copy.deepcopy(config), each)
         _fill(model, weights, each, folder, lacking="score" if scoring else "")
     for key, p in model.named_parameters():
-        if f".{name}." in key or f".{REFERENCE}." in key:
-            p.requires_grad = f".{name}." in key and (trainable or how is not None)
+        if part_of(key, name) or part_of(key, REFERENCE):
+            p.requires_grad = part_of(key, name) and (trainable or how is not None)
     return _ready(model, how or Adapter()) if name == OWN else model.eval()
 
 
