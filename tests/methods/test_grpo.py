@@ -369,6 +369,7 @@ def test_what_the_user_did_wrong(toy, tmp_path):
         ({"kl": "k1-in-loss"}, "its gradient is 0 on average"),
         ({"kl": "k3-in-reward"}, "use k1-in-reward"),
         ({"constant": 3.0}, "--constant 3, but --aggregation is sequence"),
+        ({"outcome_weight": 0.5}, r"--outcome-weight 0\.5 has no effect without --step-reward"),
         ({"kl_credit": "to-go"}, "it is about k1-in-reward"),
         ({"preset": "ppo"}, "preset"),
         ({"clip": -1}, "clip"),

@@ -42,7 +42,7 @@ def test_adapters_in_the_methods(ladder, toy, tmp_path):
     model, _ = load_policy(tmp_path / "dpo")
     assert model.get_base_model().name_or_path.endswith("base/model")
     for kind in ("prompt", "prefix", "dora"):
-        train("sft", tmp_path / kind, **(values_of("sft", toy) | {"adapter": kind, "virtual_tokens": 4, "epochs": 0.5}))
+        train("sft", tmp_path / kind, **(values_of("sft", toy) | {"adapter": kind, "epochs": 0.5}))
         assert "read back" in Run(tmp_path / kind).stage["card"]["export"]
 
 

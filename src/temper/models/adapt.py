@@ -17,12 +17,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import pydantic
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from temper.config import Settings, UserError, opt
+from temper.config import Settings, UserError, idle, opt
 from temper.models.adapters import OWN, REFERENCE, adapted, part_of
 from temper.runs import fingerprint
 
@@ -47,6 +48,16 @@ class Adapter(Settings):
     virtual_tokens: int = opt(20, "prompt, prefix: tokens that stand before all others; the model's window is shorter by so many", ge=1)
     init_text: str = opt("", "prompt: a text that the virtual tokens begin as; none: random words of the vocabulary")
     quantise: Literal["none", "4bit"] = opt("none", "4bit: the frozen weights in four bits (QLoRA), on a GPU with bitsandbytes")
+
+    @pydantic.model_validator(mode="after")
+    def _used(self) -> Adapter:
+        lora = ("lora_rank", "lora_alpha", "rslora", "lora_targets", "lora_dropout")
+        used = {"lora": lora, "dora": lora, "prompt": ("virtual_tokens", "init_text"), "prefix": ("virtual_tokens",)}.get(self.adapter, ())
+        what = ", which makes no new one" if self.adapter == "auto" else ""
+        idle(self, [name for name in (*lora, "virtual_tokens", "init_text") if name not in used], f"with --adapter {self.adapter}{what}")
+        if self.adapter == "full":
+            idle(self, ["adapter_lr"], "with --adapter full")
+        return self
 
 
 # ---------------------------------------------------------------- folders
