@@ -45,6 +45,14 @@ def opt(default: Any, help: str, *, positional: bool = False, **constraints: Any
     return pydantic.Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
+def idle(settings: Settings, names: Iterable[str], why: str) -> None:
+    """For validators: raises ValueError for the first of these settings that was changed, where it has no effect."""
+    for name in names:
+        if (value := getattr(settings, name)) != type(settings).model_fields[name].default:
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise ValueError(f"{flag(name)} {shown} has no effect {why}; leave it out")
+
+
 # ---------------------------------------------------------------- the shape of a model
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -368,6 +369,7 @@ def test_what_the_user_did_wrong(toy, tmp_path):
         ({"kl": "k1-in-loss"}, "its gradient is 0 on average"),
         ({"kl": "k3-in-reward"}, "use k1-in-reward"),
         ({"constant": 3.0}, "--constant 3, but --aggregation is sequence"),
+        ({"outcome_weight": 0.5}, r"--outcome-weight 0\.5 has no effect without --step-reward"),
         ({"kl_credit": "to-go"}, "it is about k1-in-reward"),
         ({"preset": "ppo"}, "preset"),
         ({"clip": -1}, "clip"),
@@ -441,6 +443,21 @@ def test_ppo_whitens_as_it_is_told(make):
     torch.testing.assert_close(reward, (plain - plain.mean()) / plain.std(correction=0) + plain.mean(), atol=1e-3, rtol=1e-3)
 
 
+def test_rewards_are_whitened_over_the_answers_that_are_learned(make):
+    """What the rater could not rate has no say in the scale of the others' rewards."""
+    _, _, source = make(
+        method=ppo,
+        rule=lambda a: None if sum(a.tokens) % 2 else 5 + last_token(a),
+        **{"whiten": "none", "whiten_rewards": True, "lam": 0.0, "gamma": 1e-9, "beta": 0.0, "samples_per_prompt": 3},
+    )
+    source(0)
+    assert 0 < source.last["unrated"] < 1
+    kept = [(c["returns"], score) for _, c, score, target in answers(source) if target.any()]
+    plain = torch.cat([torch.tensor([*[0.0] * (len(r) - 1), score]) for r, score in kept])
+    want = (plain - plain.mean()) / plain.std(correction=0) + plain.mean()
+    torch.testing.assert_close(torch.cat([r for r, _ in kept]), want, atol=1e-3, rtol=1e-3)
+
+
 def test_sampled_steps_and_kl():
     a = Sampled(None, torch.tensor([-1.0, -2.0]), steps=[(0, 0.5), (1, 1.0)], found={"ref_logp": torch.tensor([-1.5, -2.0])})
     assert a.kl.tolist() == [0.5, 0.0]
@@ -466,6 +483,27 @@ def test_a_server_samples_from_the_weights_that_are_trained(toy, tmp_path, adapt
     read = server.model.get_input_embeddings().weight if adapter == "full" else server.model.model.layers[0].self_attn.q_proj.weight
     own = model.get_input_embeddings().weight if adapter == "full" else model.model.layers[0].self_attn.q_proj.weight
     assert not torch.equal(read, own)
+
+
+def test_a_served_folder_that_must_not_be_replaced(toy, tmp_path):
+    """The model to start from, an adapter's base, the reward model, what lies above them, and what is no model."""
+    train("sft", tmp_path / "lora", **(values_of("sft", toy) | {"adapter": "lora", "epochs": 0.1}))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letters.txt").write_text("dear")
+    given = values_of("grpo", toy) | {"vllm": "http://localhost:1"}
+    for folder, model in (
+        (f"{toy.sft}/model", toy.sft),
+        (toy.sft, f"{toy.sft}/model"),
+        (f"{toy.base}/model", str(tmp_path / "lora")),
+        (f"{toy.reward}/model", toy.sft),
+        (str(Path(toy.sft).parent), toy.sft),
+    ):
+        with pytest.raises(UserError, match=r"replaced before each rollout, and .*, which the run reads, lies there"):
+            train("grpo", tmp_path / "run", **(given | {"model": model, "vllm_folder": folder}))
+    with pytest.raises(UserError, match=r"is no model.s folder now"):
+        train("grpo", tmp_path / "run", **given, vllm_folder=str(tmp_path / "mine"))
+    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "mine" / "letters.txt").read_text() == "dear"
 
 
 def test_a_server_without_its_folder_is_refused(toy, tmp_path):

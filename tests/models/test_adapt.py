@@ -1,13 +1,14 @@
 """Adapters as PEFT keeps them: made, trained on, written, read back, refused."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from torch import nn
 
-from temper.config import UserError
+from temper.config import UserError, build
 from temper.forest import Segment, plant
 from temper.models import adapt, heads
 from temper.models.adapt import Adapter
@@ -33,9 +34,12 @@ def base(tmp_path, tokenizer):
     return tmp_path / "base"
 
 
+SMALL = {"lora": {"lora_rank": 4}, "dora": {"lora_rank": 4}, "prompt": {"virtual_tokens": 3}, "prefix": {"virtual_tokens": 3}}
+
+
 def adapted(base, kind="lora", **how):
     """A policy under a new adapter that has learned something."""
-    model, tokenizer = load_policy(base, adapters=Adapter(adapter=kind, lora_rank=4, virtual_tokens=3, **how))
+    model, tokenizer = load_policy(base, adapters=Adapter(adapter=kind, **SMALL[kind], **how))
     move(model)
     return model, tokenizer
 
@@ -92,12 +96,12 @@ class _Whole:
 def test_a_new_adapter(base, kind):
     """Frozen but for it; LoRA begins as nothing, so the first step is the base's, and moves B alone."""
     bare, _ = load_policy(base)
-    model, _ = load_policy(base, adapters=Adapter(adapter=kind, lora_rank=4, virtual_tokens=3))
+    model, _ = load_policy(base, adapters=Adapter(adapter=kind, **SMALL[kind]))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert sum(p.numel() for p in trained.values()) < 0.5 * sum(p.numel() for p in bare.parameters())
     assert model.pace == adapt.PACE[kind]
-    again, _ = load_policy(base, adapters=Adapter(adapter=kind, lora_rank=4, virtual_tokens=3))
-    other, _ = load_policy(base, adapters=Adapter(adapter=kind, lora_rank=4, virtual_tokens=3), seed=1)
+    again, _ = load_policy(base, adapters=Adapter(adapter=kind, **SMALL[kind]))
+    other, _ = load_policy(base, adapters=Adapter(adapter=kind, **SMALL[kind]), seed=1)
     assert torch.equal(logp(model), logp(again))
     parts = [dict(x.named_parameters()) for x in (model, again, other)]
     assert all(torch.equal(parts[0][name], parts[1][name]) for name in trained)
@@ -230,6 +234,7 @@ def test_what_is_refused(base, tmp_path, tokenizer):
         ({"adapter": "lora", "lora_targets": ["nothing_of_that_name"]}, "the adapter does not fit the model"),
         ({"adapter": "lora", "quantise": "4bit"}, "--quantise 4bit needs --device cuda.*lacks --device cuda"),
         ({"adapter": "full", "quantise": "4bit"}, "weights in four bits cannot be trained"),
+        ({"quantise": "4bit"}, "weights in four bits cannot be trained"),
         ({"adapter": "prompt", "virtual_tokens": 60}, "--virtual-tokens 60: the model's window is 64"),
     ):
         with pytest.raises(UserError, match=message):
@@ -254,6 +259,21 @@ def test_what_is_refused(base, tmp_path, tokenizer):
     tied, _ = adapted(base, lora_targets=["q_proj", "lm_head"])
     with pytest.raises(UserError, match="also the embeddings"):
         adapt.merged(tied)
+
+
+def test_settings_without_effect_are_refused():
+    for how, message in (
+        ({"lora_rank": 8}, "--lora-rank 8 has no effect with --adapter auto, which makes no new one"),
+        ({"adapter": "full", "lora_targets": ["q_proj", "v_proj"]}, "--lora-targets q_proj v_proj has no effect with --adapter full"),
+        ({"adapter": "full", "adapter_lr": 3}, "--adapter-lr 3.0 has no effect"),
+        ({"adapter": "prompt", "rslora": True}, "--rslora True has no effect with --adapter prompt"),
+        ({"adapter": "prefix", "init_text": "Be kind."}, "--init-text Be kind. has no effect"),
+        ({"adapter": "lora", "virtual_tokens": 4}, "--virtual-tokens 4 has no effect"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            build(Adapter, how)
+    for how in {"adapter_lr": 3}, {"adapter": "lora", "lora_rank": 16, "virtual_tokens": 20}:  # defaults are what a recipe writes out
+        build(Adapter, how)
 
 
 def test_no_tokens_can_be_added_under_an_adapter(base):

@@ -10,7 +10,8 @@ from temper.forest import Segment, plant
 from temper.models import heads, shared
 from temper.models.adapt import Adapter
 from temper.models.commands import main
-from temper.models.load import load_policy, load_scalar
+from temper.models.load import export, load_policy, load_scalar
+from temper.rollout import Request, Sampling, sample
 from temper.runs import Run
 from temper.train import Loss, Optim, Term, fit
 from temper.train.compute import Compute
@@ -41,8 +42,30 @@ def test_adapters_in_the_methods(ladder, toy, tmp_path):
     model, _ = load_policy(tmp_path / "dpo")
     assert model.get_base_model().name_or_path.endswith("base/model")
     for kind in ("prompt", "prefix", "dora"):
-        train("sft", tmp_path / kind, **(values_of("sft", toy) | {"adapter": kind, "virtual_tokens": 4, "epochs": 0.5}))
+        train("sft", tmp_path / kind, **(values_of("sft", toy) | {"adapter": kind, "epochs": 0.5}))
         assert "read back" in Run(tmp_path / kind).stage["card"]["export"]
+
+
+def test_roles_own_all_of_their_adapters(toy, tmp_path):
+    """What LoRA adds to embeddings too; the sampler sees it; a combination that would lose it is refused."""
+    embeds = {"adapter": "lora", "lora_rank": 4, "lora_targets": ["embed_tokens", "q_proj"]}
+    policy, tokenizer = load_policy(toy.sft, adapters=Adapter(**embeds))
+    own = {n for n, p in policy.named_parameters() if p.requires_grad}
+    role, _ = shared.roles(policy)
+    assert {n.replace("/", ".") for n, p in role.named_parameters() if p.requires_grad} == own
+    assert len(own) == 4
+    with torch.no_grad():
+        for p in role.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    for name in "a", "b":
+        export(role, tokenizer, tmp_path / name)
+    again, _ = load_policy(tmp_path / "a", adapters=Adapter())
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == own
+    [[one]] = sample(role, Request([[1, 2, 3]], sampling=Sampling(max_new=6), stop=[], seed=(0,)))
+    forest = plant([[Segment([1, 2, 3], [0.0] * 3), Segment(one.tokens, [1.0] * len(one.tokens), 0)]])
+    torch.testing.assert_close(torch.tensor(one.logp), heads.token_logp(again, forest).detach(), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="only plain LoRA"):
+        main(["average", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "c")])
 
 
 def test_roles_are_the_adapters_alone(ladder):

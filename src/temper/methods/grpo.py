@@ -10,10 +10,11 @@ Aggregation is in the data: a token's target is 1, 1 / (tokens of its answer) or
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pydantic
 import torch
 from torch import Tensor, nn
 
-from temper.config import Settings, opt
+from temper.config import Settings, idle, opt
 from temper.forest import Forest
 from temper.losses.advantage import baseline, group_std, standardised, to_go, whiten
 from temper.losses.kl import k2, k3, slope
@@ -67,6 +68,12 @@ class GRPO(Settings):
     optim: Optim = Optim(lr=1e-4, schedule="linear", warmup=0.05, eps=1e-5)
     compute: Compute = Compute()
     adapters: Adapter = Adapter()
+
+    @pydantic.model_validator(mode="after")
+    def _used(self) -> "GRPO":
+        if self.step_reward is None:
+            idle(self, ["outcome_weight"], "without --step-reward")
+        return self
 
     @property
     def on_policy(self) -> bool:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from math import inf
 from typing import Any, Literal
 
+import pydantic
 import torch
 from torch import Tensor, nn
 
-from temper.config import Settings, UserError, opt
+from temper.config import Settings, UserError, idle, opt
 from temper.data.sources import read
 from temper.data.trees import chat_trees, limit_of, text_trees
 from temper.forest import Forest, Tree
@@ -55,6 +56,12 @@ class Ptx(Settings):
     ptx_weight: float = opt(1.0, "coefficient of their mean negative log-likelihood (27.8 in arXiv:2203.02155)", gt=0)
     ptx_batch: int = opt(32, "records of it per optimiser step", ge=1)
 
+    @pydantic.model_validator(mode="after")
+    def _used(self) -> "Ptx":
+        if self.ptx_data is None:
+            idle(self, ["ptx_as", "ptx_weight", "ptx_batch"], "without --ptx-data")
+        return self
+
 
 class PPO(Settings):
     """Train a policy against a reward, held near its start by a KL penalty, with a learned value that says what was to be expected.
@@ -92,6 +99,16 @@ class PPO(Settings):
     optim: Optim = Optim(lr=1e-4, schedule="linear", warmup=0.05, eps=1e-5)
     compute: Compute = Compute()
     adapters: Adapter = Adapter()
+
+    @pydantic.model_validator(mode="after")
+    def _used(self) -> "PPO":
+        if self.kl_target is None:
+            idle(self, ["kl_rate", "kl_horizon"], "without --kl-target")
+        elif not self.beta:
+            raise ValueError("--kl-target cannot adapt --beta 0, of which every multiple is 0; give a --beta above 0 to begin with")
+        if self.kl_horizon is not None:
+            idle(self, ["kl_rate"], "beside --kl-horizon, which says the same otherwise")
+        return self
 
 
 def settings(name: str) -> type[Settings]:
@@ -138,13 +155,16 @@ class Rollouts(rollouts.Rollouts):
 
     def columns(self, answers: Sequence[Sampled]) -> tuple[list[dict[str, Tensor]], dict[str, float]]:
         s, lengths = self.settings, [len(a.logp) for a in answers]
+        learned = torch.cat([torch.full((len(a.logp),), a.learned) for a in answers])
         shaped = [kl_shaped_reward(a.reward, a.logp, a.found["ref_logp"], self.beta) + a.step_reward for a in answers]
-        if s.whiten_rewards:
-            shaped = list(whiten(torch.cat(shaped), keep_mean=True).split(lengths))
+        if s.whiten_rewards and learned.any():
+            flat = torch.cat(shaped)
+            flat[learned] = whiten(flat[learned], keep_mean=True)
+            shaped = list(flat.split(lengths))
         values = [a.found["value"] for a in answers]
         advantage = torch.cat([gae(r, v, gamma=s.gamma, lam=s.lam) for r, v in zip(shaped, values, strict=True)])
         returns = advantage + torch.cat(values)  # before whitening
-        white, learned = advantage, torch.cat([torch.full((len(a.logp),), a.learned) for a in answers])
+        white = advantage
         if s.whiten != "none" and learned.any():
             white = torch.zeros_like(advantage)
             white[learned] = whiten(advantage[learned], unbiased=s.whiten == "bessel")

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Literal, Protocol
 
+import pydantic
 import torch
 from torch import Tensor
 
-from temper.config import Settings, UserError, opt
+from temper.config import Settings, UserError, idle, opt
 from temper.data.packing import pack
 from temper.forest import Forest, Segment, Tree, plant
 from temper.judges.process import ProcessReward
@@ -43,6 +44,12 @@ class Ending(Settings):
     missing_eos_is: Literal["cap", "reward", "penalty"] = opt("cap", "the most it can get, what it gets instead, or what is taken off")
     truncated: Literal["learn", "mask"] = opt("learn", "mask: answers that did not end are left out of learning")
     overlong: float | None = opt(None, "last share of --max-new over which a penalty grows to 1; none: the preset's, or 0", ge=0, le=1)
+
+    @pydantic.model_validator(mode="after")
+    def _used(self) -> "Ending":
+        if self.missing_eos is None:
+            idle(self, ["missing_eos_is"], "without --missing-eos")
+        return self
 
     def of(self, reward: float, length: int, ended: bool, most: int) -> float:
         """The reward of an answer of `length` tokens out of `most`, with the soft penalty of arXiv:2503.14476 eq. 13."""

@@ -1,6 +1,7 @@
 """How PPO and GRPO begin: their common settings, what they load and refuse, and the check before the first update. Floor 5."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,13 +12,13 @@ from temper.data.sources import read
 from temper.data.template import stop_ids
 from temper.data.trees import prompt_ids
 from temper.forest import Forest, Segment, Tree
-from temper.judges.rating import Rater, rater
+from temper.judges.rating import Rater, rater, reads
 from temper.methods.base import Corpus, Prepared
 from temper.methods.rated import StepRater, step_rater, weights_of
 from temper.models import shared
 from temper.models.adapters import adapted, shifts
 from temper.models.heads import slack, token_logp
-from temper.models.load import load_policy
+from temper.models.load import backbone, load_policy, source
 from temper.records import Prompt
 from temper.train import Loss
 
@@ -81,6 +82,8 @@ def ready(s: Any, title: str) -> Ready:
         raise UserError("--vllm and --vllm-folder belong together: the server's URL, and the folder of the model that it serves")
     if s.plan.vllm and s.compute.shard == "full":
         raise UserError("--vllm with --shard full: no rank holds all the weights that the server is to get; leave one out")
+    if s.plan.vllm_folder:
+        check_served(s)
     policy, reference, tokenizer = begin(s, seed=s.seed)
     stop = stop_ids(tokenizer)
     reward = rater(s.reward, tokenizer=tokenizer, **s.compute.placed, beside=policy)
@@ -91,6 +94,20 @@ def ready(s: Any, title: str) -> Ready:
     card = {"source": report.summary(), "prompts": len(prompts), "kept": cut.summary(), "reward": reward.name}
     corpus = Corpus(records, [[Segment(ids)] for ids in prompts], report, cut)
     return Ready(policy, reference, tokenizer, kept, prompts, reward, steps, stop, card, corpus)
+
+
+def check_served(s: Any) -> None:
+    """Raises UserError for a --vllm-folder, which is replaced as a whole, that holds what the run reads, or anything but a model."""
+    folder = Path(s.plan.vllm_folder).expanduser().resolve()
+    said = f"--vllm-folder {s.plan.vllm_folder}: it is replaced before each rollout"
+    given = [Path(name).expanduser() for name in (s.model, getattr(s, "value_model", None), s.step_reward, *reads(s.reward)) if name]
+    for path in (path for path in given if path.exists()):
+        for name in (str(path), *([source(str(path)), backbone(str(path))] if path.is_dir() else [])):
+            place = Path(name).resolve()
+            if folder in (place, *place.parents):
+                raise UserError(f"{said}, and {name}, which the run reads, lies there; serve a copy of the model, and give its folder")
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
+        raise UserError(f"{said}, and is no model's folder now (no config.json); give the one that the server was started with")
 
 
 def prepared(s: Any, given: Ready, module: nn.Module, loss: Callable[[Any, Forest], Loss], columns: Sequence[str]) -> Prepared:

@@ -17,13 +17,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import pydantic
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from temper.config import Settings, UserError, opt
-from temper.models.adapters import OWN, REFERENCE, adapted
+from temper.config import Settings, UserError, idle, opt
+from temper.models.adapters import OWN, REFERENCE, adapted, part_of
 from temper.runs import fingerprint
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "export.json"
@@ -47,6 +48,16 @@ class Adapter(Settings):
     virtual_tokens: int = opt(20, "prompt, prefix: tokens that stand before all others; the model's window is shorter by so many", ge=1)
     init_text: str = opt("", "prompt: a text that the virtual tokens begin as; none: random words of the vocabulary")
     quantise: Literal["none", "4bit"] = opt("none", "4bit: the frozen weights in four bits (QLoRA), on a GPU with bitsandbytes")
+
+    @pydantic.model_validator(mode="after")
+    def _used(self) -> Adapter:
+        lora = ("lora_rank", "lora_alpha", "rslora", "lora_targets", "lora_dropout")
+        used = {"lora": lora, "dora": lora, "prompt": ("virtual_tokens", "init_text"), "prefix": ("virtual_tokens",)}.get(self.adapter, ())
+        what = ", which makes no new one" if self.adapter == "auto" else ""
+        idle(self, [name for name in (*lora, "virtual_tokens", "init_text") if name not in used], f"with --adapter {self.adapter}{what}")
+        if self.adapter == "full":
+            idle(self, ["adapter_lr"], "with --adapter full")
+        return self
 
 
 # ---------------------------------------------------------------- folders
@@ -250,8 +261,8 @@ def read_onto(model: Any, folder: str | Path, how: Adapter | None = None, *, nam
             model = _wrap(model, copy.deepcopy(config), each)
         _fill(model, weights, each, folder, lacking="score" if scoring else "")
     for key, p in model.named_parameters():
-        if f".{name}." in key or f".{REFERENCE}." in key:
-            p.requires_grad = f".{name}." in key and (trainable or how is not None)
+        if part_of(key, name) or part_of(key, REFERENCE):
+            p.requires_grad = part_of(key, name) and (trainable or how is not None)
     return _ready(model, how or Adapter()) if name == OWN else model.eval()
 
 

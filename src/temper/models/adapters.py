@@ -44,6 +44,11 @@ def beneath(model: Any) -> Any:
     return model.get_base_model() if adapted(model) else model
 
 
+def part_of(parameter: str, adapter: str) -> bool:
+    """Whether a parameter of that name is the adapter's. (What LoRA adds to embeddings ends in the adapter's name.)"""
+    return adapter in parameter.split(".")
+
+
 def shifts(model: Any) -> bool:
     """Whether its adapter stands before the tokens: then a new one changes what the model computes from the start."""
     return adapted(model) and model.active_peft_config.is_prompt_learning

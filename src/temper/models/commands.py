@@ -13,7 +13,7 @@ import torch
 
 from temper.config import Settings, UserError, opt, parse
 from temper.models import adapt
-from temper.models.adapters import OWN, adapted
+from temper.models.adapters import OWN, adapted, part_of
 from temper.models.load import check_export, export, load_policy, load_scalar
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,7 +99,9 @@ def combine(s: Combine, weights: Sequence[float]) -> dict[str, Any]:
     for folder, weight in zip(s.adapters, weights, strict=True):
         one, _ = _load(folder)
         config = one.peft_config[OWN]
-        if config.peft_type.value != "LORA" or config.use_dora or config.bias != "none" or hasattr(one, "score"):
+        own = [name.split(".") for name, _ in one.named_parameters() if part_of(name, OWN)]
+        beside = any(not {"lora_A", "lora_B"} & set(name) for name in own)  # embeddings, or layers that are trained as a whole
+        if config.peft_type.value != "LORA" or config.use_dora or config.bias != "none" or hasattr(one, "score") or beside:
             raise UserError(
                 f"{folder}: only plain LoRA adapters of language models can be combined; merge the others, then mix the weights"
             )

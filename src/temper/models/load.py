@@ -123,6 +123,7 @@ def load_policy(
     config, tokenizer = _config(base), load_tokenizer(name)
     if _scores(config) or (base != name and adapt.described(name).get("task_type") == "SEQ_CLS"):
         raise UserError(f"{name}: a scoring model, not a language model")
+    _trainable(adapters, base != name)
     model, report = _load(AutoModelForCausalLM, base, config, dtype, adapters, device)
     _complete(base, report["missing_keys"])
     return _made_ready(_adapted(model, name, base, adapters, tokenizer, seed), name, device, precision), tokenizer
@@ -172,6 +173,7 @@ def load_scalar(
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         part.pad_token_id = tokenizer.pad_token_id
+    _trainable(adapters, adapter is not None)
     model, report = _load(AutoModelForSequenceClassification, name, config, dtype, adapters, device)
     missing = set(report["missing_keys"])
     if not isinstance(getattr(model, "score", None), nn.Linear):
@@ -192,6 +194,12 @@ def _new_head(width: int, labels: Sequence[str] | None, *, seed: int) -> nn.Line
     with torch.no_grad():
         head.weight.normal_(0.0, 1 / math.sqrt(width + 1), generator=torch.Generator().manual_seed(seed))
     return head
+
+
+def _trainable(how: Adapter | None, adapter: bool) -> None:
+    """Raises UserError where weights in four bits would have to learn. adapter: whether there is one already."""
+    if how and how.quantise != "none" and (how.adapter == "full" or (how.adapter == "auto" and not adapter)):
+        raise UserError("--quantise 4bit: weights in four bits cannot be trained; add --adapter lora")
 
 
 def _adapted(model: Any, name: str, base: str, how: Adapter | None, tokenizer: Any, seed: int) -> Any:
@@ -559,8 +567,6 @@ def _load(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     bits: dict[str, Any] = {}
     if how and how.quantise != "none":
-        if how.adapter == "full":
-            raise UserError("--quantise 4bit: weights in four bits cannot be trained; add --adapter lora")
         bits = {"quantization_config": adapt.in_four_bits(str(device)), "device_map": {"": str(device)}}
     try:
         with torch.random.fork_rng(devices=[]), _quiet():

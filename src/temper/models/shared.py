@@ -16,7 +16,7 @@ from torch import nn
 
 from temper.models import adapt
 from temper.models.adapt import Adapter
-from temper.models.adapters import OWN, REFERENCE, using
+from temper.models.adapters import OWN, REFERENCE, part_of, using
 
 
 class Role(nn.Module):
@@ -31,7 +31,7 @@ class Role(nn.Module):
         self.__dict__["backbone"] = backbone
         self.adapter, self.head, self.pace = adapter, head, pace
         for name, p in backbone.named_parameters():
-            if adapter and f".{adapter}." in name:
+            if adapter and part_of(name, adapter):
                 p.requires_grad = pace > 0
                 self.register_parameter(name.replace(".", "/"), p)
         if head is not None:
