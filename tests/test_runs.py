@@ -46,6 +46,18 @@ def test_claim_creates_then_goes_on_then_refuses_another(tmp_path):
     assert Run(tmp_path / "a" / "sft").rows("metrics") == [{"step": 1, "loss": 0.5}]
 
 
+def test_another_run_is_told_by_its_method_and_by_the_names_of_its_inputs(tmp_path):
+    def claim(method, data, key):
+        identity = {"method": method, "settings": {"batch": 8}, "inputs": {"data": key * 32}}
+        return Run.claim(tmp_path / "out", identity, record={"named": {"data": data}})
+
+    claim("sft", "a.jsonl", "ab").close()
+    with pytest.raises(UserError, match="method sft there, dpo here; choose"):
+        claim("dpo", "a.jsonl", "ab")
+    with pytest.raises(UserError, match=r"inputs.data abababababab \(a.jsonl\) there, cdcdcdcdcdcd \(b.jsonl\) here; choose"):
+        claim("sft", "b.jsonl", "cd")
+
+
 def test_tuples_sets_and_settings_are_the_same_identity_after_a_round_trip(tmp_path):
     class Some(Settings):
         lr: float = opt(0.1, "rate")

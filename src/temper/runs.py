@@ -249,6 +249,13 @@ def differences(there: Any, here: Any, limit: int = 3) -> str:
     return ", ".join(words(name) for name in names[:limit]) + more
 
 
+def _spelled(identity: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity for people: the method first, and beside an input's fingerprint the name it was given by."""
+    named = record.get("named") or {}
+    inputs = {name: f"{key[:12]} ({named[name][-44:]})" if name in named else key for name, key in identity.get("inputs", {}).items()}
+    return {"method": identity.get("method"), **identity, "inputs": inputs}
+
+
 def _exact(identity: Mapping[str, Any], rounding: Sequence[str]) -> dict[str, Any]:
     """An identity without the names on which a result depends by rounding alone."""
     rest = {name: value for name, value in identity.items() if name not in rounding}
@@ -365,7 +372,7 @@ class Run:
         if there is not None and "identity" not in there:
             raise UserError(f"{self.folder / 'stage.json'} cannot be read; choose another --out or --fresh")
         if there is not None and there["identity"] != identity:
-            what = differences(there["identity"], identity)
+            what = differences(_spelled(there["identity"], there.get("record", {})), _spelled(identity, record))
             done = there["status"] == "done"
             if done or _exact(there["identity"], rounding) != _exact(identity, rounding):
                 raise UserError(f"{self.folder} belongs to another run: {what}; choose another --out or --fresh")

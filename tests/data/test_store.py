@@ -66,6 +66,14 @@ def test_another_content_is_another_store_and_a_damaged_one_is_made_again(make, 
     assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
+def test_rows_of_another_kind_are_kept_with_what_became_of_them(make, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "Who?", "chosen": "Ada.", "rejected": "Kai."}\n')
+    for _ in range(2):
+        assert "the chosen answers as conversations, the rejected ones in their meta: 1 rows" in make(str(path)).read.summary()
+    assert make.calls == [1]
+
+
 def test_long_rows_are_counted_over_all_chunks_and_nothing_is_left_behind(make, window, tmp_path):
     make.window = window(60)
     spec = write(tmp_path / "a.jsonl", 600, long=(3, 300, 599))

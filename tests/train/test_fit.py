@@ -311,6 +311,23 @@ def test_first_update_names_tensors_that_did_not_move():
     assert event == {"event": "first update", "declared": 3, "changed": 3}
 
 
+def test_lora_a_waits_for_its_b():
+    """A has no gradient while B is 0: no reason to warn, unless B has none either."""
+
+    class Adapted(Bigram):
+        def __init__(self, used):
+            super().__init__()
+            self.requires_grad_(False)
+            self.lora_A, self.lora_B = (nn.ModuleDict({"own": nn.Linear(*sizes, bias=False).double()}) for sizes in ((5, 2), (2, 5)))
+            nn.init.zeros_(self.lora_B.own.weight)
+            self.embed.register_forward_hook(lambda _, given, made: made + used * self.lora_B.own(self.lora_A.own(made)))
+
+    [event] = one_step(Adapted(1.0), [documents(3)]).events
+    assert event == {"event": "first update", "declared": 2, "changed": 1, "waiting": 1}
+    [event] = one_step(Adapted(0.0), [documents(3)]).events
+    assert event["zero_gradient"] == ["lora_A.own.weight", "lora_B.own.weight"]
+
+
 def test_nothing_to_train():
     with pytest.raises(ValueError, match="nothing to train"):
         next(fit(Scale().requires_grad_(False), lambda s: [], nll, steps=1, optim=PLAIN))

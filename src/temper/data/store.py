@@ -176,7 +176,7 @@ def _write(folder: Path, found: Iterable[tuple[dict[str, np.ndarray], Report]], 
                 told = time.monotonic()
                 print(f"{read.spec}: {report.rows:,} rows tokenised", file=sys.stderr)
     report.settle(given)
-    card = {"report": asdict(report), "read": asdict(read), "bytes": {name: (folder / name).stat().st_size for name in ARRAYS}}
+    card = {"report": asdict(report), "read": vars(read), "bytes": {name: (folder / name).stat().st_size for name in ARRAYS}}
     (folder / "card.json").write_text(json.dumps(card))
     for path in (*folder.iterdir(), folder):
         fsync(path)

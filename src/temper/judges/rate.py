@@ -15,7 +15,7 @@ from rich.text import Text
 from temper.config import Settings, UserError, opt, parse
 from temper.data import sources
 from temper.data.trees import where
-from temper.judges.rating import Answer, Mixture, Ratings, least_and_most, rater
+from temper.judges.rating import REWARDS, Answer, Mixture, Ratings, least_and_most, rater
 from temper.judges.rating import parse as parse_reward
 from temper.records import Chat, Message, Pair, Prompt, Ranked, Rated, Record, Steps
 
@@ -31,7 +31,7 @@ SHOWN = 600  # characters of a prompt or answer that are shown
 class Rate(Settings):
     """Rate the answers in a file: the mean of each part of a reward, what it could not rate and why, the best and the worst."""
 
-    reward: str = opt(..., "what rates: a reward model's folder, gold, maths, format:..., code, python:FILE:FUNCTION, or a sum of them")
+    reward: str = opt(..., f"what rates: {REWARDS}")
     data: str = opt(..., "conversations, pairs, rankings or rated answers: a file, a folder, a hub name or world:NAME")
     rows: int = opt(1000, "rows to rate, evenly spaced; 0 is all", ge=0)
     show: int = opt(3, "of the most and of the least rewarded answers to show", ge=0)

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, Protocol
 from temper.config import UserError
 from temper.records import Prompt
 
+REWARDS = "a reward model's folder, gold, maths, format:..., code, python:FILE:FUNCTION, or a sum of them"  # what --reward may be
+
 
 class Answer(NamedTuple):
     """One sampled answer, with the prompt it answers."""

@@ -18,7 +18,7 @@ from temper.config import Settings, UserError, opt
 from temper.data.sources import read
 from temper.data.template import stop_ids
 from temper.data.trees import prompt_ids
-from temper.judges.rating import Answer, Rater, rater
+from temper.judges.rating import REWARDS, Answer, Rater, rater
 from temper.methods.base import Job, Window
 from temper.models.load import load_policy
 from temper.records import Chat, Message, Prompt, Ranked, write_jsonl
@@ -46,7 +46,7 @@ BARS = "▁▂▃▄▅▆▇█"
 class Raters(Settings):
     """Who chooses and who reports."""
 
-    reward: str = opt(..., "rater that chooses: the folder of a reward model, or gold")
+    reward: str = opt(..., f"rater that chooses: {REWARDS}")
     report: str | None = opt(None, "rater that only reports: the one that chose says nothing of how good its choice is")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from temper.config import Settings, idle, opt
 from temper.forest import Forest
+from temper.judges.rating import REWARDS
 from temper.losses.advantage import baseline, group_std, standardised, to_go, whiten
 from temper.losses.kl import k2, k3, slope
 from temper.losses.policy import clipped, clipped_surrogate, ratio, sequence_logp
@@ -40,6 +41,7 @@ METRICS = rated.METRICS | {
 }
 EXAMPLES = """
   temper grpo --model runs/sft --reward runs/reward --prompts prompts.jsonl --out runs/grpo
+  temper grpo --model runs/sft --reward maths --prompts gsm8k.jsonl --out runs/grpo --adapter lora --max-new 256
   temper grpo --preset rloo --model runs/sft --reward runs/reward --prompts 'world:prompts?n=2000' --out runs/rloo --beta 0.05
   temper grpo --preset dapo --model runs/sft --reward runs/reward --prompts prompts.jsonl --out runs/dapo --samples-per-prompt 16
 """
@@ -54,7 +56,7 @@ class GRPO(Settings):
     """
 
     model: str = opt(..., "the SFT model: policy and reference start from it")
-    reward: str = opt(..., "what rates an answer: the folder of a reward model")
+    reward: str = opt(..., f"what rates an answer: {REWARDS}")
     prompts: str = opt(..., "prompts to answer: a file, or world:prompts")
     step_reward: str | None = opt(None, "process reward model: a token gets the compared rewards of the steps that end from it on")
     outcome_weight: float = opt(1.0, "weight of --reward beside --step-reward; 0 is process GRPO as published", ge=0)

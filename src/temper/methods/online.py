@@ -20,7 +20,7 @@ from temper.data.sources import read
 from temper.data.template import stop_ids
 from temper.data.trees import prompt_ids
 from temper.forest import Forest, Segment, Tree
-from temper.judges.rating import Answer, Rater, rater
+from temper.judges.rating import REWARDS, Answer, Rater, rater
 from temper.losses.preference import RULES
 from temper.methods.base import Job, Window, microbatches
 from temper.methods.comparisons import count_records
@@ -64,7 +64,7 @@ class Online(Settings):
     """
 
     model: str = opt(..., "the SFT model: policy and reference start from it")
-    reward: str = opt(..., "what rates answers: a reward model's folder, or gold, the embedded world's exact score")
+    reward: str = opt(..., f"what rates an answer: {REWARDS}")
     prompts: str = opt(..., "prompts to answer: a file, or world:prompts")
     rule: str = opt("dpo", f"the loss over pairs: {', '.join(RULES)}")
     rollouts: int = opt(100, "times to sample, each followed by one optimiser step", ge=1)

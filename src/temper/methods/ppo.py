@@ -19,6 +19,7 @@ from temper.config import Settings, UserError, idle, opt
 from temper.data.sources import read
 from temper.data.trees import chat_trees, limit_of, text_trees
 from temper.forest import Forest, Tree
+from temper.judges.rating import REWARDS
 from temper.losses.advantage import gae, kl_shaped_reward, whiten
 from temper.losses.kl import adaptive_beta, horizon_rate, k3
 from temper.losses.policy import clipped, clipped_surrogate, clipped_value
@@ -71,7 +72,7 @@ class PPO(Settings):
     """
 
     model: str = opt(..., "the SFT model: policy and reference start from it")
-    reward: str = opt(..., "what rates an answer: the folder of a reward model")
+    reward: str = opt(..., f"what rates an answer: {REWARDS}")
     prompts: str = opt(..., "prompts to answer: a file, or world:prompts")
     step_reward: str | None = opt(None, "process reward model: its rewards stand at the ends of an answer's steps; default: none")
     value_model: str | None = opt(None, "what the value model starts from; default: the reward model, or --model where there is none")

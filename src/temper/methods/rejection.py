@@ -21,7 +21,7 @@ from temper.config import Settings, UserError, opt
 from temper.data.template import stop_ids
 from temper.data.trees import chat_trees
 from temper.forest import Tree
-from temper.judges.rating import Rater, rater
+from temper.judges.rating import REWARDS, Rater, rater
 from temper.methods import sft
 from temper.methods.base import Batching, Job, Window, numbered, offline
 from temper.methods.best_of_n import Sampled, asked, draw, rated
@@ -75,7 +75,7 @@ class Rejection(Settings):
 
     model: str = opt(..., "the SFT model: it samples, and it is trained")
     prompts: str = opt(..., "prompts to answer: a file, or world:prompts")
-    reward: str = opt(..., "rater that chooses: the folder of a reward model, or gold")
+    reward: str = opt(..., f"rater that chooses: {REWARDS}")
     rounds: int = opt(1, "times to sample and fine-tune; more than one is expert iteration", ge=1)
     samples_per_prompt: int = opt(8, "answers drawn to each prompt in a round", ge=2)
     start: Literal["first", "latest"] = opt("first", "what a round fine-tunes: the first model anew, or the one that sampled")

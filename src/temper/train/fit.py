@@ -502,7 +502,10 @@ def _check(check: Callable[[Any, Sequence[Forest]], None], module: nn.Module, ba
 
 
 def _changed(trainable: Mapping[str, nn.Parameter], before: Mapping[str, Tensor]) -> dict:
-    """Which tensors the first update moved on any rank, against those declared trainable."""
+    """Which tensors the first update moved on any rank, against those declared trainable.
+
+    LoRA's A has no gradient while B is 0, as it starts (arXiv:2106.09685): where its B has one, it is waiting, and nothing is wrong.
+    """
 
     def anywhere(true: Mapping[str, bool]) -> list[str]:
         return [name for name, n in ranks.all_sum({name: float(x) for name, x in true.items()}).items() if n]
@@ -512,12 +515,16 @@ def _changed(trainable: Mapping[str, nn.Parameter], before: Mapping[str, Tensor]
     unchanged = [name for name in trainable if name not in moved]
     zero = [name for name in trainable if name not in pushed]  # weight decay moves these too
     event = {"event": "first update", "declared": len(trainable), "changed": len(trainable) - len(unchanged)}
-    still = list(dict.fromkeys([*unchanged, *zero]))
+    begun = anywhere({name: bool(x.any()) for name, x in before.items()})
+    waits = {name for name in zero if (b := name.replace("lora_A.", "lora_B.")) in pushed and b not in begun}  # B starts at 0
+    still = [name for name in dict.fromkeys([*unchanged, *zero]) if name not in waits]
+    if waits:
+        event["waiting"] = len(waits)
     if still:
         names = ", ".join(still[:4]) + (f" and {len(still) - 4} more" if len(still) > 4 else "")
         event |= {
-            "unchanged": unchanged,
-            "zero_gradient": zero,
+            "unchanged": [name for name in unchanged if name not in waits],
+            "zero_gradient": [name for name in zero if name not in waits],
             "note": f"{len(still)} of {len(trainable)} tensors did not move, or got no gradient: {names}",
         }
     return event
