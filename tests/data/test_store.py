@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from temper.config import UserError
-from temper.data import store
+from temper.data import ahead, store
 from temper.data.sources import read
 from temper.data.store import Trees, kept, parts
 from temper.data.trees import chat_chunk, chat_trees, text_chunk, text_trees
@@ -27,9 +27,9 @@ def make(chatml, window, tmp_path):
     """(the store of a file, how often records were tokenised)"""
     calls = []
 
-    def counted(records, first):
+    def counted(records):
         calls.append(len(records))
-        return chat_chunk(records, first, tokenizer=chatml, model=512, window=of.window, learn="all")
+        return chat_chunk(records, tokenizer=chatml, model=512, window=of.window, learn="all")
 
     def of(spec, **more):
         return kept(tmp_path / "kept", spec, "chat", counted, by="test", skip_bad=False, **more)
@@ -83,11 +83,11 @@ def test_helping_processes_make_the_same(chatml, window, tmp_path, monkeypatch):
     spec = write(tmp_path / "a.jsonl", 700)
     how = partial(chat_chunk, tokenizer=chatml, model=512, window=Plain(), learn="all")
     one = kept(tmp_path / "one", spec, "chat", how, by=1, skip_bad=False)
-    monkeypatch.setattr(store, "ALONE", 1)
+    monkeypatch.setattr(ahead, "ALONE", 1)
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
     two = kept(tmp_path / "two", spec, "chat", how, by=1, skip_bad=False)
     (a,), (b,) = ((tmp_path / name).iterdir() for name in ("one", "two"))
-    assert all((a / name).read_bytes() == (b / name).read_bytes() for name in store.ARRAYS)
+    assert all((a / name).read_bytes() == (b / name).read_bytes() for name in (*store.ARRAYS, store.LINES))
     assert len(one) == len(two) == 700
 
 

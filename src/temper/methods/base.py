@@ -228,8 +228,7 @@ def _joined(reports: Sequence[Report]) -> Report:
     """Reports on records that stand one after the other, as one."""
     whole = Report()
     for part in reports:
-        moved: dict[str, Any] = {name: {i + whole.rows: x for i, x in getattr(part, name).items()} for name in BY_ROW}
-        whole.add(replace(part, **moved))
+        whole.add(part)
     return whole
 
 
