@@ -40,6 +40,7 @@ def generate(path: Path, n: int) -> tuple[int, int]:
     """Write n conversations of about 200 tokens; returns how many are copies, and how many have one word changed."""
     draw, copies, changed = random.Random(0), 0, 0
     answer: list[str] = []
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         for k in range(n):
             if k % COPIES == 1:

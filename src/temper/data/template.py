@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import jinja2
+from transformers import TokenizersBackend
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from temper.config import UserError
@@ -252,7 +253,10 @@ def _refuse_lost(tokenizer, text: str, messages: list[dict[str, Any]], tools: An
 def _encode(tokenizer, texts: list[str], spelled: frozenset[int] = frozenset()) -> list[list[int]]:
     """ids of texts that begin alike; a control token that is content, at a character in `spelled`, becomes ordinary tokens."""
     if not spelled:
-        return tokenizer(texts, **_BARE)["input_ids"]
+        backend = _plain_backend(tokenizer)
+        if backend is None:
+            return tokenizer(texts, **_BARE)["input_ids"]
+        return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
     control = _control(tokenizer).ids
     encoded = tokenizer(texts, return_offsets_mapping=True, **_BARE)
     out: list[list[int]] = []
@@ -262,6 +266,17 @@ def _encode(tokenizer, texts: list[str], spelled: frozenset[int] = frozenset()) 
             content = token in control and not spelled.isdisjoint(range(a, b))
             out[-1] += _letters(tokenizer, text[a:b]) if content else [token]
     return out
+
+
+def _plain_backend(tokenizer) -> Any:
+    """What reads a text as the tokenizer itself does, without the offsets, which take a third of the time; None where there is no such."""
+    if not tokenizer.is_fast or type(tokenizer)._encode_plus is not TokenizersBackend._encode_plus or tokenizer.split_special_tokens:
+        return None
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation or backend.padding:
+        return None
+    backend.encode_special_tokens = False  # what `encode_plain` leaves behind
+    return backend
 
 
 def _letters(tokenizer, text: str) -> list[int]:
