@@ -100,7 +100,8 @@ def main(n: int, folder: Path) -> dict:
     begin, began = time.perf_counter(), time.process_time()
     result = clean(Rows({"rows": str(data)}), plan({"data": ["rows"], "steps": ["dedup"]}, "load")[1])
     write(result, out)
-    deduplicated, cpu = time.perf_counter(), time.process_time() - began
+    deduplicated, helped = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu, own_mb, helper_mb = time.process_time() - began + sum(helped[:2]), peak(resource.RUSAGE_SELF), helped.ru_maxrss / 1024
     spawn = get_context("spawn")
     answer = spawn.Queue()
     process = spawn.Process(target=tokenise, args=(out, folder, answer))
@@ -124,12 +125,14 @@ def main(n: int, folder: Path) -> dict:
         "found": result.reports[0].reasons,
         "packed_share": tokens / (len(groups) * BUDGET),
         "seconds": {"dedup": deduplicated - begin, "tokenise": tokenised - deduplicated, "pack": packed - tokenised},
-        "cpu_s": {"dedup": cpu, "tokenise": sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])},  # of all processes together
+        "cpu_s": {"dedup": cpu, "tokenise": sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - sum(helped[:2])},  # of all processes
         "wall_s": packed - begin,
-        "peak_mb": peak(resource.RUSAGE_SELF) + stored["mb"] + RANKS * stored["helper_mb"],  # as if all peaked at once
+        # of all processes together, as if all of a part peaked at once
+        "peak_mb": peak(resource.RUSAGE_SELF) + max(RANKS * helper_mb, stored["mb"] + RANKS * stored["helper_mb"]),
         "stored": stored,
         "stored_mb": sum(f.stat().st_size for f in place.iterdir()) / 2**20,
-        "dedup_peak_mb": peak(resource.RUSAGE_SELF),
+        "dedup_mb": own_mb,
+        "dedup_helper_mb": helper_mb,
     }
 
 

@@ -242,9 +242,9 @@ def test_answers_without_a_rating_are_left_out_and_counted(make):
 
 def test_a_minibatch_without_a_rated_answer_is_a_step_without_effect(make):
     s, module, source = make(minibatches=4)
-    first = source.given.prompts[0]
+    first = source.given.prompts.ids[0]
     source.given.reward.rule = lambda a: None if a.prompt_ids == asked else last_token(a)
-    asked = source.given.prompts[grpo.rollouts.batch_indices(len(source.given.prompts), 1, 0, 0)[0]]
+    asked = source.given.prompts.ids[source.given.prompts.order.rows(1, 0)[0]]
     assert first
     steps = [step for step, _ in zip(grpo.train(s, module, source), range(4), strict=False)]
     assert all(math.isfinite(step.metrics["loss"]) for step in steps)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import json
+import operator
 import os
 import re
 import shutil
@@ -18,24 +19,24 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
+import pydantic
 import torch
 
 from temper.config import UserError
 from temper.data import ahead, hub, sources
-from temper.data.packing import counts
-from temper.data.sharing import size
+from temper.data.packing import counts, epoch_order
+from temper.data.sharing import size, unshared
 from temper.data.sources import Kind, _files
 from temper.data.sources import Report as Read
 from temper.data.split import key
 from temper.data.trees import Report
 from temper.forest import Segment, Tree
-from temper.records import Record
 from temper.runs import ASIDE, code_version, disk, fingerprint, fsync
 from temper.world.streams import VERSION
 
@@ -44,12 +45,12 @@ CODE = ("temper.data.trees", "temper.data.sources", "temper.data.store")  # the 
 LINES, SAMPLE = "records.jsonl", 512  # the file of the records that are kept as they are; how many where not all are
 LEARNED = 1 << 31  # the bit of a token that is learned
 ARRAYS = {
-    "tokens": "<u4", "segments": "<i8", "parents": "<i4", "trees": "<i8", "records": "<i8", "learned": "<u4", "keys": "<u8", "lines": "<i8",
+    "tokens": "<u4", "segments": "<i8", "parents": "<i4", "trees": "<i8", "records": "<i8", "learned": "<u4", "unshared": "<i8",
+    "keys": "<u8", "lines": "<i8",
 }  # fmt: skip
 LABEL, FLOAT = "label.", "<f8"  # what files of labels are called, and what they hold: of each segment a number, or none (NaN)
 _PART = re.compile(r"(.+)=([0-9]*\.?[0-9]+)")
 
-R = TypeVar("R", bound=Record)
 Make = Callable[[Sequence[Any]], tuple[list[tuple[int, Tree]], Report]]  # records -> (number, tree) of each
 
 
@@ -67,6 +68,23 @@ def parts(spec: str) -> dict[str, float]:
     if len(weights) < len(found) or not all(weights.values()):
         raise UserError(f"{spec}: each data set of a mixture is named once, with a weight of more than 0")
     return weights
+
+
+def mixed(spec: str, kind: Kind, skip_bad: bool, seed: int) -> sources.Records:
+    """`sources.read` of a spec that may name several data sets: then as many records of each as their weights give without repeats."""
+    weights = parts(spec)
+    found = {name: sources.read(name, kind, skip_bad) for name in weights}
+    if len(found) == 1:
+        return found[spec]
+    take = counts(weights, {name: len(each.records) for name, each in found.items()}, None)
+    chosen = {name: sorted(epoch_order(len(each.records), seed, 0)[: take[name]].tolist()) for name, each in found.items()}
+    report = Read(spec, "a mixture", ", ".join(f"{take[name]} of {len(each.records)} records of {name}" for name, each in found.items()))
+    for _, part in found.values():
+        report.rows += part.rows
+        report.skipped += part.skipped
+        report.conversions.update(part.conversions)
+    report.used = sum(take.values())
+    return sources.Records([each.records[i] for name, each in found.items() for i in chosen[name]], report)
 
 
 @functools.cache
@@ -122,6 +140,7 @@ def _encode(make: Make, every: bool, numbered: tuple[int, sources.Piece]) -> Enc
         "trees": trees,
         "records": np.array([i for i, _ in found], np.int64),
         "learned": np.diff(_ends(target)[_ends(sizes)[_ends(trees)]]),
+        "unshared": np.array([unshared(tree) for _, tree in found], np.int64),
         "keys": np.fromiter(map(key, made.records), np.uint64, len(made.records)),
     }
     names = dict.fromkeys(name for s in segments for name in s.labels)
@@ -130,7 +149,7 @@ def _encode(make: Make, every: bool, numbered: tuple[int, sources.Piece]) -> Enc
     return Encoded(**{**vars(made), "records": lines}, arrays=arrays, labels=labels, report=report)
 
 
-def _write(folder: Path, found: Iterable[Encoded], read: Read, given: bool, keep: int | None) -> None:
+def _write(folder: Path, found: Iterable[Encoded], kind: Kind, read: Read, given: bool, keep: int | None) -> None:
     """keep: how many records are kept as they are; None: all."""
     report, told, ends, lines = Report(), time.monotonic(), {"segments": 0, "trees": 0, "lines": 0}, 0
     labels: dict[str, Any] = {}
@@ -162,7 +181,7 @@ def _write(folder: Path, found: Iterable[Encoded], read: Read, given: bool, keep
                 print(f"{read.spec}: {report.rows:,} rows tokenised", file=sys.stderr)
     report.settle(given)
     sizes = {name: (folder / name).stat().st_size for name in (*ARRAYS, LINES, *sorted(labels))}
-    (folder / "card.json").write_text(json.dumps({"report": asdict(report), "read": asdict(read), "bytes": sizes}))
+    (folder / "card.json").write_text(json.dumps({"kind": kind, "report": asdict(report), "read": asdict(read), "bytes": sizes}))
     for path in (*folder.iterdir(), folder):
         fsync(path)
 
@@ -185,7 +204,7 @@ def kept(folder: Path, spec: str, kind: Kind, make: Make, *, by: Any, skip_bad: 
             read = Read(spec)
             pieces = enumerate(sources.pieces(spec, kind, read))
             found = ahead.ahead(partial(_encode, make, every), pieces, torch.get_num_threads())
-            _write(aside, sources.settle(found, read, skip_bad), read, given, None if every else SAMPLE)
+            _write(aside, sources.settle(found, read, skip_bad), kind, read, given, None if every else SAMPLE)
             if place.exists():  # damaged
                 shutil.rmtree(place)
             aside.rename(place)
@@ -200,6 +219,11 @@ def kept(folder: Path, spec: str, kind: Kind, make: Make, *, by: Any, skip_bad: 
 # ---------------------------------------------------------------- reading
 
 
+@functools.cache
+def _reads(kind: str) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(functools.reduce(operator.or_, sources.KINDS[kind]))
+
+
 class Store(Sequence[Tree]):
     """A tokenised data set on disk. report, read: what became of its records on the way, and of its rows."""
 
@@ -209,6 +233,7 @@ class Store(Sequence[Tree]):
         for name, length in card["bytes"].items():
             if (folder / name).stat().st_size != length:
                 raise ValueError(f"{folder / name} is not whole")
+        self.kind = card["kind"]
         names = {name: {int(i): x for i, x in card["report"][name].items()} for name in ("dropped", "cut", "long")}
         self.report = Report(**{**card["report"], **names})
         more = {"skipped": [(at, why) for at, why in card["read"]["skipped"]], "conversions": Counter(card["read"]["conversions"])}
@@ -238,14 +263,14 @@ class Store(Sequence[Tree]):
                     segment.labels = {**segment.labels, name: value}
         return tree
 
-    def record(self, kind: type[R], number: int) -> R:
+    def record(self, number: int) -> Any:
         """A record that is kept as it is."""
         begin, end = (int(x) for x in self.arrays["lines"][number : number + 2])
-        return kind.model_validate_json(os.pread(self.lines.fileno(), end - begin, begin))
+        return _reads(self.kind).validate_json(os.pread(self.lines.fileno(), end - begin, begin))
 
-    def sample(self, kind: type[R]) -> list[R]:
+    def sample(self) -> list[Any]:
         """The first records, SAMPLE at most."""
-        return [self.record(kind, i) for i in range(min(SAMPLE, len(self.arrays["lines"]) - 1))]
+        return [self.record(i) for i in range(min(SAMPLE, len(self.arrays["lines"]) - 1))]
 
     def sizes(self, rows: np.ndarray) -> np.ndarray:
         """Tokens of the trees of these numbers."""
@@ -268,6 +293,30 @@ class Rows(Sequence[Any]):
 
     def __getitem__(self, i: Any) -> Any:
         return self._rows[i]
+
+
+class Records(Sequence[Any]):
+    """Records that stores keep, read when they are asked for."""
+
+    def __init__(self, blocks: Sequence[tuple[Store, np.ndarray]]) -> None:
+        """blocks: of each store the numbers of the records that are meant."""
+        self.blocks, self._ends = list(blocks), np.cumsum([len(numbers) for _, numbers in blocks])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        (store, numbers), k = _place(self, i)
+        return store.record(int(numbers[k]))
+
+
+def _place(of: Trees | Records, i: int) -> tuple[tuple[Any, np.ndarray], int]:
+    """The block that holds item i, and where in it."""
+    i = range(len(of))[i]
+    block = int(np.searchsorted(of._ends, i, side="right"))
+    return of.blocks[block], i - int(of._ends[block]) + len(of.blocks[block][1])
 
 
 class Trees(Sequence[Tree]):
@@ -294,6 +343,7 @@ class Trees(Sequence[Tree]):
             self.take = [taken[name] for name in names]
         self.together = together
         self._ends = np.cumsum(self.have)
+        self.labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # by name: a number for each segment, where those of each tree end
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -301,18 +351,25 @@ class Trees(Sequence[Tree]):
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
-        i = range(len(self))[i]
-        block = int(np.searchsorted(self._ends, i, side="right"))
-        trees, rows = self.blocks[block]
-        return trees[int(rows[i - self._ends[block]])]
+        (trees, rows), k = _place(self, i)
+        tree = trees[int(rows[k])]
+        for name, (values, ends) in self.labels.items():
+            i = range(len(self))[i]
+            given = values[ends[i] : ends[i + 1]].tolist()
+            tree = [replace(s, labels={**s.labels, name: x}) for s, x in zip(tree, given, strict=True)]
+        return tree
 
-    def sizes(self) -> list[int]:
-        """Tokens of each tree."""
-        return [
-            n
+    def sizes(self, rows: np.ndarray | None = None) -> np.ndarray:
+        """Tokens of each tree, or of those of these numbers."""
+        every = [
+            trees.sizes(rows) if isinstance(trees, Store | Trees) else np.array([size(trees[int(k)]) for k in rows], np.int64)
             for trees, rows in self.blocks
-            for n in (trees.sizes(rows).tolist() if isinstance(trees, Store) else (size(trees[int(k)]) for k in rows))
         ]
+        return np.concatenate(every)[slice(None) if rows is None else rows]
+
+    def records(self) -> Records:
+        """The records that the trees were made of."""
+        return Records([(store, store.arrays["records"][rows]) for store, rows in self.blocks])
 
     def count(self, name: str) -> int:
         """Sum of an array of the stores ("learned"), or of their sizes ("sizes"), over these trees."""
@@ -321,3 +378,19 @@ class Trees(Sequence[Tree]):
             assert isinstance(trees, Store)
             total += int((trees.sizes(rows) if name == "sizes" else trees.arrays[name][rows]).sum(dtype=np.int64))
         return total
+
+
+def sizes_of(trees: Sequence[Tree]) -> list[int]:
+    """Tokens of each tree."""
+    return trees.sizes().tolist() if isinstance(trees, Trees) else [size(tree) for tree in trees]
+
+
+def label(trees: Sequence[Tree], name: str, values: Sequence[Sequence[float]]) -> None:
+    """Give every segment of every tree a label: on the segments, or beside trees that are read when they are asked for."""
+    if isinstance(trees, Trees):
+        ends = np.cumsum([0, *map(len, values)])
+        trees.labels[name] = np.fromiter((x for each in values for x in each), np.float64, int(ends[-1])), ends
+        return
+    for tree, each in zip(trees, values, strict=True):
+        for segment, value in zip(tree, each, strict=True):
+            segment.labels = {**segment.labels, name: value}

@@ -440,7 +440,10 @@ def _differs(name: str, messages: int) -> UserError:
 
 def common(a: Sequence[Any], b: Sequence[Any]) -> int:
     """How many tokens (or characters) two sequences begin with alike."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    least = min(len(a), len(b))
+    if a[:least] == b[:least]:  # far faster than one by one, and mostly so
+        return least
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), least)
 
 
 def render_chat(
@@ -489,8 +492,8 @@ def render_chat(
 
 def _block_end(tokenizer, ids: list[int], a: int, b: int, stops: set[int]) -> int | None:
     """Index of the end-of-turn token of the generation block [a, b): in it, or after it and blanks; None where there is none."""
-    last = max((t for t in range(a, b) if ids[t] in stops), default=None)
-    if last is not None and not tokenizer.decode(ids[last + 1 : b]).strip():
+    last = next((t for t in reversed(range(a, b)) if ids[t] in stops), None)
+    if last is not None and (last + 1 == b or not tokenizer.decode(ids[last + 1 : b]).strip()):
         return last  # a line break that the template puts after the end of turn is never generated
     while b < len(ids) and ids[b] not in stops and not tokenizer.decode([ids[b]]).strip():
         b += 1

@@ -172,7 +172,7 @@ def _cut(ids: list[int], target: list[float], over: int, begin: int) -> tuple[li
 
 def last_answer(target: Sequence[float]) -> int:
     """Index of the first token of the last learned span."""
-    end = max(t for t, value in enumerate(target) if value)
+    end = next(t for t in reversed(range(len(target))) if target[t])
     while end and target[end - 1]:
         end -= 1
     return end
