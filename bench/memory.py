@@ -63,7 +63,7 @@ def peak(folder: Path, way: str) -> dict[str, float]:
 
     def run() -> None:
         nonlocal tokens
-        for step in load(method).prepare(build(load(method).settings(method), values), None).steps(None):
+        for step in load(method).prepare(build(load(method).settings(method), values), Run(folder / "run")).steps(None):
             tokens = step.metrics["tokens"]
 
     found = machine.peak_of(run, torch.device("cpu"))

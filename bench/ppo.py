@@ -69,7 +69,7 @@ class PPO:
         if self.setup.device != "cpu":
             raise Refused("methods/ppo.py computes on the CPU")
         write_jsonl(self.setup.folder / "prompts.jsonl", self.asked)
-        return ppo.prepare(self.settings(steps), None).steps(None)  # type: ignore[arg-type]
+        return ppo.prepare(self.settings(steps), Run(self.setup.folder / "run")).steps(None)
 
     def settings(self, steps: int) -> ppo.PPO:
         return ppo.PPO(

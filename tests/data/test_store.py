@@ -92,7 +92,7 @@ def test_helping_processes_make_the_same(chatml, window, tmp_path, monkeypatch):
     assert len(one) == len(two) == 700
 
 
-PAIRS = [{"prompt": f"What is {k}?", "chosen": f"It is {k}.", "rejected": "No." * (1 + k % 3), "soft": 0.5 + k / 2000} for k in range(600)]
+PAIRS = [{"prompt": f"What is {k}?", "chosen": f"It is {k}.", "rejected": "No." * (1 + k % 3), "soft": 0.51 + k / 2000} for k in range(600)]
 ASKED = [{"prompt": f"What is {k}?", "note": [k]} for k in range(600)]
 
 

@@ -41,7 +41,7 @@ def last_token(answer):
 
 
 @pytest.fixture
-def make(toy, monkeypatch):
+def make(toy, tmp_path, monkeypatch):
     """(settings resolved, module, Rollouts) on the toy, rated by `rule`."""
 
     def build_one(rule=last_token, steps=None, method=grpo, **more):
@@ -60,7 +60,7 @@ def make(toy, monkeypatch):
             patch.setattr(method, "Rollouts", Caught)
             patch.setattr(start, "rater", lambda spec, tokenizer, **how: Fake(rule))
             patch.setattr(start, "step_rater", lambda *args, **how: Stepped(steps))
-            method.prepare(s, None)
+            method.prepare(s, Run(tmp_path / "run"))
         return made[0].settings, made[0].module, made[0]
 
     return build_one

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ def _write(folder: Path, found: Iterable[Encoded], kind: Kind, read: Read, given
                 print(f"{read.spec}: {report.rows:,} rows tokenised", file=sys.stderr)
     report.settle(given)
     sizes = {name: (folder / name).stat().st_size for name in (*ARRAYS, LINES, *sorted(labels))}
-    (folder / "card.json").write_text(json.dumps({"kind": kind, "report": asdict(report), "read": asdict(read), "bytes": sizes}))
+    (folder / "card.json").write_text(json.dumps({"kind": kind, "report": vars(report), "read": vars(read), "bytes": sizes}))
     for path in (*folder.iterdir(), folder):
         fsync(path)
 

@@ -342,7 +342,7 @@ def prompt_chunk(records: Sequence[Prompt], *, tokenizer: Any, model: Any, windo
             continue
         ids, _ = _cut(ids, [0.0] * len(ids), over, begin)
         fit.report.tokens += len(ids)
-        found.append((i, [Segment(ids)]))
+        found.append((i, [Segment(ids, [0.0] * len(ids))]))
     fit.report.tokens_unshared = fit.report.tokens
     return found, fit.report
 

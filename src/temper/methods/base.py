@@ -173,7 +173,7 @@ def given(settings: Any, run: Run, kind: Kind, how: Way, *, every: bool = False)
         "tokens": trees.count("sizes"),
         "learned_tokens": trees.count("learned"),
     }
-    looked = _looked_at(settings.data, kind, how.skip_bad, stores, masks)
+    looked = _looked_at(settings.data, kind, how.skip_bad, stores, masks, trees)
     return Given(trees, tests, out, (sum(map(len, masks)) - held, held), card, *looked)
 
 
@@ -254,7 +254,9 @@ def list_left_out(run: Run, rows: Sequence[dict[str, str]]) -> str:
     return f"{len(rows)} rows, listed in {LEFT_OUT}" if rows else ""
 
 
-def _looked_at(data: str, kind: Kind, skip_bad: bool, stores: Sequence[Store], masks: Sequence[np.ndarray]) -> tuple[Corpus, Corpus | None]:
+def _looked_at(
+    data: str, kind: Kind, skip_bad: bool, stores: Sequence[Store], masks: Sequence[np.ndarray], learned: Trees
+) -> tuple[Corpus, Corpus | None]:
     """The records that are learned from, of each set the first ones and then all; read when they are looked at."""
 
     def corpus(most: int | None) -> Corpus:
@@ -270,7 +272,9 @@ def _looked_at(data: str, kind: Kind, skip_bad: bool, stores: Sequence[Store], m
             first = np.arange(np.searchsorted(of, len(use)))
             rows.append(first[use[of[first]]])
             reports.append(_part(store, rows[-1], use))
-        trees = Trees(list(zip(stores, rows, strict=True)), [1.0] * len(stores), mixed=False)
+        begins = np.cumsum([0, *learned.have])
+        at = [begin + np.arange(len(own)) for begin, own in zip(begins, rows, strict=False)]
+        trees = Trees([(learned, np.concatenate(at))], [1.0])  # with whatever labels it is given
         kept_ = _joined([_renumbered(report, use) for report, use in zip(reports, uses, strict=True)])
         return Corpus(Rows(kept_.rows, records), trees, _read(data, [s.read for s in stores]), kept_)
 

@@ -170,6 +170,18 @@ class Rows:
             yield from found
 
 
+class Items(list[Item]):
+    """Rows that are in memory, for a step that takes `Rows`."""
+
+    def those(self, numbers: Collection[int]) -> Iterator[Item]:
+        """Those of these numbers."""
+        return (item for item in self if item.id in numbers)
+
+    def each(self, work: Callable[[Item], T]) -> Iterator[tuple[int, T]]:
+        """(number, what `work` gives) of each row."""
+        return ((item.id, work(item)) for item in self)
+
+
 def _item(row: tuple[int, str, str, Any]) -> Item:
     return Item(*row, records(files.Row(0, row[3])))
 
