@@ -13,9 +13,12 @@ from temper.data.trees import chat_trees, comparison_trees, prompt_ids
 from temper.forest import Forest, Tree, plant
 from temper.methods import sft
 from temper.methods.base import Batching, Window
+from temper.models.adapt import Adapter
+from temper.models.adapters import adapted
+from temper.models.fused import unfuse
 from temper.models.load import Size, load_policy, load_scalar, load_tokenizer, new_model, save
 from temper.models.tokenizer import train_tokenizer
-from temper.records import Chat, Message, Pair, Prompt, write_jsonl
+from temper.records import Chat, Message, Pair, Prompt, Rated, write_jsonl
 from temper.train import Optim
 
 LONGEST = 512  # tokens of a row
@@ -41,15 +44,15 @@ class Scale(NamedTuple):
 SCALES = {
     "tiny": Scale(Size(width=192, layers=4, heads=4, context=1024), 2048, 32, 16, 64, 128, 40),
     "small": Scale(Size(width=512, layers=8, heads=8, mlp=1344, context=1024), 8192, 16, 8, 16, 64, 20),
-    "smoke": Scale(Size(width=32, layers=2, heads=2, context=1024), 512, 4, 4, 3, 8, 0),
+    "smoke": Scale(Size(width=32, layers=2, heads=2, context=1024), 512, 4, 4, 8, 24, 60),
 }
 
 
-def records() -> tuple[list[Pair], str]:
+def records(world: bool = False) -> tuple[list[Pair], str]:
     """Pairs of answers, and where they are from: HH dialogues in the folder TEMPER_TEST_DATA; else the embedded world's
-    demonstrations, each answer against one to another question."""
+    demonstrations, each answer against one to another question. world: these in any case."""
     path = Path(os.environ.get("TEMPER_TEST_DATA") or ".") / HARMLESS
-    if path.is_file():
+    if path.is_file() and not world:
         return read(str(path), "pairs", skip_bad=True)[0][:RECORDS], "HH harmless-base"
     chats = read(f"world:demonstrations?n={RECORDS + 1}", "chat")[0]
     answers = [chat.messages[-1].content for chat in chats]
@@ -96,14 +99,15 @@ class Setup:
         self.tokenizer = load_tokenizer(self.folder / "policy")
         self.pairs: list[Any] = read(str(self.folder / "pairs.jsonl"), "pairs")[0]
 
-    def policy(self) -> Any:
-        return load_policy(self.folder / "policy", self.device)[0]
+    def policy(self, adapters: Adapter | None = None) -> Any:
+        return load_policy(self.folder / "policy", self.device, adapters=adapters, seed=SEED)[0]
 
     def scorer(self) -> Any:
         return load_scalar(self.folder / "reward", self.device)[0]
 
     def plain(self, model: Any) -> Any:
         """The same model as transformers alone would run it."""
+        unfuse(model)
         model.set_attn_implementation("sdpa")
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
@@ -121,6 +125,18 @@ class Setup:
         return comparison_trees(self.tokenizer, self.pairs, LONGEST, self.window)[0]
 
     @cached_property
+    def thumbs(self) -> list[Rated]:
+        """Of each pair one answer: the chosen with a thumb up, of the next pair the rejected with a thumb down, and so on."""
+        return [
+            Rated(prompt=pair.prompt, answer=pair.rejected if i % 2 else pair.chosen, rating=float(i % 2 == 0))
+            for i, pair in enumerate(self.pairs)
+        ]
+
+    def thumb_trees(self) -> list[Tree]:
+        """Made anew each time, as those of pairs."""
+        return comparison_trees(self.tokenizer, self.thumbs, LONGEST, self.window)[0]
+
+    @cached_property
     def asked(self) -> list[Prompt]:
         """The first prompts that leave room for an answer."""
         every = [Prompt(messages=pair.prompt) for pair in self.pairs]
@@ -133,16 +149,25 @@ class Setup:
 
 
 def training_flops(model: Any, trees: list[Tree], learned: int | None = None) -> float:
-    """Floating-point operations that a step on these trees cannot do without: products of weights and of attention, forward and twice
-    that backward, each shared prompt once; the head on learned tokens, or on `learned` of them."""
+    """Floating-point operations that a step on these trees cannot do without: products of weights and of attention, forward, and backward
+    to their inputs and to the weights that learn, each shared prompt once; the head on learned tokens, or on `learned` of them."""
     forest = plant(trees)
-    out = model.get_output_embeddings()
-    head = 2 * out.weight.numel() if out is not None else 2 * model.score.weight.numel()
-    return 3 * (forward_flops(model, forest) + head * (len(forest.learned) if learned is None else learned))
+    head = model.get_output_embeddings() or model.score
+    products = [(m.weight, forest.T) for m in _linear(model)] + [(head.weight, len(forest.learned) if learned is None else learned)]
+    return 3 * _attention_flops(model, forest) + sum((6 if w.requires_grad else 4) * w.numel() * n for w, n in products)
 
 
 def forward_flops(model: Any, forest: Forest) -> float:
     """Of the trunk, once over the forest."""
-    inner = sum(m.weight.numel() for m in model.base_model.modules() if isinstance(m, torch.nn.Linear))
+    return 2 * sum(m.weight.numel() for m in _linear(model)) * forest.T + _attention_flops(model, forest)
+
+
+def _linear(model: Any) -> list[torch.nn.Linear]:
+    """Of the trunk, adapters included."""
+    trunk = (model.get_base_model() if adapted(model) else model).base_model
+    return [m for m in trunk.modules() if isinstance(m, torch.nn.Linear)]
+
+
+def _attention_flops(model: Any, forest: Forest) -> float:
     seen = float((forest.position + 1).sum())  # pairs of a token and one that it sees
-    return 2 * inner * forest.T + 4 * model.config.num_hidden_layers * model.config.hidden_size * seen
+    return 4 * model.config.num_hidden_layers * model.config.hidden_size * seen

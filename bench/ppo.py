@@ -105,9 +105,10 @@ class PPO:
         assert rollout is not None
         for a, b in zip(mine, peer.learn(peer.annotate(rollout)), strict=True):
             for what, x, y, unit in ("loss", a.loss, b.loss, 1.0), ("gradient norm", a.grad_norm, b.grad_norm, b.grad_norm):
-                off = max(off, abs(x - y) / unit)
-                if not off <= LATER:
+                gap = abs(x - y) / unit
+                if not gap <= LATER:
                     raise Refused(f"{what} {x:.7g} of ours, {y:.7g} of the peer")
+                off = max(off, gap)
         return off
 
     def flops(self) -> float:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +22,7 @@ TIE = 1e-4  # logits this near each other may be taken in either order
 @dataclass(frozen=True)
 class Generate:
     """Settings of `generate`. cache: dynamic, static or continuous (its own batching); prompts: at a time, those of like length
-    together; 0 is all, as they come."""
+    together; 0 is all, as they come. cache vllm: vLLM's engine instead, in this process."""
 
     cache: str
     prompts: int = 0
@@ -28,6 +30,8 @@ class Generate:
     def __str__(self) -> str:
         if self.cache == "continuous":
             return "generate_batch (continuous batching)"
+        if self.cache == "vllm":
+            return "vLLM, LLM.generate with CUDA graphs"
         return f"generate, {self.cache} cache, {f'{self.prompts} prompts at a time, sorted by length' if self.prompts else 'all at once'}"
 
 
@@ -43,6 +47,7 @@ class Rollouts:
         self.candidates = [
             *(Generate(cache, n) for cache in ("dynamic", "static") for n in sorted({few, 2 * few, len(self.prompts)})),
             Generate("continuous"),
+            *([Generate("vllm")] if setup.device == "cuda" and find_spec("vllm") else []),
         ]
         self.default: Generate | None = Generate("dynamic")
         self.turn = 0
@@ -66,7 +71,10 @@ class Rollouts:
         """The same by transformers."""
         self.turn += 1
         torch.manual_seed(self.turn)
-        return generate(model, self.prompts, how, each=self.each, stop=self.setup.stop, max_new=self.setup.scale.max_new, greedy=greedy)
+        most = self.setup.scale.max_new
+        if how.cache == "vllm":
+            return vllm(_engine(str(self.setup.folder / "policy")), self.prompts, self.each, self.setup.stop, most, greedy, self.turn)
+        return generate(model, self.prompts, how, each=self.each, stop=self.setup.stop, max_new=most, greedy=greedy)
 
     def compare(self, how: Generate) -> float:
         """Share of greedy answers that differ, all where two logits tie. Raises Refused for any that differs elsewhere."""
@@ -165,6 +173,25 @@ def _continuous(model: Any, prompts: list[list[int]], config: GenerationConfig) 
     if len(answers) != n * len(prompts):
         raise RuntimeError(f"{len(answers)} of {n * len(prompts)} answers came back")
     return [answers[i : i + n] for i in range(0, len(answers), n)]
+
+
+@cache
+def _engine(folder: str) -> Any:
+    """vLLM holding the model; half of the card's memory, for ours is in the same process."""
+    from vllm import LLM
+
+    return LLM(folder, dtype="float32", gpu_memory_utilization=0.5, enable_prefix_caching=True)
+
+
+def vllm(engine: Any, prompts: list[list[int]], each: int, stop: list[int], max_new: int, greedy: bool, seed: int) -> list[list[int]]:
+    """As `generate`."""
+    from vllm import SamplingParams
+
+    n = 1 if greedy else each
+    how = SamplingParams(n=n, temperature=0.0 if greedy else 1.0, max_tokens=max_new, stop_token_ids=stop, seed=seed)
+    out = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], how, use_tqdm=False)
+    found = [[_ended(list(answer.token_ids), stop) for answer in one.outputs] for one in out]
+    return [answer for answers in found for answer in (answers * each if greedy else answers)]
 
 
 def _ended(row: list[int], stop: list[int]) -> list[int]:

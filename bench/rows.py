@@ -14,13 +14,14 @@ import torch
 
 from bench import training
 from bench.data import Setup
+from bench.grpo import GRPO, RLOO
 from bench.machine import Peak, Refused, can_measure_memory, in_turn, now, ratio
 from bench.ppo import PPO
-from bench.preference import DPO, Reward
+from bench.preference import DPO, KTO, Reward
 from bench.rollout import CompiledRollouts, Rollouts
-from bench.sft import SFT
+from bench.sft import SFT, LoRA
 
-TRAINING: dict[str, Any] = {task.name: task for task in (SFT, DPO, Reward)}
+TRAINING: dict[str, Any] = {task.name: task for task in (SFT, LoRA, DPO, Reward, KTO, GRPO, RLOO)}
 CALLS: dict[str, Any] = {task.name: task for task in (Rollouts, CompiledRollouts, PPO)}
 NAMES = (*TRAINING, *CALLS)
 
@@ -144,10 +145,10 @@ def scaling(setup: Setup, times: int) -> Iterator[dict[str, Any]]:
     """Ours on one thread and on two, in turn on the same records."""
     before = torch.get_num_threads()
     try:
-        for name, kind in TRAINING.items():
-            task = kind(setup)
+        for kind in SFT, DPO, Reward:
+            task: Any = kind(setup)
             running = {threads: task.ours(task.model(), training.batching(task, times + 1)) for threads in (1, 2)}
-            yield {"name": name, **_threads(setup, {k: partial(next, steps) for k, steps in running.items()}, times)}
+            yield {"name": task.name, **_threads(setup, {k: partial(next, steps) for k, steps in running.items()}, times)}
         task = Rollouts(setup)
         model = setup.policy()
         yield {"name": task.name, **_threads(setup, dict.fromkeys((1, 2), lambda: task.ours(model)), times)}

@@ -1,25 +1,27 @@
 """Training rows: a method of ours beside a trainer of TRL, step by step on the same records."""
 
 import copy
+import logging
 import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 from transformers import PrinterCallback, TrainerCallback
 
-from bench.data import OPTIM, SEED, Setup, training_flops
+from bench.data import SEED, Setup, training_flops
 from bench.machine import Peak, Refused, Timed, now
 from temper.data.packing import batch_indices
 from temper.forest import Tree
 from temper.methods.base import Batching
-from temper.train import Step
+from temper.train import Optim, Step
 
 WARM_UP = 2
 FIRST, LATER = 1e-5, 1e-4  # tolerances of losses and gradient norms, relative; before the first update, and after it
-BUDGETS = (1024, 2048, 4096, 8192)  # tokens per micro-batch that are tried for ours
+BUDGETS = (2048, 4096, 8192)  # tokens per micro-batch that are tried for ours
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,18 @@ class Peer:
         return f"float32, per_device_train_batch_size={self.micro}{', rows sorted by length within the step' if self.sort else ''}{more}"
 
 
+def with_liger(peers: list[Peer], device: str) -> list[Peer]:
+    """These, and on a GPU where Liger's kernels are installed the same with them."""
+    there = device == "cuda" and find_spec("liger_kernel")
+    return peers + ([replace(peer, more={**peer.more, "use_liger_kernel": True}) for peer in peers] if there else [])
+
+
 class Task(Protocol):
-    """A training row."""
+    """A training row. `later`, where it has one: its tolerance after the first update. One that samples has `compare(peer)`, the largest
+    difference on one rollout given to both sides, and `flops()` of a step: its timed steps sample on their own."""
 
     name: str
+    optim: Optim
     setup: Setup
     batch: int  # records per step
     trees: list[Tree]
@@ -72,6 +82,7 @@ class InTurn(TrainerCallback):
         self.peer: list[Timed] = []
         self.ours: list[Timed] = []
         self.began = 0.0
+        self.model: Any = None  # the peer's, as it was trained
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.peak is not None:
@@ -105,6 +116,7 @@ def run_peer(task: Task, peer: Peer, steps: int, ours: Iterator[Step] | None = N
             chosen.sort(key=lambda i: sum(len(segment.tokens) for segment in task.trees[i]))
         rows += chosen
     turns = InTurn(device, ours, peak)
+    turns.model = model
     with tempfile.TemporaryDirectory() as folder:
         common = {
             "output_dir": folder,
@@ -114,10 +126,11 @@ def run_peer(task: Task, peer: Peer, steps: int, ours: Iterator[Step] | None = N
             "bf16": False,
             "per_device_train_batch_size": peer.micro,
             "gradient_accumulation_steps": task.batch // peer.micro,
-            "learning_rate": OPTIM.lr,
+            "learning_rate": task.optim.lr,
+            "adam_epsilon": task.optim.eps,
             "lr_scheduler_type": "constant",
             "weight_decay": 0.0,
-            "max_grad_norm": OPTIM.max_grad_norm,
+            "max_grad_norm": task.optim.max_grad_norm,
             "train_sampling_strategy": "sequential",
             "logging_steps": 1,
             "report_to": "none",
@@ -131,11 +144,11 @@ def run_peer(task: Task, peer: Peer, steps: int, ours: Iterator[Step] | None = N
     return turns
 
 
-def agree(ours: Sequence[Timed], peer: Sequence[Timed]) -> float:
-    """The largest relative difference of losses and gradient norms. Raises Refused above FIRST in the first step, LATER after it."""
+def agree(ours: Sequence[Timed], peer: Sequence[Timed], later: float = LATER) -> float:
+    """The largest relative difference of losses and gradient norms. Raises Refused above FIRST in the first step, `later` after it."""
     for step, (a, b) in enumerate(zip(ours, peer, strict=True), 1):
         for what, x, y in ("loss", a.loss, b.loss), ("gradient norm", a.grad_norm, b.grad_norm):
-            if not abs(x - y) <= (FIRST if step == 1 else LATER) * abs(y):
+            if not abs(x - y) <= (FIRST if step == 1 else later) * abs(y):
                 raise Refused(f"step {step}: {what} {x:.7g} of ours, {y:.7g} of the peer")
     pairs = [(x, y) for a, b in zip(ours, peer, strict=True) for x, y in ((a.loss, b.loss), (a.grad_norm, b.grad_norm))]
     return max(abs(x - y) / abs(y) for x, y in pairs)
@@ -150,15 +163,22 @@ def run_ours(task: Task, steps: int, tokens: int | None = None, peak: Peak | Non
 
 
 def search(task: Task, say: Any) -> tuple[int, Peer]:
-    """(tokens per micro-batch of ours, settings of the peer) that were the fastest of those tried, two steps of each."""
+    """(tokens per micro-batch of ours, settings of the peer) that were the fastest of those tried, two steps of each.
+
+    Of ours that are equally fast, to 3%, the least tokens, for they take the least memory.
+    """
     mine = {tokens: run_ours(task, 3, tokens) for tokens in BUDGETS}
     for tokens, steps in mine.items():
         say(f"ours, tokens_per_microbatch={tokens}", least(steps))
     theirs = {}
     for i, peer in enumerate(task.candidates):
-        steps = run_peer(task, peer, 3).peer
         try:
-            agree(mine[BUDGETS[-1]], steps)
+            steps = run_peer(task, peer, 3).peer
+        except (RuntimeError, ImportError) as problem:  # a peer that cannot run here is not this bench's error
+            say(f"{peer}: does not run here ({type(problem).__name__}: {next(iter(str(problem).splitlines()), '')})", None)
+            continue
+        try:
+            same(task, peer, mine[BUDGETS[-1]], steps)
         except Refused as problem:
             say(f"{peer}: not counted, for it computes something else ({problem})", least(steps))
         else:
@@ -166,7 +186,15 @@ def search(task: Task, say: Any) -> tuple[int, Peer]:
             say(str(peer), theirs[i])
     if not theirs:
         raise Refused("no settings of the peer compute what ours does")
-    return min(mine, key=lambda tokens: least(mine[tokens])), task.candidates[min(theirs, key=theirs.__getitem__)]
+    enough = 1.03 * min(map(least, mine.values()))
+    return next(t for t in sorted(mine) if least(mine[t]) <= enough), task.candidates[min(theirs, key=theirs.__getitem__)]
+
+
+def same(task: Task, peer: Peer, ours: Sequence[Timed], theirs: Sequence[Timed]) -> float:
+    """How far apart the sides are: in these steps, or where they sample in those that `compare` makes. Raises Refused."""
+    if hasattr(task, "compare"):
+        return task.compare(peer)
+    return agree(ours, theirs, getattr(task, "later", LATER))
 
 
 def least(steps: Sequence[Timed]) -> float:
@@ -178,16 +206,22 @@ def side_by_side(task: Task, peer: Peer, tokens: int | None, times: int) -> tupl
     """(ours, the peer's, the largest difference, operations of each step) of `times` steps in turn, after those that warm up."""
     steps = WARM_UP + times
     model = task.model()
-    flops = [training_flops(model, [task.trees[i] for i in records_of(task, step)]) for step in range(WARM_UP, steps)]
+    if hasattr(task, "flops"):
+        flops = [task.flops()] * times
+    else:
+        flops = [training_flops(model, [task.trees[i] for i in records_of(task, step)]) for step in range(WARM_UP, steps)]
     turns = run_peer(task, peer, steps, task.ours(model, batching(task, steps, tokens)))
-    off = agree(turns.ours, turns.peer)
+    off = same(task, peer, turns.ours, turns.peer)
     return turns.ours[WARM_UP:], turns.peer[WARM_UP:], off, flops
 
 
 def check(task: Task) -> float:
     """Two steps of ours beside the peer's first candidate: the largest difference. Raises Refused."""
-    turns = run_peer(task, task.candidates[0], 2, task.ours(task.model(), batching(task, 2)))
-    return agree(turns.ours, turns.peer)
+    peer = task.candidates[0]
+    if hasattr(task, "compare"):
+        return task.compare(peer)
+    turns = run_peer(task, peer, 2, task.ours(task.model(), batching(task, 2)))
+    return same(task, peer, turns.ours, turns.peer)
 
 
 def peak_mb(task: Task, who: str, peer: Peer | None, tokens: int | None) -> float:
@@ -205,11 +239,13 @@ def quiet_peers() -> None:
     """Without the peers' progress bars and notes."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("trl").setLevel(logging.ERROR)
     import datasets
-    from transformers.utils import logging
+    from transformers.utils import logging as notes
 
     datasets.disable_progress_bars()
-    logging.set_verbosity_error()
+    notes.set_verbosity_error()
+    notes.disable_progress_bar()
 
 
 def twin(model: Any) -> Any:

@@ -8,10 +8,20 @@ import pytest
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """Files and trained stages (tests/toy.py); read-only."""
-    from toy import make_toy
+    """Files and trained stages (tests/toy.py); read-only. The processes of a run of the tests share them: the first makes them."""
+    import torch
+    from filelock import FileLock
+    from toy import Toy, make_toy
 
-    return make_toy(tmp_path_factory.mktemp("toy"))
+    torch.set_num_threads(1)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "toy"
+    with FileLock(f"{folder}.lock"):
+        if not folder.with_suffix(".made").exists():
+            folder.mkdir()
+            make_toy(folder)
+            folder.with_suffix(".made").touch()
+    return Toy(folder)
 
 
 @pytest.fixture(scope="session")

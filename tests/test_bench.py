@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from bench import rows
 from bench.data import training_flops
 from bench.machine import Refused, Timed, ratio
 from bench.rollout import left_padded
 from bench.training import agree
 from temper.forest import Segment
+from temper.models.adapt import Adapter, put_on
 from temper.models.load import Size, new_model
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +29,7 @@ def test_both_sides_agree_in_every_row():
         [sys.executable, "-m", "bench", "--smoke"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("both sides agree") == 5
+    assert done.stdout.count("both sides agree") == len(rows.NAMES)
 
 
 def test_ratio_is_the_median_of_the_turns_with_the_interval_of_the_sign_test():
@@ -50,6 +52,16 @@ def test_operations_are_counted_by_hand():
     model = new_model(Size(width=8, layers=1, heads=2, mlp=16, context=8), 32, seed=0)
     inner = 4 * 8 * 8 + 3 * 8 * 16
     assert training_flops(model, [[Segment([1, 2], [0.0, 1.0])]]) == 3 * (2 * inner * 2 + 4 * 8 * 3 + 2 * 8 * 32)
+
+
+@pytest.mark.slow  # imports peft
+def test_a_frozen_weight_needs_no_product_of_its_own():
+    """LoRA of rank 1: backward through the frozen weights to their inputs alone; its own, and attention, as ever."""
+    model = new_model(Size(width=8, layers=1, heads=2, mlp=16, context=8), 32, seed=0)
+    lora = put_on(model, Adapter(adapter="lora", lora_rank=1), None, seed=0)
+    frozen, own = 4 * 8 * 8 + 3 * 8 * 16, 4 * (8 + 8) + 3 * (8 + 16)
+    expected = (4 * frozen + 6 * own) * 2 + 3 * 4 * 8 * 3 + 4 * 8 * 32
+    assert training_flops(lora, [[Segment([1, 2], [0.0, 1.0])]]) == expected
 
 
 def test_padding_stands_on_the_left():

@@ -77,6 +77,14 @@ def test_usage_imports_nothing():
     assert not {"torch", "transformers", "numpy"} & answers([], ["sfd"])[1]
 
 
+def test_help_and_a_mistake_import_no_pytorch():
+    said, modules = answers(["sft", "--help"], ["ppo", "--halp"], ["data", "convert", "--help"])
+    assert "usage: temper sft" in said
+    assert "no flag --halp; did you mean --help?" in said
+    assert not HEAVY & modules
+
+
+@pytest.mark.slow
 def test_a_command_line_is_read_without_pytorch(tmp_path):
     """Help, wrong flags, recipes and files that are not there; and nothing of the hollow libraries is left behind."""
     recipe = tmp_path / "recipe.yaml"
@@ -144,6 +152,7 @@ def test_exit_codes(monkeypatch, capsys):
     assert capsys.readouterr().err == "temper: interrupted\n"
 
 
+@pytest.mark.slow
 def test_a_method_by_hand_from_end_to_end_on_files_alone(toy, tmp_path, capsys):
     """base -> sft -> reward -> ppo, each by its command, each finding the one before by its folder."""
     steps = {

@@ -103,7 +103,6 @@ def train(method: str, out: Path | str, *, save_seconds: float = 600, **values: 
 
 def make_toy(folder: Path) -> Toy:
     """Files, and the stages base, sft and reward."""
-    torch.set_num_threads(1)
     toy = Toy(folder)
     write_files(folder)
     train("pretrain", folder / "base", data=toy.text, batch=12, epochs=4, lr=2e-2, **TINY)

@@ -80,7 +80,7 @@ def drive(
         saved_at = time.monotonic()
 
     ranks.led(state)
-    with _signals() as stop, _progress(title, steps, last, quiet) as show:
+    with _signals() as stop, progress(title, steps, last, quiet) as show:
         run.set_status(phase="train", now=True, step=last, steps=steps)
         iterator = iter(make_steps(state))
         del state
@@ -215,7 +215,7 @@ def make(
     """
     began = time.monotonic()
     run.set_status(phase="collect", now=True)
-    with _progress(title, 0, 0, quiet) as show:
+    with progress(title, 0, 0, quiet) as show:
 
         def told(done: int, of: int) -> None:
             run.set_status(phase="collect", step=done, steps=of, eta=show(done, {}, of))
@@ -304,7 +304,7 @@ def _numbers(metrics: Mapping[str, float]) -> str:
 
 
 @contextmanager
-def _progress(title: str, steps: int, done: int, quiet: bool) -> Iterator[Callable[..., float | None]]:
+def progress(title: str, steps: int, done: int, quiet: bool) -> Iterator[Callable[..., float | None]]:
     """A bar on a terminal, now and then a line elsewhere, nothing when quiet. Gives show(step, metrics, of=steps) -> seconds left."""
     began, told = time.monotonic(), time.monotonic()
     bar = None

@@ -430,6 +430,7 @@ def test_a_recipe_is_looked_at_as_far_as_it_is_made(toy, tmp_path, capsys):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_the_evaluation_sets_of_a_recipe(toy, tmp_path, capsys):
     (tmp_path / "test.jsonl").write_text(Path(toy.text).read_text().splitlines()[0] + "\n")
     stages = {"base": {"method": "pretrain", "data": toy.text, "width": 16, "layers": 1, "heads": 2, "context": 160, "vocab": 330}}

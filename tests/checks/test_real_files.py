@@ -80,6 +80,7 @@ def planted(alpaca, real, model, tmp_path_factory):
     return found, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("check", "line"), PLANTED)
 def test_a_fault_in_a_copy_of_alpaca(planted, check, line):
     findings, path = planted

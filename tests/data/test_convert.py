@@ -122,6 +122,7 @@ REAL = [  # file, format, rows used of all, through, back to, kind
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "source", "counts", "through", "back"), REAL)
 def test_real_files_there_and_back(real, tmp_path, capsys, name, source, counts, through, back):
     code, out, _ = run(capsys, real / name, "--to", through, "--out", tmp_path / "there.jsonl", "--skip-bad", "--json")

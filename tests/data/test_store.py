@@ -80,6 +80,7 @@ def test_long_rows_are_counted_over_all_chunks_and_nothing_is_left_behind(make, 
     assert found.arrays["records"][298:300].tolist() == [299, 301]
 
 
+@pytest.mark.slow
 def test_helping_processes_make_the_same(chatml, window, tmp_path, monkeypatch):
     spec = write(tmp_path / "a.jsonl", 700)
     how = partial(chat_chunk, tokenizer=chatml, model=512, window=Plain(), learn="all")

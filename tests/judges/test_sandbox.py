@@ -95,6 +95,7 @@ def test_there_is_no_way_out(code, why, tmp_path):
     assert list(tmp_path.iterdir()) == [outside]
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize(
     ("code", "why"),

@@ -106,6 +106,7 @@ def test_a_json_schema(tmp_path):
         rater(f"format:schema={tmp_path / 'none.json'}")
 
 
+@pytest.mark.slow
 def test_a_pattern_that_explodes_is_masked(monkeypatch):
     monkeypatch.setattr(verifiable, "PATIENCE", 1.0)
     found = rater(r"format:^(a|a)*$ + 0*format:words=1..").ratings([answer("aaa"), answer("a" * 60 + "b"), answer("b")])
@@ -220,6 +221,7 @@ def test_a_function(mine, name, want):
     assert scores(f"python:{mine}:{name}") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "n", "why"),
     [
@@ -250,6 +252,7 @@ def test_a_function_that_fails_is_masked_counted_and_named(mine, name, n, why):
         assert found.failures[spec].first.startswith(why)
 
 
+@pytest.mark.slow
 def test_after_a_hang_it_starts_anew(mine):
     reward = rater(f"python:{mine}:sleeps?seconds=3")
     assert reward.rate(THREE) == [1, 1, 1]

@@ -81,7 +81,7 @@ def changed(**stages):
         (changed(sft={"budgt": 1}), {}, r"sft has no setting 'budgt'; did you mean 'budget'\?"),
         (changed(sft={"threads": 0}), {}, r"sft: 'threads': got 0, input should be greater than or equal to 1"),
         (changed(sft={"ranks": 0}), {}, r"sft: 'ranks': got 0, input should be greater than or equal to 1"),
-        (changed(sft={"rank": 2}), {}, r"sft has no setting 'rank'; did you mean 'ranks'\?"),
+        (changed(sft={"rankz": 2}), {}, r"sft has no setting 'rankz'; did you mean 'ranks'\?"),
         (changed(sft={"lr": -1}), {}, r"sft: 'lr': got -1"),
         ({"sft": {"method": "sft", "data": "x"}}, {}, r"sft: 'model' is missing"),
         (changed(**{"a/b": {"method": "pretrain", "data": "x"}}), {}, r"a stage called 'a/b'; its name is its folder"),
@@ -231,6 +231,7 @@ def test_nothing_is_made_twice_and_a_change_reaches_its_dependants_only(tmp_path
     assert statuses(recipe(path, stages), out) == every | {"sft": "done"}
 
 
+@pytest.mark.slow
 def test_a_changed_setting_makes_a_stage_and_those_that_need_it_stale(tmp_path, toy):
     """The short form of the test above."""
     stages, path, out = stages_of(toy), tmp_path / "r.yaml", tmp_path / "out"
@@ -247,6 +248,7 @@ def test_a_changed_setting_makes_a_stage_and_those_that_need_it_stale(tmp_path, 
         assert " ".join(statuses(recipe(path, stages), out).values()) == found
 
 
+@pytest.mark.slow
 def test_other_code_and_unfinished_runs_are_stale(tmp_path, toy, monkeypatch):
     stages, path, out = {"base": stages_of(toy)["base"]}, tmp_path / "r.yaml", tmp_path / "out"
     statuses(recipe(path, stages), out)

@@ -149,6 +149,7 @@ def test_collecting_reports_what_it_took(toy, tmp_path):
     assert "tokens" not in Run(tmp_path / "out").stage["card"]
 
 
+@pytest.mark.slow
 def test_every_tensor_moves_at_the_first_update(toy, tmp_path):
     """What is declared trainable is trained (PPO: policy and value; Constitutional AI: in both phases)."""
     for method, updates in ("pretrain", 1), ("sft", 1), ("reward", 1), ("dpo", 1), ("ppo", 1), ("constitution", 2):

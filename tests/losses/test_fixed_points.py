@@ -219,6 +219,7 @@ RESTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", RESTS)
 def test_policy_gradient_comes_to_rest(key):
     policy = follow(RESTS[key])
@@ -231,6 +232,7 @@ def test_standardised_with_the_kl_inside_it_finds_the_optimum():
     close(follow(lambda logp: k1_in_the_reward(logp, by_deviation), lr=0.02, steps=1500), BEST, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("surrogate", [k1_after_comparing, in_the_loss(k2, by_deviation)])
 def test_standardised_with_the_kl_outside_it_collapses(surrogate):
     """As the deviation shrinks, 1 / std outgrows the KL."""

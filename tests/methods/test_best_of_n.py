@@ -107,6 +107,7 @@ def test_what_a_run_writes(toy, made):
             assert (chat.messages[-1].content, chat.meta["reward"]) == top[chat.messages[0].content]
 
 
+@pytest.mark.slow
 def test_the_same_seed_the_same_files(toy, made, tmp_path):
     values = values_of("best-of-n", toy) | {"report": toy.reward}
     train("best-of-n", tmp_path / "a", **values, rows=3)

@@ -171,6 +171,7 @@ def whole(toy, tmp_path_factory):
     return folder, values
 
 
+@pytest.mark.slow
 def test_files_of_a_run_say_what_was_learned(whole, toy):
     folder, _ = whole
     revised = [Chat.model_validate_json(line) for line in (folder / "revisions.jsonl").read_text().splitlines()]

@@ -48,6 +48,7 @@ def test_the_loss_falls(trained, method):
     assert sum(loss[-3:]) < 0.8 * sum(loss[:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*TRAINED, "collect"])
 def test_what_a_stage_leaves_behind(trained, toy, method, capsys):
     folder = trained(method)

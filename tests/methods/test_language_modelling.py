@@ -42,6 +42,7 @@ def test_the_first_loss_of_sft_is_the_mean_over_the_answers_tokens(toy, tmp_path
     assert row["tokens_learned"] == sum(sum(target) for _, target in rendered)
 
 
+@pytest.mark.slow
 def test_text_that_is_alien_to_the_model_is_announced(toy, tmp_path, capsys):
     """Words whose tokens were never seen, to a model that is sure of others: worse than guessing evenly."""
     strange = [{"messages": [*user("?"), says("@#%^ ~}{ `| @#%^ ~}{ `|")]} for _ in range(8)]

@@ -93,6 +93,7 @@ def test_what_is_counted():
     )
 
 
+@pytest.mark.slow
 def test_the_rating_rises(toy, tmp_path, rated_by):
     """Short answers are wished for; half of the raters' answers are missing, and none counts as 0."""
     rated_by(lambda a: None if len(a.tokens) % 4 == 3 else -float(len(a.tokens)))  # at last all alike, which stops nothing

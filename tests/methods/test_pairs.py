@@ -268,6 +268,7 @@ def test_a_tie_pulls_neither_way(toy, pairs):
     assert step.metrics["grad_norm"] == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pairs", "rankings"])
 def test_what_collect_writes_feeds_both(toy, tmp_path, name):
     train("collect", tmp_path / "pairs", **(values_of("collect", toy) | {"prompts": "world:prompts?n=30"}))

@@ -128,6 +128,7 @@ def test_a_margin_of_the_data_is_the_offset(moved):
     assert float(out.terms["preference"].total) == pytest.approx(float(torch.nn.functional.softplus(-z)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if not rule.reference])
 def test_a_rule_without_a_reference_computes_none(toy, tmp_path, monkeypatch, name):
     monkeypatch.setattr(preference, "with_reference", lambda *given: pytest.fail("computed a reference"))

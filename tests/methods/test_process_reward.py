@@ -276,6 +276,7 @@ def answer(judge, text, question="Add to 3."):
     return Answer(prompt, render_prompt(judge.tokenizer, prompt.messages), tokens, text, True)
 
 
+@pytest.mark.slow
 def test_it_learns_and_finds_first_errors(trained):
     run = Run(trained)
     summary = run.stage["summary"]

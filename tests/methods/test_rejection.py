@@ -69,6 +69,7 @@ def test_nothing_to_learn_says_why():
         of(keep="above")
 
 
+@pytest.mark.slow
 def test_two_rounds_leave_their_records_and_learn_them(toy, tmp_path):
     train("rejection", tmp_path / "r", **values_of("rejection", toy))
     rows = Run(tmp_path / "r").rows("metrics")
@@ -85,6 +86,7 @@ def test_two_rounds_leave_their_records_and_learn_them(toy, tmp_path):
     assert one[-1] < one[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["first", "latest"])
 def test_a_round_starts_where_it_is_told(toy, tmp_path, start, monkeypatch):
     """The weights at a round's first step, against those of the model given."""
@@ -101,6 +103,7 @@ def test_a_round_starts_where_it_is_told(toy, tmp_path, start, monkeypatch):
     assert same == (start == "first")
 
 
+@pytest.mark.slow
 def test_interrupted_in_the_second_round_it_goes_on_to_the_same_bytes(toy, tmp_path, monkeypatch):
     values = values_of("rejection", toy)
     train("rejection", tmp_path / "whole", **values)

@@ -103,6 +103,7 @@ def test_heads_disagree_and_add_up(two_heads):
     assert sum(b["observed"]["n"] for b in card["reliability"]) == Run(two_heads).stage["summary"]["held_out_pairs"]
 
 
+@pytest.mark.slow
 def test_members_learn_the_same_records_and_differ(toy, tmp_path):
     values = {"model": toy.sft, "data": toy.pairs, "batch": 8, "epochs": 1, "lr": 1e-3, "held_out": 0.2}
     summary = train("reward", tmp_path / "three", members=3, **values)
@@ -117,6 +118,7 @@ def test_members_learn_the_same_records_and_differ(toy, tmp_path):
     assert last["held_out_pairs"] == summary["held_out_pairs"]
 
 
+@pytest.mark.slow
 def test_members_go_on_where_they_were_stopped(toy, tmp_path, monkeypatch):
     from temper.runs import save_checkpoint
 

@@ -80,6 +80,7 @@ def test_bco_compares_with_the_moving_middle_of_its_classes(toy):
     assert abs(means[True]) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RATED)
 def test_the_start(toy, tmp_path, name):
     """Policy and reference are one: every gain and the point are 0; KTO's loss is half the mean weight, BCO's ln 2 of it."""
@@ -89,6 +90,7 @@ def test_the_start(toy, tmp_path, name):
     assert [first[key] for key in ("point", "good_gain", "bad_gain")] == pytest.approx([0, 0, 0], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RATED)
 def test_good_answers_gain_on_bad_ones(toy, tmp_path, name):
     summary = train(name, tmp_path / name, **values_of(name, toy) | {"lr": 5e-3})

@@ -28,6 +28,7 @@ def ladder(toy, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_adapters_in_the_methods(ladder, toy, tmp_path):
     """SFT learns; a reward model begins as the SFT adapter; DPO's reference is the adapter it began with; the gate is on the card."""
     rows = [r["loss"] for r in Run(ladder / "sft").rows("metrics") if "loss" in r]
@@ -97,6 +98,7 @@ def test_gradients_go_to_each_roles_own_adapter(ladder, activations):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_ppo_on_one_backbone(ladder, toy, tmp_path):
     """From adapters of one base, and from a full model under a new adapter: trained, saved as an adapter of that base, loaded anywhere."""
     values = values_of("ppo", toy) | {"reward": str(ladder / "reward"), "rollouts": 2}
@@ -112,6 +114,7 @@ def test_ppo_on_one_backbone(ladder, toy, tmp_path):
     assert load_policy(tmp_path / "other")[0].get_base_model().name_or_path.endswith("sft/model")
 
 
+@pytest.mark.slow
 def test_the_commands(ladder, toy, tmp_path, capsys):
     assert main(["merge", str(ladder / "sft"), "--out", str(tmp_path / "whole")]) == 0
     assert "logits within" in capsys.readouterr().out
@@ -162,6 +165,7 @@ def test_the_identity_sees_the_base(ladder, toy, tmp_path):
     assert first != input_fingerprint("model", toy.base)
 
 
+@pytest.mark.slow
 def test_killed_with_an_adapter(ladder, toy, tmp_path, monkeypatch):
     """Stopped after a checkpoint and gone on with: the same bytes; the checkpoint holds no frozen weights."""
     from temper.runs import save_checkpoint

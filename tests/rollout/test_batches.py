@@ -44,6 +44,7 @@ def same(many, others):
         np.testing.assert_allclose(a.logp, b.logp, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [LlamaConfig(**SIZES), MistralConfig(**SIZES, sliding_window=11)],
@@ -85,6 +86,7 @@ def compiler(monkeypatch, tmp_path):
     kernel.library.cache_clear()
 
 
+@pytest.mark.slow
 def test_the_kernel_is_torch(compiler, monkeypatch):
     """With prompts that end, caches that grow, grouped heads, heads of odd size, windows shorter than prompt and answer."""
     monkeypatch.setattr(decode, "ROOM", 8)

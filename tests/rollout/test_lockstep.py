@@ -45,6 +45,7 @@ def naive(models, weights, ids, temperature):
     return (mixed_logp(logits, weights) / temperature).log_softmax(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("which", "rows"), [((0, 1), 256), ((0, 1), 3), ((1, 2), 256)], ids=["shared", "few rows", "one of them in rows"])
 def test_every_tokens_log_prob_is_the_mixtures(three, which, rows):
     """In groups that end at different times and refill, by two kinds of models of different families."""

@@ -141,6 +141,7 @@ def test_what_is_asked(policy, server):
     assert asked["ignore_eos"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", [503, 429, None])
 def test_a_server_that_stumbles_is_asked_again(policy, server, failure):
     engine = VLLM(server.url, policy)
@@ -149,6 +150,7 @@ def test_a_server_that_stumbles_is_asked_again(policy, server, failure):
     assert sample(engine, Request(PROMPTS, **HOW)) == want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", [500, None])
 def test_a_server_that_goes_away_loses_nothing(policy, server, failure):
     engine = VLLM(server.url, policy, patience=0.3)
@@ -177,6 +179,7 @@ def test_other_weights_are_found_by_the_gap(policy, server):
     assert engine.gap.mean > 0.1
 
 
+@pytest.mark.slow
 def test_weights_are_synchronised(tmp_path):
     tokenizer = train_tokenizer(iter(["A boat at sea. " * 9]), 300)
     policy = model_of(0, len(tokenizer))

@@ -245,6 +245,7 @@ def test_scores_are_float32(model):
     torch.testing.assert_close(exact, rounded, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "dpo", "reward", "ppo"])
 def test_a_stage_in_bfloat16_without_activations(toy, tmp_path, method):
     """Every check before the first update holds: policy and reference, ratio and its start, are rounded alike."""

@@ -204,6 +204,7 @@ def same_answers(rollouts, others):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "muon", "lora", "dpo", "kto", "bco", "online-dpo", "reward", "rankings", "ppo", "grpo"])
 def test_two_ranks_train_what_one_does(two, toy, tmp_path, method):
     name, values = short(method, toy, tmp_path)

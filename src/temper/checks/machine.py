@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -99,6 +99,27 @@ def parameters(p: Prepared) -> tuple[int, int]:
     return sum(x.numel() for x in every), sum(x.numel() for x in every if x.requires_grad)
 
 
+class Need(NamedTuple):
+    """What training takes: counts, and bytes. activations: of the largest micro-batch, which has so many tokens; 0 where not measured."""
+
+    parameters: int
+    trained: int
+    weights: float
+    states: float  # gradients and optimiser
+    activations: float
+    tokens: int
+
+
+def needed(case: Case) -> Need:
+    """The estimate: weights, gradients and optimiser by count; activations measured on a part where the case is thorough."""
+    assert case.prepared is not None
+    every, trained = parameters(case.prepared)
+    trees, _ = longest(case)
+    tokens = sum(_sizes(trees))
+    each = _per_token(case, trees) if case.thorough else None
+    return Need(every, trained, every * 4.0, float(trained * _beside(case.settings)), (each or 0.0) * tokens, tokens)
+
+
 def _beside(values: Mapping[str, Any]) -> int:
     return BESIDE[values.get("optimizer", "adamw")]
 
@@ -136,17 +157,13 @@ def memory(case: Case) -> Iterator[Found]:
     p = case.prepared
     if p is None:
         return
-    every, trained = parameters(p)
     free = _free(next(p.module.parameters()).device, case.ranks)
-    states = trained * _beside(case.settings)
-    trees, _ = longest(case)
-    each = _per_token(case, trees) if case.thorough else None
-    tokens = sum(_sizes(trees))
-    most = states + (each or 0.0) * tokens
-    what = f"{every / 1e6:.3g} million parameters, {trained / 1e6:.3g} trained: {every * 4 / MB:,.0f} MB of weights"
-    what += f", {states / MB:,.0f} MB of gradients and optimiser"
-    what += f", about {each * tokens / MB:,.0f} MB of activations for {tokens:,} tokens" if each else ""
+    need = needed(case)
+    what = f"{need.parameters / 1e6:.3g} million parameters, {need.trained / 1e6:.3g} trained: {need.weights / MB:,.0f} MB of weights"
+    what += f", {need.states / MB:,.0f} MB of gradients and optimiser"
+    what += f", about {need.activations / MB:,.0f} MB of activations for {need.tokens:,} tokens" if need.activations else ""
     room = f"; {free / MB:,.0f} MB are free{f' for each of {case.ranks} ranks' if case.ranks > 1 else ''}" if free is not None else ""
+    most = need.states + need.activations
     severity = "note" if free is None or most < 0.8 * free else "warning" if most < free else "error"
     yield Found(severity, what + room)  # type: ignore[arg-type]
 

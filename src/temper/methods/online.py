@@ -23,6 +23,7 @@ from temper.methods.base import Asked, Job, Window, asked, microbatches
 from temper.methods.comparisons import count_records
 from temper.methods.preference import METRICS as OFFLINE
 from temper.methods.preference import check_reference, make_loss, with_reference
+from temper.methods.rated import EQUAL
 from temper.methods.rules import any_rule, told
 from temper.methods.start import begin
 from temper.models.adapt import Adapter
@@ -98,7 +99,7 @@ class Group(NamedTuple):
     def pair(self, tree: Tree) -> Tree | None:
         """Of its tree the prompt, the best and the worst answer; None where no two ratings differ."""
         rated = [(rating, i) for i, rating in enumerate(self.ratings) if rating is not None]
-        if not rated or min(rated)[0] == max(rated)[0]:
+        if not rated or max(rated)[0] - min(rated)[0] < EQUAL:
             return None
         (low, worst), (high, best) = min(rated), max(rated, key=lambda one: (one[0], -one[1]))
         ends = [(tree[1 + best], 0.0), (tree[1 + worst], 1.0)]

@@ -222,7 +222,8 @@ def _together(runs: list[Pieces], parts: Sequence[Tensor], tokens: int) -> Tenso
     if len(runs) == 1 and runs[0].at is not None:
         return _rows(parts[0])
     first = parts[0]
-    out = first.new_zeros(tokens + 1, first.shape[1], *first.shape[3:])
+    out = first.new_empty(tokens + 1, first.shape[1], *first.shape[3:])  # the runs hold every token
+    out[tokens:] = 0.0
     for run, part in zip(runs, parts, strict=True):
         _put(out, run, _rows(part))
     return out

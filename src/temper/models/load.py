@@ -42,6 +42,7 @@ from temper.config import Settings, UserError, opt
 from temper.forest import Forest, Rows, Segment, plant, unroll
 from temper.models import adapt, adapters, attention, heads, shared
 from temper.models.adapt import Adapter
+from temper.models.fused import fuse
 from temper.runs import fsync
 
 log = logging.getLogger("temper")
@@ -96,6 +97,7 @@ def new_model(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     nn.Module.to(model, device).eval()
+    fuse(model)
     check_forest(model)
     compute_in(model, precision)
     return model
@@ -206,6 +208,7 @@ def _adapted(model: Any, name: str, base: str, how: Adapter | None, tokenizer: A
 def _made_ready(model: Any, name: str, device: str | torch.device, precision: Precision) -> Any:
     if not getattr(model, "is_quantized", False):
         nn.Module.to(model, device)
+    fuse(model)
     check_forest(model.eval(), name)
     compute_in(model, precision)
     return model
@@ -355,7 +358,7 @@ def check_export(model: PreTrainedModel, aside: Path, folder: Path, dtype: torch
     """
     scoring = hasattr(model, "score")
     try:
-        again = again or (load_scalar if scoring else load_policy)(aside, dtype=dtype)[0]
+        again = again or (load_scalar(aside, dtype=dtype, labels=None) if scoring else load_policy(aside, dtype=dtype))[0]
     except UserError as error:
         raise ExportError(f"{folder}: what was saved cannot be read back ({str(error).replace(str(aside), folder.name)})") from error
     ids = torch.linspace(0, model.config.get_text_config().vocab_size - 1, PROBE, dtype=torch.int64).tolist()

@@ -18,6 +18,7 @@ def labelled(n=40):
     return good + [chat(f"Explain {text(5, k)}", f"lol whatever {text(20, k + n)}") | {"label": 0} for k in range(n)]
 
 
+@pytest.mark.slow
 def test_the_scorer_learns_what_the_labels_say_and_shows_how_well(look, put):
     path = put("labelled.jsonl", labelled())
     found, report = look("score", [chat("Explain it", "Step by step: it is so"), chat("Explain it", "lol whatever")], labelled=path)
