@@ -19,6 +19,7 @@ from temper.methods import load
 from temper.models.adapt import Adapter
 from temper.models.load import Size, export, load_policy, load_scalar, new_model, save
 from temper.models.tokenizer import train_tokenizer
+from temper.runs import Run
 from temper.train import machine
 
 SIZES = {  # and answers of a rollout: where activations outweigh the model, and where the model outweighs them, as large ones do

@@ -18,6 +18,7 @@ from temper.methods import ppo
 from temper.methods.start import Plan
 from temper.records import write_jsonl
 from temper.rollout import Sampling
+from temper.runs import Run
 from temper.train import Optim, Step
 
 OPTIM = Optim(lr=1e-5, schedule="constant", warmup=0.0, eps=1e-5)

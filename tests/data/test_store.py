@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from temper.config import UserError
-from temper.data import ahead, store
+from temper.data import ahead
 from temper.data.sources import read
 from temper.data.store import Trees, kept, label, mixed, parts
 from temper.data.trees import Report, chat_chunk, chat_trees, comparison_chunk, prompt_chunk, text_chunk, text_trees
@@ -80,19 +80,6 @@ def test_long_rows_are_counted_over_all_chunks_and_nothing_is_left_behind(make, 
     assert found.arrays["records"][298:300].tolist() == [299, 301]
 
 
-@pytest.mark.slow
-def test_helping_processes_make_the_same(chatml, window, tmp_path, monkeypatch):
-    spec = write(tmp_path / "a.jsonl", 700)
-    how = partial(chat_chunk, tokenizer=chatml, model=512, window=Plain(), learn="all")
-    one = kept(tmp_path / "one", spec, "chat", how, by=1, skip_bad=False)
-    monkeypatch.setattr(ahead, "ALONE", 1)
-    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
-    two = kept(tmp_path / "two", spec, "chat", how, by=1, skip_bad=False)
-    (a,), (b,) = ((tmp_path / name).iterdir() for name in ("one", "two"))
-    assert all((a / name).read_bytes() == (b / name).read_bytes() for name in (*store.ARRAYS, store.LINES))
-    assert len(one) == len(two) == 700
-
-
 PAIRS = [{"prompt": f"What is {k}?", "chosen": f"It is {k}.", "rejected": "No." * (1 + k % 3), "soft": 0.51 + k / 2000} for k in range(600)]
 ASKED = [{"prompt": f"What is {k}?", "note": [k]} for k in range(600)]
 
@@ -101,10 +88,8 @@ ASKED = [{"prompt": f"What is {k}?", "note": [k]} for k in range(600)]
     ("rows", "kind", "chunk"),
     [(PAIRS, "comparisons", comparison_chunk), (PAIRS, "rated", comparison_chunk), (ASKED, "prompts", prompt_chunk)],
 )
-def test_pairs_thumbs_and_prompts_with_their_records(chatml, tmp_path, rows, kind, chunk, monkeypatch):
-    """Labels and records come back as they were, from helping processes too."""
-    monkeypatch.setattr(ahead, "ALONE", 1)
-    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+def test_pairs_thumbs_and_prompts_with_their_records(chatml, tmp_path, rows, kind, chunk):
+    """Labels and records come back as they were."""
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     how = {"tokenizer": chatml, "model": 512, "window": Plain()}
@@ -146,6 +131,24 @@ def test_mixtures_that_are_held_in_memory(tmp_path):
     assert len({r.meta["at"] for r in found.records}) == 15
     assert "5 of 30 records of " in found.report.summary()
     assert mixed(a, "chat", False, 0).records == read(a, "chat").records
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["chat", "comparisons"])
+def test_helping_processes_make_the_same(chatml, tmp_path, monkeypatch, kind):
+    """Tokens, labels and records: every file of the store."""
+    spec, chat = write(tmp_path / "a.jsonl", 700), kind == "chat"
+    if not chat:
+        Path(spec).write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    how = {"tokenizer": chatml, "model": 512, "window": Plain()}
+    make = partial(chat_chunk, **how, learn="all") if chat else partial(comparison_chunk, **how)
+    kept(tmp_path / "one", spec, kind, make, by=1, skip_bad=False, every=not chat)
+    monkeypatch.setattr(ahead, "ALONE", 1)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    two = kept(tmp_path / "two", spec, kind, make, by=1, skip_bad=False, every=not chat)
+    (a,), (b,) = ((tmp_path / name).iterdir() for name in ("one", "two"))
+    assert all((b / file.name).read_bytes() == file.read_bytes() for file in a.iterdir())
+    assert len(two) == (700 if chat else 600)
 
 
 class Plain:

@@ -62,7 +62,9 @@ def test_what_is_tokenised_is_found_again(toy, tmp_path, method, monkeypatch):
 def test_mixtures_and_what_is_left_out_where_prompts_or_steps_are_read(toy, tmp_path, method):
     """Of 18 prompts and 8 of another file, of which one is too long and one is broken, a mixture takes 6 of each."""
     asked = [{"messages": user(f"Hi {k}" + " boat" * (200 if k == 3 else 0))} for k in range(7)]
-    solved = [{"prompt": user(f"Add {k}." + " boat" * (200 if k == 3 else 0)), "steps": ["So."], "labels": [1.0], "meta": {}} for k in range(7)]
+    solved = [
+        {"prompt": user(f"Add {k}." + " boat" * (200 if k == 3 else 0)), "steps": ["So."], "labels": [1.0], "meta": {}} for k in range(7)
+    ]
     steps = method == "process-reward"
     more = write(tmp_path / "more.jsonl", [*(solved if steps else asked), {"messages": [*user("Hi"), *user("Hi")]}])
     values = values_of(method, toy) | {"skip_bad": True, "too_long": "drop"}

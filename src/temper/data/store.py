@@ -369,7 +369,7 @@ class Trees(Sequence[Tree]):
 
     def records(self) -> Records:
         """The records that the trees were made of."""
-        return Records([(store, store.arrays["records"][rows]) for store, rows in self.blocks])
+        return Records([(store, store.arrays["records"][rows]) for store, rows in self.blocks if isinstance(store, Store)])
 
     def count(self, name: str) -> int:
         """Sum of an array of the stores ("learned"), or of their sizes ("sizes"), over these trees."""

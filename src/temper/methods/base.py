@@ -138,7 +138,7 @@ def way(make: Callable[..., Any], tokenizer: Any, model: Any, window: Window, **
 
 def stores_of(spec: str, kind: Kind, how: Way, run: Run, *, every: bool = False) -> list[Store]:
     """Each data set of a spec, tokenised once into `.tokens` beside the run. every: with all records."""
-    given = {"by": how.by, "skip_bad": how.skip_bad, "given": how.max_length is not None, "every": every}
+    given: dict[str, Any] = {"by": how.by, "skip_bad": how.skip_bad, "given": how.max_length is not None, "every": every}
     with ranks.leader_first():
         return [kept(run.folder.parent / TOKENS, one, kind, how.make, **given) for one in parts(spec)]
 

@@ -148,8 +148,8 @@ class Pairs:
         mine = ranks.share([len(ids) for ids in every])
         stop, prompts, seed = stop_ids(self.tokenizer), [every[i] for i in mine], ("online", s.seed, rollout)
         sampled = sample(self.model, Request(prompts, sampling=s.sampling, stop=stop, n=s.samples_per_prompt, seed=seed, index=mine))
-        asked = [self.records[rows[i]] for i in mine]
-        flat = [self._answer(*of, a) for *of, answers in zip(asked, prompts, sampled, strict=True) for a in answers]
+        records = [self.records[rows[i]] for i in mine]
+        flat = [self._answer(record, ids, a) for record, ids, answers in zip(records, prompts, sampled, strict=True) for a in answers]
         ratings = iter([self._capped(answer, rating) for answer, rating in zip(flat, self.rater.rate(flat), strict=True)])
         groups = [Group(ids, answers, [next(ratings) for _ in answers]) for ids, answers in zip(prompts, sampled, strict=True)]
         return ranks.whole(mine, groups)

@@ -199,9 +199,9 @@ def gather(s: ProcessRewardSettings, run: Run, tokenizer: Any, model: Any) -> tu
     with ranks.leader_first():
         if not path.exists():
             write_jsonl(path, make_steps(s, prompts))
-    found = read_jsonl(path, Steps)
-    said = f"{prompts.card['source']}; {prompts.card['kept']}; {len(found)} different answers that ended, labels: {s.labels}"
-    return found, said, prompts.left
+    made = read_jsonl(path, Steps)
+    said = f"{prompts.card['source']}; {prompts.card['kept']}; {len(made)} different answers that ended, labels: {s.labels}"
+    return made, said, prompts.left
 
 
 def train(settings: ProcessRewardSettings, model: Any, trees: Sequence[Tree], resume: State | None = None) -> Iterator[Step]:

@@ -112,7 +112,7 @@ def mismatches(trees: Sequence[Tree], b: Batching, steps: int, window: int | Non
         found: list[tuple[int, int]] = []
         for i, (prompt, _) in enumerate(rows):
             others = [*range(i + 1, len(rows)), *range(i)]
-            other = next((k for k in others if _mismatched(prompt, *rows[k], window)), None)
+            other = next((k for k in others if _mismatched(prompt, rows[k][0], rows[k][1], window)), None)
             if other is not None:
                 found.append((at[i], at[other]))
         if not found:

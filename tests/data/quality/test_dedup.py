@@ -108,6 +108,7 @@ def test_bands_reach_their_recall(threshold):
     assert shape.recall == 1 - (1 - threshold**shape.rows) ** shape.bands
 
 
+@pytest.mark.slow
 def test_helping_processes_find_the_same(look, monkeypatch):
     rows = [chat(f"Q {k}", text(30, k % 290)) for k in range(600)] + [{"oops": 1}]
     alone = look("dedup", rows[:-1])[0]

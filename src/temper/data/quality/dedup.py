@@ -93,8 +93,8 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
             grams_at[item.id] = grams, whole(item, options.part)
             for group in mine:
                 kept[group].append(item.id)
-    for index, same in equal.items():
-        found[index] = found[same] if same in found else Verdict("exact duplicate", of=at[same], score=1.0)
+    for id, same in equal.items():
+        found[id] = found[same] if same in found else Verdict("exact duplicate", of=at[same], score=1.0)
     report.numbers.update(bands=shape.bands, rows_per_band=shape.rows, recall=shape.recall, compared=compared, capped=capped)
     if options.near is not None:
         report.notes.append(
