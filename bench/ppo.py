@@ -18,6 +18,7 @@ from temper.methods import ppo
 from temper.methods.start import Plan
 from temper.records import write_jsonl
 from temper.rollout import Sampling
+from temper.runs import Run
 from temper.train import Optim, Step
 
 OPTIM = Optim(lr=1e-5, schedule="constant", warmup=0.0, eps=1e-5)
@@ -69,7 +70,7 @@ class PPO:
         if self.setup.device != "cpu":
             raise Refused("methods/ppo.py computes on the CPU")
         write_jsonl(self.setup.folder / "prompts.jsonl", self.asked)
-        return ppo.prepare(self.settings(steps), None).steps(None)  # type: ignore[arg-type]
+        return ppo.prepare(self.settings(steps), Run(self.setup.folder / "run")).steps(None)
 
     def settings(self, steps: int) -> ppo.PPO:
         return ppo.PPO(

@@ -102,7 +102,7 @@ class KTO:
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.trees, self.batch = setup, setup.thumb_trees(), 2 * setup.scale.pairs
-        unpaired.label(self.trees, *self.weights)
+        unpaired.weigh(self.trees, *self.weights)
         plain = {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
         self.candidates = [Peer(self.batch, sort=False, more=plain), *(Peer(micro, more=plain) for micro in MICRO if micro < self.batch)]
         self.default = Peer(min(8, self.batch), sort=False, more={})
@@ -114,11 +114,11 @@ class KTO:
         others = self.written(model, batching)
         return unpaired.train(unpaired.settings("kto")(model="", data="", batching=batching, optim=self.optim), model, self.trees, others)
 
-    def written(self, reference: Any, batching: Any) -> list[list[Any]]:
+    def written(self, reference: Any, batching: Any) -> list[Any]:
         """The mismatched pairs of each step; on them and on the trees what the reference says."""
         others = unpaired.mismatches(self.trees, batching, batching.steps(epoch(self.trees)), LONGEST)
-        trees = [*self.trees, *(tree for step in others for tree in step)]
-        preference.with_reference(reference, [t for t in trees if "ref_logp" not in t[1].labels], batching.tokens_per_microbatch)
+        fresh = [t for t in self.trees if "ref_logp" not in t[1].labels]
+        preference.with_reference(reference, fresh, batching.tokens_per_microbatch, also=others)
         return others
 
     def reference(self, model: Any, peer: Peer) -> Any:

@@ -16,6 +16,7 @@ from temper.checks.tokens import histogram
 from temper.cli import main
 from temper.config import UserError, build
 from temper.data import sources, trees
+from temper.data.store import label
 from temper.data.trees import chat_trees, comparison_trees
 from temper.forest import Segment
 from temper.ladder.graph import make
@@ -399,9 +400,8 @@ def test_a_policy_that_is_not_its_reference(toy, tmp_path):
     (found,) = examine_stage("dpo", settings, tmp_path / "run", (), ["reference"])
     assert found.severity == "note"
     job = load("dpo").prepare(settings, Run(tmp_path / "other"))
-    for tree in job.prepared.corpus.trees:
-        for segment in tree:
-            segment.labels = {**segment.labels, "ref_logp": segment.labels["ref_logp"] + 1}
+    trees = job.prepared.corpus.trees
+    label(trees, "ref_logp", [[segment.labels["ref_logp"] + 1 for segment in tree] for tree in trees])
     case = Case("dpo", VALUES, "f", job.prepared.corpus.records, (), job.prepared)
     (found,) = run_checks(case, ["reference"])
     assert found.severity == "error"

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from temper.config import UserError
-from temper.data import store
+from temper.data import ahead
 from temper.data.sources import read
-from temper.data.store import Trees, kept, parts
-from temper.data.trees import chat_chunk, chat_trees, text_chunk, text_trees
+from temper.data.store import Trees, kept, label, mixed, parts
+from temper.data.trees import Report, chat_chunk, chat_trees, comparison_chunk, prompt_chunk, text_chunk, text_trees
+from temper.forest import Segment
 
 
 def write(path, n, long=()):
@@ -27,9 +28,9 @@ def make(chatml, window, tmp_path):
     """(the store of a file, how often records were tokenised)"""
     calls = []
 
-    def counted(records, first):
+    def counted(records):
         calls.append(len(records))
-        return chat_chunk(records, first, tokenizer=chatml, model=512, window=of.window, learn="all")
+        return chat_chunk(records, tokenizer=chatml, model=512, window=of.window, learn="all")
 
     def of(spec, **more):
         return kept(tmp_path / "kept", spec, "chat", counted, by="test", skip_bad=False, **more)
@@ -49,7 +50,7 @@ def test_a_store_holds_what_was_made_and_is_made_once(make, chatml, window, tmp_
         assert make.calls == [256, 256, 88]
     assert found.report.rows == 600
     assert "prompt/completion" in found.read.summary()
-    assert [r.messages[0].content for r in found.sample(type(read(spec, "chat").records[0]))][:1] == ["What is 0?"]
+    assert [r.messages[0].content for r in found.sample()][:1] == ["What is 0?"]
 
 
 def test_another_content_is_another_store_and_a_damaged_one_is_made_again(make, tmp_path):
@@ -87,17 +88,75 @@ def test_long_rows_are_counted_over_all_chunks_and_nothing_is_left_behind(make, 
     assert found.arrays["records"][298:300].tolist() == [299, 301]
 
 
+PAIRS = [{"prompt": f"What is {k}?", "chosen": f"It is {k}.", "rejected": "No." * (1 + k % 3), "soft": 0.51 + k / 2000} for k in range(600)]
+ASKED = [{"prompt": f"What is {k}?", "note": [k]} for k in range(600)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "chunk"),
+    [(PAIRS, "comparisons", comparison_chunk), (PAIRS, "rated", comparison_chunk), (ASKED, "prompts", prompt_chunk)],
+)
+def test_pairs_thumbs_and_prompts_with_their_records(chatml, tmp_path, rows, kind, chunk):
+    """Labels and records come back as they were."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = {"tokenizer": chatml, "model": 512, "window": Plain()}
+    found = kept(tmp_path / "kept", str(path), kind, partial(chunk, **how), by=1, skip_bad=False, every=True)
+    records = read(str(path), kind).records
+    expected, report = chunk(records, **how)
+    assert [found[i] for i in range(len(found))] == [tree for _, tree in expected]
+    trees = Trees([(found, np.arange(3, len(found)))], [1.0])
+    assert list(trees.records()) == records[3:]
+    assert trees.sizes().tolist() == [sum(len(s.tokens) for s in tree) for _, tree in expected[3:]]
+    assert (
+        found.report.tokens_unshared
+        == report.tokens_unshared
+        == int(found.arrays["unshared"].sum() if kind != "prompts" else report.tokens)
+    )
+    label(trees, "ref_logp", [[float(i)] * len(trees[i]) for i in range(len(trees))])
+    assert [s.labels["ref_logp"] for s in trees[7]] == [7.0] * len(trees[7])
+    assert "ref_logp" not in found[10][0].labels
+
+
+def test_a_label_that_some_trees_lack(chatml, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"herring {k}"}) + "\n" for k in range(600)))
+
+    def chunk(records):
+        number = [int(r.text.split()[1]) for r in records]
+        trees = [[Segment([1, 2], [0.0, 1.0], labels={"late": n / 3} if n > 300 else {})] for n in number]
+        return list(enumerate(trees)), Report(len(records))
+
+    found = kept(tmp_path / "kept", str(path), "text", chunk, by=1, skip_bad=False)
+    assert [found[i][0].labels for i in (0, 299, 300, 301, 599)] == [{}, {}, {}, {"late": 301 / 3}, {"late": 599 / 3}]
+
+
+def test_mixtures_that_are_held_in_memory(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", 30), write(tmp_path / "b.jsonl", 10)
+    found = mixed(f"{a}=1,{b}=2", "chat", False, 0)
+    names = [r.meta["at"].rpartition(":")[0] for r in found.records]
+    assert (names.count(a), names.count(b)) == (5, 10)
+    assert len({r.meta["at"] for r in found.records}) == 15
+    assert "5 of 30 records of " in found.report.summary()
+    assert mixed(a, "chat", False, 0).records == read(a, "chat").records
+
+
 @pytest.mark.slow
-def test_helping_processes_make_the_same(chatml, window, tmp_path, monkeypatch):
-    spec = write(tmp_path / "a.jsonl", 700)
-    how = partial(chat_chunk, tokenizer=chatml, model=512, window=Plain(), learn="all")
-    one = kept(tmp_path / "one", spec, "chat", how, by=1, skip_bad=False)
-    monkeypatch.setattr(store, "ALONE", 1)
+@pytest.mark.parametrize("kind", ["chat", "comparisons"])
+def test_helping_processes_make_the_same(chatml, tmp_path, monkeypatch, kind):
+    """Tokens, labels and records: every file of the store."""
+    spec, chat = write(tmp_path / "a.jsonl", 700), kind == "chat"
+    if not chat:
+        Path(spec).write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    how = {"tokenizer": chatml, "model": 512, "window": Plain()}
+    make = partial(chat_chunk, **how, learn="all") if chat else partial(comparison_chunk, **how)
+    kept(tmp_path / "one", spec, kind, make, by=1, skip_bad=False, every=not chat)
+    monkeypatch.setattr(ahead, "ALONE", 1)
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
-    two = kept(tmp_path / "two", spec, "chat", how, by=1, skip_bad=False)
+    two = kept(tmp_path / "two", spec, kind, make, by=1, skip_bad=False, every=not chat)
     (a,), (b,) = ((tmp_path / name).iterdir() for name in ("one", "two"))
-    assert all((a / name).read_bytes() == (b / name).read_bytes() for name in store.ARRAYS)
-    assert len(one) == len(two) == 700
+    assert all((b / file.name).read_bytes() == file.read_bytes() for file in a.iterdir())
+    assert len(two) == (700 if chat else 600)
 
 
 class Plain:

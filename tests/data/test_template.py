@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from temper.config import UserError
-from temper.data.template import attach_default_template, bos_id, render_chat, render_prompt, stop_ids
+from temper.data.template import _encode, attach_default_template, bos_id, encode_plain, render_chat, render_prompt, stop_ids
 from temper.records import Message
 
 CHATML = (
@@ -274,3 +274,13 @@ def test_ids_of_ordinary_text_are_the_templates(make_tokenizer):
     for talks in (TALK, talk(("user", " <b> | end \ue000\n\n"), ("assistant", "<|en d|> \U000f0000 é\n"))):
         whole = tokenizer.apply_chat_template([m.model_dump() for m in talks], tokenize=True)["input_ids"]
         assert render_chat(tokenizer, talks)[0] == whole
+
+
+def test_what_reads_texts_faster_reads_them_as_the_tokenizer_does(make_tokenizer):
+    """Also after `encode_plain`, which has special tokens read as text; and not where the tokenizer cuts or pads."""
+    tokenizer = make_tokenizer(["<|im_start|>", "<|im_end|>"], CHATML, eos="<|endoftext|>")
+    text = "<|im_start|>user\nHow are you?<|im_end|>\n"
+    want = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for change in (lambda: None, lambda: encode_plain(tokenizer, [text], ["a"]), lambda: tokenizer.backend_tokenizer.enable_truncation(3)):
+        change()
+        assert _encode(tokenizer, [text, text[:9]])[0] == want

@@ -3,14 +3,21 @@
 import json
 
 import pytest
-from toy import says, train, user, write
+from toy import says, train, user, values_of, write
 
 from temper.checks import examine
 from temper.config import build
 from temper.methods import load
-from temper.methods.base import Batching, offline
+from temper.methods.base import Batching, Window, asked, offline
 from temper.methods.reward import count_records
+from temper.models.load import load_policy
 from temper.runs import Run
+
+
+def prepare(method, folder, values):
+    settings = build(load(method).settings(method), values)
+    return load(method).prepare(settings, Run.claim(folder, {"method": method}))
+
 
 SYSTEM = {"role": "system", "content": "You know the boats of the harbour and their colours, and answer."}
 
@@ -49,6 +56,53 @@ def test_what_is_tokenised_is_found_again(toy, tmp_path, method, monkeypatch):
     again = train(method, tmp_path / "two", epochs=0.1, **values[method])
     assert again["last"]["loss"] == first["last"]["loss"]
     assert (tmp_path / "one/model/tokenizer.json").read_bytes() == (tmp_path / "two/model/tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["best-of-n", "process-reward", "constitution", "grpo"])
+def test_mixtures_and_what_is_left_out_where_prompts_or_steps_are_read(toy, tmp_path, method):
+    """Of 18 prompts and 8 of another file, of which one is too long and one is broken, a mixture takes 6 of each."""
+    asked = [{"messages": user(f"Hi {k}" + " boat" * (200 if k == 3 else 0))} for k in range(7)]
+    solved = [
+        {"prompt": user(f"Add {k}." + " boat" * (200 if k == 3 else 0)), "steps": ["So."], "labels": [1.0], "meta": {}} for k in range(7)
+    ]
+    steps = method == "process-reward"
+    more = write(tmp_path / "more.jsonl", [*(solved if steps else asked), {"messages": [*user("Hi"), *user("Hi")]}])
+    values = values_of(method, toy) | {"skip_bad": True, "too_long": "drop"}
+    name = {"process-reward": "data", "constitution": "helpful"}.get(method, "prompts")
+    spec = f"{values[name]}=1,{more}=1"
+    job = prepare(method, tmp_path / "run", values | {name: spec} | ({"held_out": 0.0} if steps else {}))
+    listed = [json.loads(line) for line in (tmp_path / "run" / "left_out.jsonl").read_text().splitlines()]
+    assert {(row["what"], row.get("at", row["why"].split(": ")[0])) for row in listed} == {
+        ("skipped", f"{more}:8"),
+        ("dropped", f"{more}:4"),
+    }
+    assert job.card["left_out"] == "2 rows, listed in left_out.jsonl"
+    if method in ("best-of-n", "grpo"):
+        assert job.card["mixture"] == f"an epoch: 6 of 18 rows of {toy.prompts}, 6 of 6 rows of {more}"
+
+
+def test_prompts_of_a_mixture_come_in_its_proportions(toy, tmp_path):
+    more = write(tmp_path / "more.jsonl", [{"messages": user(f"Hi {k}")} for k in range(40)])
+    _, tokenizer = load_policy(toy.sft)
+    run = Run(tmp_path / "run")
+    found = asked(f"{toy.prompts}=1,{more}=3", run, tokenizer, load_policy(toy.sft)[0], Window(), room=8)
+    assert (len(found.records), found.order.take) == (58, (13, 40))
+    for step in range(5):
+        texts = [found.records[i].messages[-1].content for i in found.order.rows(8, step)]
+        assert 5 <= sum(text.startswith("Hi") for text in texts) <= 7
+    records, ids = found.every()
+    assert len(records) == len(ids) == 53
+    assert all(tokenizer.decode(x).find(r.messages[-1].content) >= 0 for r, x in zip(records, ids, strict=True))
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "reward"])
+def test_comparisons_are_read_from_disk_and_found_again(toy, tmp_path, method, monkeypatch):
+    values = values_of(method, toy) | {"epochs": 1}
+    first = train(method, tmp_path / "one", **values)
+    monkeypatch.setattr("temper.data.store._encode", lambda *_: pytest.fail("tokenised again"))
+    again = train(method, tmp_path / "two", **values)
+    assert again["last"]["loss"] == first["last"]["loss"]
+    assert len(list((tmp_path / ".tokens").iterdir())) == 1
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -45,7 +45,7 @@ def last_token(answer):
 
 
 @pytest.fixture
-def make(toy, monkeypatch):
+def make(toy, tmp_path, monkeypatch):
     """(settings resolved, module, Rollouts) on the toy, rated by `rule`."""
 
     def build_one(rule=last_token, steps=None, method=grpo, **more):
@@ -64,7 +64,7 @@ def make(toy, monkeypatch):
             patch.setattr(method, "Rollouts", Caught)
             patch.setattr(start, "rater", lambda spec, tokenizer, **how: Fake(rule))
             patch.setattr(start, "step_rater", lambda *args, **how: Stepped(steps))
-            method.prepare(s, None)
+            method.prepare(s, Run(tmp_path / "run"))
         return made[0].settings, made[0].module, made[0]
 
     return build_one
@@ -246,9 +246,9 @@ def test_answers_without_a_rating_are_left_out_and_counted(make):
 
 def test_a_minibatch_without_a_rated_answer_is_a_step_without_effect(make):
     s, module, source = make(minibatches=4)
-    first = source.given.prompts[0]
+    first = source.given.prompts.ids[0]
     source.given.reward.rule = lambda a: None if a.prompt_ids == asked else last_token(a)
-    asked = source.given.prompts[grpo.rollouts.batch_indices(len(source.given.prompts), 1, 0, 0)[0]]
+    asked = source.given.prompts.ids[source.given.prompts.order.rows(1, 0)[0]]
     assert first
     steps = [step for step, _ in zip(grpo.train(s, module, source), range(4), strict=False)]
     assert all(math.isfinite(step.metrics["loss"]) for step in steps)

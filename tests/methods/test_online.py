@@ -5,10 +5,12 @@ import torch
 from toy import train, values_of
 
 from temper.config import UserError, build
+from temper.data.packing import Order
 from temper.forest import plant
 from temper.judges.rating import Answer
 from temper.losses.preference import RULES
 from temper.methods import online
+from temper.methods.base import Asked
 from temper.methods.preference import make_loss
 from temper.models.load import load_policy
 from temper.rollout import Rollout
@@ -114,7 +116,7 @@ def test_the_rating_rises(toy, tmp_path, rated_by):
 
 def test_unfinished_answers_are_rated_no_higher_than_said(toy, rated_by):
     s = build(online.settings("online-dpo"), values_of("online-dpo", toy))
-    source = online.Pairs(s, None, None, None, [], [], None)
+    source = online.Pairs(s, None, None, None, Asked([], [], Order([1]), {}, None, []), None)
     answer = Answer(None, [1], [2], "", False)
     assert source._capped(answer, 5.0) == -1.0
     assert source._capped(answer, -5.0) == -5.0

@@ -16,7 +16,7 @@ from temper.train import TrainingError
 
 
 @pytest.fixture
-def make(toy, monkeypatch):
+def make(toy, tmp_path, monkeypatch):
     """(settings, module, Rollouts) on the toy, as `prepare` makes them."""
 
     def build_one(**more):
@@ -30,7 +30,7 @@ def make(toy, monkeypatch):
         s = build(ppo.PPO, values_of("ppo", toy) | {"beta": 0.3, **more})
         with monkeypatch.context() as patch:
             patch.setattr(ppo, "Rollouts", Caught)
-            ppo.prepare(s, None)
+            ppo.prepare(s, Run(tmp_path / "run"))
         return s, made[0].module, made[0]
 
     return build_one

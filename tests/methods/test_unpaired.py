@@ -24,9 +24,9 @@ def prepared(toy, name, **more):
     model, tokenizer = load_policy(toy.sft)
     trees, _ = comparison_trees(tokenizer, read(toy.pairs, "rated").records, model, unpaired.Window())
     s = build(unpaired.settings(name), values_of(name, toy) | {"batch": 8, "epochs": 1, "lr": 5e-3, "warmup": 0} | more)
-    unpaired.label(trees, 1.5, 0.5)
+    unpaired.weigh(trees, 1.5, 0.5)
     others = unpaired.mismatches(trees, s.batching, s.batching.steps(len(trees)), 160) if name == "kto" else []
-    preference.with_reference(model, [*trees, *(tree for step in others for tree in step)], 8192)
+    preference.with_reference(model, trees, 8192, also=others)
     return s, model, trees, others or None
 
 

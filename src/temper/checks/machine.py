@@ -11,7 +11,7 @@ from temper.checks.registry import Case, Found, check, many, reward_models
 from temper.config import UserError
 from temper.data.packing import pack
 from temper.data.sharing import size
-from temper.data.store import Trees
+from temper.data.store import sizes_of
 from temper.forest import Forest, Tree, divide, plant
 from temper.methods.base import Prepared
 from temper.models.load import backbone, parameters_in, source
@@ -27,10 +27,6 @@ TWICE = ("ppo", "grpo", "online-dpo", "constitution")  # methods that load a ref
 UNTRAINED = ("collect", "best-of-n")
 
 
-def _sizes(trees: Sequence[Tree]) -> list[int]:
-    return trees.sizes() if isinstance(trees, Trees) else [size(tree) for tree in trees]
-
-
 def _all(p: Prepared) -> Sequence[Tree]:
     return (p.whole or p.corpus).trees
 
@@ -41,7 +37,7 @@ def longest(case: Case) -> tuple[list[Tree], list[str]]:
     if p is None or not _all(p):
         return [], []
     trees = [p.answered(tree) for tree in sorted(p.corpus.trees, key=lambda t: -size(t))[:64]] if p.answered else _all(p)
-    sizes = _sizes(trees)
+    sizes = sizes_of(trees)
     rows = -(-s.get("batch", s.get("prompts_per_step", 32)) // case.ranks)
     order = sorted(range(len(trees)), key=lambda k: -sizes[k])[: min(len(trees), rows)]
     group = max(pack([sizes[k] for k in order], s.get("tokens_per_microbatch", 8192)), key=lambda g: sum(sizes[order[i]] for i in g))
@@ -67,7 +63,7 @@ def arithmetic(case: Case) -> str:
     p, s, n = case.prepared, case.settings, len(_all(case.prepared)) if case.prepared else 0
     if p is None or not n:
         return ""
-    mean, micro = sum(_sizes(_all(p))) / n, s.get("tokens_per_microbatch", 8192)
+    mean, micro = sum(sizes_of(_all(p))) / n, s.get("tokens_per_microbatch", 8192)
     if "rollouts" in s:
         prompts, each, passes, parts = (s[k] for k in ("prompts_per_step", "samples_per_prompt", "epochs_per_batch", "minibatches"))
         return (
@@ -115,7 +111,7 @@ def needed(case: Case) -> Need:
     assert case.prepared is not None
     every, trained = parameters(case.prepared)
     trees, _ = longest(case)
-    tokens = sum(_sizes(trees))
+    tokens = sum(sizes_of(trees))
     each = _per_token(case, trees) if case.thorough else None
     return Need(every, trained, every * 4.0, float(trained * _beside(case.settings)), (each or 0.0) * tokens, tokens)
 
@@ -236,7 +232,7 @@ def longest_batch(case: Case) -> Iterator[Found]:
     trees, rows = longest(case)
     if not trees:
         return
-    tokens = sum(_sizes(trees))
+    tokens = sum(sizes_of(trees))
     free = _free(next(p.module.parameters()).device, case.ranks)
     if case.thorough and free is not None and (each := _per_token(case, trees)) and each * tokens > 0.9 * free:
         what = f"{tokens:,} tokens would take {each * tokens / MB:,.0f} MB of {free / MB:,.0f} MB that are free: not tried"

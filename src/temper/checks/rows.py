@@ -13,7 +13,7 @@ from typing import Any
 
 from temper.checks.registry import Case, Found, answers, check, lengths, many, said
 from temper.data.quality import decontaminate, dedup
-from temper.data.quality.rows import Item, prompt
+from temper.data.quality.rows import Item, Items, prompt
 from temper.data.quality.words import words
 from temper.records import Chat, Pair, Prompt, Ranked, Rated, Record, Text
 
@@ -143,7 +143,7 @@ def contradiction(case: Case) -> Iterator[Found]:
 
 
 def _items(case: Case) -> Any:
-    return [Item(i, case.at(i), "", None, [r]) for i, r in enumerate(case.records)]
+    return Items(Item(i, case.at(i), "", None, [r]) for i, r in enumerate(case.records))
 
 
 @check(

@@ -16,7 +16,10 @@ EXAMPLES = """
   temper data catalogue OpenAssistant
   temper data catalogue --json
 """
-LINES = (("made by", "made_by"), ("licence", "licence"), ("hub", "hub"), ("quality", "quality"), ("known problems", "problems"))
+LINES = (
+    *(("made by", "made_by"), ("licence", "licence"), ("hub", "hub"), ("quality", "quality")),
+    *(("known problems", "problems"), ("checked", "checked")),
+)
 
 
 class Catalogue(Settings):
@@ -34,7 +37,7 @@ def entries() -> dict[str, dict[str, Any]]:
 def _facts(entry: dict[str, Any]) -> list[tuple[str, str]]:
     counts = [("size" if i == 0 else "", f"{n} {what} ({where})") for i, (n, what, where) in enumerate(entry["counts"])]
     reads = [("read as", f"{entry['format']} (temper data convert)")]
-    return counts + reads + [(title, entry[key] or "not published there by its makers") for title, key in LINES]
+    return counts + reads + [(title, entry[key] or "not published there by its makers") for title, key in LINES if key in entry]
 
 
 def markdown() -> str:
@@ -42,7 +45,8 @@ def markdown() -> str:
     out = [
         "# The data sets that the literature compares\n",
         "Written from `src/temper/data/catalogue.yaml`; `temper data catalogue NAME` shows an entry. Sizes say what is counted",
-        "(messages are not conversations, tasks are not examples) and by whose word. Licences are what the publishers state, not advice.\n",
+        "(messages are not conversations, tasks are not examples) and by whose word; `checked` says by what figures were checked where",
+        "the reference itself was not at hand, or not alone. Licences are what the publishers state, not advice.\n",
     ]
     for name, entry in entries().items():
         out += [f"## {name}\n", f"{entry['what'][0].upper()}{entry['what'][1:]}.\n"]

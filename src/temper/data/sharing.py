@@ -16,6 +16,15 @@ def size(tree: Tree) -> int:
     return sum(len(s.tokens) for s in tree)
 
 
+def unshared(tree: Tree) -> int:
+    """Tokens of a tree's paths one by one, each from the root to a leaf."""
+    path: list[int] = []
+    for s in tree:
+        path.append(len(s.tokens) + (path[s.parent] if s.parent >= 0 else 0))
+    inner = {s.parent for s in tree}
+    return sum(n for k, n in enumerate(path) if k not in inner)
+
+
 def shared(trees: Sequence[Tree], most: int, least: int = LEAST) -> list[Tree]:
     """The trees with those that begin with the same tokens, `least` or more, as one tree each, of about `most` tokens at most.
 

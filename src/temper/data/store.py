@@ -10,48 +10,48 @@ import contextlib
 import functools
 import itertools
 import json
+import operator
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict
-from multiprocessing import get_context
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
+import pydantic
 import torch
 
 from temper.config import UserError
-from temper.data import hub
-from temper.data.packing import counts
-from temper.data.sharing import size
-from temper.data.sources import Kind, _files, stream
+from temper.data import ahead, hub, sources
+from temper.data.packing import counts, epoch_order
+from temper.data.sharing import size, unshared
+from temper.data.sources import Kind, _files
 from temper.data.sources import Report as Read
 from temper.data.split import key
 from temper.data.trees import Report
 from temper.forest import Segment, Tree
-from temper.records import Record, read_jsonl
 from temper.runs import ASIDE, code_version, disk, fingerprint, fsync
 from temper.world.streams import VERSION
 
 WORLD = "temper.world.datasets"  # the module that decides what `world:` gives
 CODE = ("temper.data.trees", "temper.data.sources", "temper.data.store")  # the modules that decide what a store holds
-SAMPLES, SAMPLE = "sample.jsonl", 512  # the file and the number of the records that are kept as they are
-CHUNK = 256  # records that are tokenised at a time
-ALONE = 32  # chunks that this process makes before it has others help
+LINES, SAMPLE = "records.jsonl", 512  # the file of the records that are kept as they are; how many where not all are
 LEARNED = 1 << 31  # the bit of a token that is learned
-ARRAYS = {"tokens": "<u4", "segments": "<i8", "parents": "<i4", "trees": "<i8", "records": "<i8", "learned": "<u4", "keys": "<u8"}
+ARRAYS = {
+    "tokens": "<u4", "segments": "<i8", "parents": "<i4", "trees": "<i8", "records": "<i8", "learned": "<u4", "unshared": "<i8",
+    "keys": "<u8", "lines": "<i8",
+}  # fmt: skip
+LABEL, FLOAT = "label.", "<f8"  # what files of labels are called, and what they hold: of each segment a number, or none (NaN)
 _PART = re.compile(r"(.+)=([0-9]*\.?[0-9]+)")
 
-R = TypeVar("R", bound=Record)
-Make = Callable[[Sequence[Any], int], tuple[list[tuple[int, Tree]], Report]]  # (records, number of the first) -> (number, tree) of each
+Make = Callable[[Sequence[Any]], tuple[list[tuple[int, Tree]], Report]]  # records -> (number, tree) of each
 
 
 def parts(spec: str) -> dict[str, float]:
@@ -68,6 +68,23 @@ def parts(spec: str) -> dict[str, float]:
     if len(weights) < len(found) or not all(weights.values()):
         raise UserError(f"{spec}: each data set of a mixture is named once, with a weight of more than 0")
     return weights
+
+
+def mixed(spec: str, kind: Kind, skip_bad: bool, seed: int) -> sources.Records:
+    """`sources.read` of a spec that may name several data sets: then as many records of each as their weights give without repeats."""
+    weights = parts(spec)
+    found = {name: sources.read(name, kind, skip_bad) for name in weights}
+    if len(found) == 1:
+        return found[spec]
+    take = counts(weights, {name: len(each.records) for name, each in found.items()}, None)
+    chosen = {name: sorted(epoch_order(len(each.records), seed, 0)[: take[name]].tolist()) for name, each in found.items()}
+    report = Read(spec, "a mixture", ", ".join(f"{take[name]} of {len(each.records)} records of {name}" for name, each in found.items()))
+    for _, part in found.values():
+        report.rows += part.rows
+        report.skipped += part.skipped
+        report.conversions.update(part.conversions)
+    report.used = sum(take.values())
+    return sources.Records([each.records[i] for name, each in found.items() for i in chosen[name]], report)
 
 
 @functools.cache
@@ -91,105 +108,92 @@ def content(spec: str) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def _encode(make: Make, records: Sequence[Any], first: int) -> tuple[dict[str, np.ndarray], Report]:
-    """A chunk of records as arrays: tokens with their bit, lengths of segments, their parents, segments of each tree, ..."""
-    found, report = make(records, first)
+@dataclass
+class Encoded(sources.Made):
+    """What a piece gave, as trees. records: as lines, where they are kept. labels: of each segment, by name."""
+
+    arrays: dict[str, np.ndarray]
+    labels: dict[str, np.ndarray]
+    report: Report
+
+
+def _ends(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _encode(make: Make, every: bool, numbered: tuple[int, sources.Piece]) -> Encoded:
+    """A piece of a data set as arrays: tokens with their bit, lengths of segments, their parents, segments of each tree, ..."""
+    number, piece = numbered
+    made = sources.make(piece)
+    found, report = make(made.records)
     segments = [s for _, tree in found for s in tree]
-    learned = [np.asarray(s.target if s.target is not None else np.zeros(len(s.tokens)), np.float32) for s in segments]
-    if any(((x != 0) & (x != 1)).any() or s.columns or s.labels for x, s in zip(learned, segments, strict=True)):
-        raise ValueError("a store holds tokens that are learned or not, without columns and labels")
-    tokens = [np.asarray(s.tokens, np.uint32) | (x.astype(np.uint32) << 31) for x, s in zip(learned, segments, strict=True)]
-    return {
-        "tokens": np.concatenate(tokens) if tokens else np.zeros(0, np.uint32),
-        "segments": np.array([len(x) for x in tokens], np.int64),
+    targets = [np.zeros(len(s.tokens), np.float32) if s.target is None else np.array(s.target, np.float32) for s in segments]
+    target = np.concatenate([np.zeros(0, np.float32), *targets])
+    if ((target != 0) & (target != 1)).any() or any(s.columns for s in segments):
+        raise ValueError("a store holds tokens that are learned or not, without columns")
+    sizes, trees = np.array([len(x) for x in targets], np.int64), np.array([len(tree) for _, tree in found], np.int64)
+    ids = np.concatenate([np.zeros(0, np.uint32), *(np.array(s.tokens, np.uint32) for s in segments)])
+    arrays = {
+        "tokens": ids | (target.astype(np.uint32) << np.uint32(31)),
+        "segments": sizes,
         "parents": np.array([s.parent for s in segments], np.int32),
-        "trees": np.array([len(tree) for _, tree in found], np.int64),
+        "trees": trees,
         "records": np.array([i for i, _ in found], np.int64),
-        "learned": np.array([sum(1 for s in tree for w in s.target or () if w) for _, tree in found], np.uint32),
-        "keys": np.fromiter(map(key, records), np.uint64, len(records)),
-    }, report
+        "learned": np.diff(_ends(target)[_ends(sizes)[_ends(trees)]]),
+        "unshared": np.array([unshared(tree) for _, tree in found], np.int64),
+        "keys": np.fromiter(map(key, made.records), np.uint64, len(made.records)),
+    }
+    names = dict.fromkeys(name for s in segments for name in s.labels)
+    labels = {LABEL + name: np.array([s.labels.get(name, np.nan) for s in segments]) for name in names}
+    lines = [f"{r.model_dump_json()}\n".encode() for r in made.records] if every or number < ahead.ALONE else []
+    return Encoded(**{**vars(made), "records": lines}, arrays=arrays, labels=labels, report=report)
 
 
-_making: list[Make] = []  # in a helping process
-
-
-def _help(make: Make) -> None:
-    _making.append(make)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it ends it
-
-
-def _helped(records: Sequence[Any], first: int) -> tuple[dict[str, np.ndarray], Report]:
-    return _encode(_making[0], records, first)
-
-
-def _chunks(records: Iterator[Any]) -> Iterator[tuple[list[Any], int]]:
-    for first in itertools.count(0, CHUNK):
-        chunk = list(itertools.islice(records, CHUNK))
-        if not chunk:
-            return
-        yield chunk, first
-
-
-def encoded(records: Iterator[Any], make: Make, workers: int) -> Iterator[tuple[dict[str, np.ndarray], Report]]:
-    """`_encode` of chunks of the records, in order; beyond ALONE chunks by several processes, a few chunks ahead and no more."""
-    chunks = _chunks(records)
-    for chunk in itertools.islice(chunks, ALONE if workers > 1 else None):
-        yield _encode(make, *chunk)
-    rest = next(chunks, None)
-    if rest is None:
-        return
-    waiting: deque[Future[Any]] = deque()
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_help, initargs=(make,))
-    try:
-        for chunk in itertools.chain([rest], chunks):
-            waiting.append(pool.submit(_helped, *chunk))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _sampled(records: Iterator[Any], path: Path) -> Iterator[Any]:
-    """The records; the first SAMPLE of them are written down on the way."""
-    first = list(itertools.islice(records, SAMPLE))
-    path.write_text("".join(f"{r.model_dump_json()}\n" for r in first))
-    yield from first
-    yield from records
-
-
-def _write(folder: Path, found: Iterable[tuple[dict[str, np.ndarray], Report]], read: Read, given: bool) -> None:
-    report, told, ends = Report(), time.monotonic(), {"segments": 0, "trees": 0}
+def _write(folder: Path, found: Iterable[Encoded], kind: Kind, read: Read, given: bool, keep: int | None) -> None:
+    """keep: how many records are kept as they are; None: all."""
+    report, told, ends, lines = Report(), time.monotonic(), {"segments": 0, "trees": 0, "lines": 0}, 0
+    labels: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context((folder / name).open("wb")) for name in ARRAYS}
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in (*ARRAYS, LINES)}
         for name in ends:
             files[name].write(np.zeros(1, ARRAYS[name]).tobytes())
-        for arrays, part in found:
-            report.add(part)
+        before = 0  # segments
+        for one in found:
+            arrays, n = one.arrays, len(one.arrays["parents"])
+            arrays["records"] += report.rows
+            report.add(one.report)
+            said = one.records[: None if keep is None else keep - lines]
+            files[LINES].writelines(said)
+            arrays["lines"], lines = np.array([len(x) for x in said], np.int64), lines + len(said)
             for name, x in arrays.items():
                 if name in ends:
-                    x = np.cumsum(x) + ends[name]
+                    x = _ends(x)[1:] + ends[name]
                     ends[name] = int(x[-1]) if len(x) else ends[name]
                 files[name].write(x.astype(ARRAYS[name]).tobytes())
+            for name in one.labels.keys() - labels.keys():
+                labels[name] = stack.enter_context((folder / name).open("wb"))
+                labels[name].write(np.full(before, np.nan).tobytes())
+            for name, file in labels.items():
+                file.write(one.labels.get(name, np.full(n, np.nan)).astype(FLOAT).tobytes())
+            before += n
             if time.monotonic() - told > 15:
                 told = time.monotonic()
                 print(f"{read.spec}: {report.rows:,} rows tokenised", file=sys.stderr)
     report.settle(given)
-    card = {"report": asdict(report), "read": vars(read), "bytes": {name: (folder / name).stat().st_size for name in ARRAYS}}
-    (folder / "card.json").write_text(json.dumps(card))
+    sizes = {name: (folder / name).stat().st_size for name in (*ARRAYS, LINES, *sorted(labels))}
+    (folder / "card.json").write_text(json.dumps({"kind": kind, "report": asdict(report), "read": vars(read), "bytes": sizes}))
     for path in (*folder.iterdir(), folder):
         fsync(path)
 
 
-def kept(folder: Path, spec: str, kind: Kind, make: Make, *, by: Any, skip_bad: bool, given: bool = True) -> Store:
+def kept(folder: Path, spec: str, kind: Kind, make: Make, *, by: Any, skip_bad: bool, given: bool = True, every: bool = False) -> Store:
     """What `make` makes of a data set, from `folder` where it is kept, else made now and kept there.
 
-    by: whatever else it depends on (tokenizer, template, settings). given: the user gave --max-length, for messages. Raises UserError as
-    reading and `make` do; nothing is kept then.
+    by: whatever else it depends on (tokenizer, template, settings). given: the user gave --max-length, for messages. every: with all
+    records beside their trees. Raises UserError as reading and `make` do; nothing is kept then.
     """
     known = hub.content(spec) if hub.is_name(spec) else content(spec)
-    place = folder / fingerprint([known, spec, kind, skip_bad, by, code_version(*CODE)])[:32]  # spec: its messages name files
+    place = folder / fingerprint([known, spec, kind, skip_bad, by, every, code_version(*CODE)])[:32]  # spec: its messages name files
     with contextlib.suppress(OSError, ValueError, KeyError):
         return Store(place)
     new = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -198,8 +202,9 @@ def kept(folder: Path, spec: str, kind: Kind, make: Make, *, by: Any, skip_bad: 
         aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=folder))
         try:
             read = Read(spec)
-            records = _sampled(stream(spec, kind, read, skip_bad), aside / SAMPLES)
-            _write(aside, encoded(records, make, torch.get_num_threads()), read, given)
+            pieces = enumerate(sources.pieces(spec, kind, read))
+            found = ahead.ahead(partial(_encode, make, every), pieces, torch.get_num_threads())
+            _write(aside, sources.settle(found, read, skip_bad), kind, read, given, None if every else SAMPLE)
             if place.exists():  # damaged
                 shutil.rmtree(place)
             aside.rename(place)
@@ -214,6 +219,11 @@ def kept(folder: Path, spec: str, kind: Kind, make: Make, *, by: Any, skip_bad: 
 # ---------------------------------------------------------------- reading
 
 
+@functools.cache
+def _reads(kind: str) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(functools.reduce(operator.or_, sources.KINDS[kind]))
+
+
 class Store(Sequence[Tree]):
     """A tokenised data set on disk. report, read: what became of its records on the way, and of its rows."""
 
@@ -223,17 +233,18 @@ class Store(Sequence[Tree]):
         for name, length in card["bytes"].items():
             if (folder / name).stat().st_size != length:
                 raise ValueError(f"{folder / name} is not whole")
+        self.kind = card["kind"]
         names = {name: {int(i): x for i, x in card["report"][name].items()} for name in ("dropped", "cut", "long")}
         self.report = Report(**{**card["report"], **names})
         more = {"skipped": [(at, why) for at, why in card["read"]["skipped"]], "conversions": Counter(card["read"]["conversions"])}
         self.read = Read(**{**card["read"], **more})
-        self.samples = folder / SAMPLES
         self.arrays = {
-            name: np.memmap(folder / name, kind, "r") if card["bytes"][name] else np.zeros(0, kind)
-            for name, kind in ARRAYS.items()
-            if name != "tokens"
+            name: np.memmap(folder / name, ARRAYS.get(name, FLOAT), "r") if length else np.zeros(0, ARRAYS.get(name, FLOAT))
+            for name, length in card["bytes"].items()
+            if name not in ("tokens", LINES)
         }
-        self.file = (folder / "tokens").open("rb", buffering=0)
+        self.labels = {name.removeprefix(LABEL): x for name, x in self.arrays.items() if name.startswith(LABEL)}
+        self.tokens, self.lines = ((folder / name).open("rb", buffering=0) for name in ("tokens", LINES))
 
     def __len__(self) -> int:
         return len(self.arrays["records"])
@@ -241,15 +252,25 @@ class Store(Sequence[Tree]):
     def __getitem__(self, i: Any) -> Any:
         first, end = (int(x) for x in self.arrays["trees"][i : i + 2])
         borders = [int(x) for x in self.arrays["segments"][first : end + 1]]
-        data = np.frombuffer(os.pread(self.file.fileno(), 4 * (borders[-1] - borders[0]), 4 * borders[0]), "<u4")
+        data = np.frombuffer(os.pread(self.tokens.fileno(), 4 * (borders[-1] - borders[0]), 4 * borders[0]), "<u4")
         ids, target = (data & (LEARNED - 1)).tolist(), (data >> 31).astype(float).tolist()
         spans = [(a - borders[0], b - borders[0]) for a, b in itertools.pairwise(borders)]
         parents = self.arrays["parents"][first:end].tolist()
-        return [Segment(ids[a:b], target[a:b], parent) for (a, b), parent in zip(spans, parents, strict=True)]
+        tree = [Segment(ids[a:b], target[a:b], parent) for (a, b), parent in zip(spans, parents, strict=True)]
+        for name, x in self.labels.items():
+            for segment, value in zip(tree, x[first:end].tolist(), strict=True):
+                if value == value:
+                    segment.labels = {**segment.labels, name: value}
+        return tree
 
-    def sample(self, kind: type[R]) -> list[R]:
-        """The first SAMPLE records."""
-        return read_jsonl(self.samples, kind)
+    def record(self, number: int) -> Any:
+        """A record that is kept as it is."""
+        begin, end = (int(x) for x in self.arrays["lines"][number : number + 2])
+        return _reads(self.kind).validate_json(os.pread(self.lines.fileno(), end - begin, begin))
+
+    def sample(self) -> list[Any]:
+        """The first records, SAMPLE at most."""
+        return [self.record(i) for i in range(min(SAMPLE, len(self.arrays["lines"]) - 1))]
 
     def sizes(self, rows: np.ndarray) -> np.ndarray:
         """Tokens of the trees of these numbers."""
@@ -272,6 +293,30 @@ class Rows(Sequence[Any]):
 
     def __getitem__(self, i: Any) -> Any:
         return self._rows[i]
+
+
+class Records(Sequence[Any]):
+    """Records that stores keep, read when they are asked for."""
+
+    def __init__(self, blocks: Sequence[tuple[Store, np.ndarray]]) -> None:
+        """blocks: of each store the numbers of the records that are meant."""
+        self.blocks, self._ends = list(blocks), np.cumsum([len(numbers) for _, numbers in blocks])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        (store, numbers), k = _place(self, i)
+        return store.record(int(numbers[k]))
+
+
+def _place(of: Trees | Records, i: int) -> tuple[tuple[Any, np.ndarray], int]:
+    """The block that holds item i, and where in it."""
+    i = range(len(of))[i]
+    block = int(np.searchsorted(of._ends, i, side="right"))
+    return of.blocks[block], i - int(of._ends[block]) + len(of.blocks[block][1])
 
 
 class Trees(Sequence[Tree]):
@@ -298,6 +343,7 @@ class Trees(Sequence[Tree]):
             self.take = [taken[name] for name in names]
         self.together = together
         self._ends = np.cumsum(self.have)
+        self.labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # by name: a number for each segment, where those of each tree end
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -305,18 +351,25 @@ class Trees(Sequence[Tree]):
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
-        i = range(len(self))[i]
-        block = int(np.searchsorted(self._ends, i, side="right"))
-        trees, rows = self.blocks[block]
-        return trees[int(rows[i - self._ends[block]])]
+        (trees, rows), k = _place(self, i)
+        tree = trees[int(rows[k])]
+        for name, (values, ends) in self.labels.items():
+            i = range(len(self))[i]
+            given = values[ends[i] : ends[i + 1]].tolist()
+            tree = [replace(s, labels={**s.labels, name: x}) for s, x in zip(tree, given, strict=True)]
+        return tree
 
-    def sizes(self) -> list[int]:
-        """Tokens of each tree."""
-        return [
-            n
+    def sizes(self, rows: np.ndarray | None = None) -> np.ndarray:
+        """Tokens of each tree, or of those of these numbers."""
+        every = [
+            trees.sizes(rows) if isinstance(trees, Store | Trees) else np.array([size(trees[int(k)]) for k in rows], np.int64)
             for trees, rows in self.blocks
-            for n in (trees.sizes(rows).tolist() if isinstance(trees, Store) else (size(trees[int(k)]) for k in rows))
         ]
+        return np.concatenate(every)[slice(None) if rows is None else rows]
+
+    def records(self) -> Records:
+        """The records that the trees were made of."""
+        return Records([(store, store.arrays["records"][rows]) for store, rows in self.blocks if isinstance(store, Store)])
 
     def count(self, name: str) -> int:
         """Sum of an array of the stores ("learned"), or of their sizes ("sizes"), over these trees."""
@@ -325,3 +378,19 @@ class Trees(Sequence[Tree]):
             assert isinstance(trees, Store)
             total += int((trees.sizes(rows) if name == "sizes" else trees.arrays[name][rows]).sum(dtype=np.int64))
         return total
+
+
+def sizes_of(trees: Sequence[Tree]) -> list[int]:
+    """Tokens of each tree."""
+    return trees.sizes().tolist() if isinstance(trees, Trees) else [size(tree) for tree in trees]
+
+
+def label(trees: Sequence[Tree], name: str, values: Sequence[Sequence[float]]) -> None:
+    """Give every segment of every tree a label: on the segments, or beside trees that are read when they are asked for."""
+    if isinstance(trees, Trees):
+        ends = np.cumsum([0, *map(len, values)])
+        trees.labels[name] = np.fromiter((x for each in values for x in each), np.float64, int(ends[-1])), ends
+        return
+    for tree, each in zip(trees, values, strict=True):
+        for segment, value in zip(tree, each, strict=True):
+            segment.labels = {**segment.labels, name: value}

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import jinja2
+from transformers import TokenizersBackend
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from temper.config import UserError
@@ -252,7 +253,10 @@ def _refuse_lost(tokenizer, text: str, messages: list[dict[str, Any]], tools: An
 def _encode(tokenizer, texts: list[str], spelled: frozenset[int] = frozenset()) -> list[list[int]]:
     """ids of texts that begin alike; a control token that is content, at a character in `spelled`, becomes ordinary tokens."""
     if not spelled:
-        return tokenizer(texts, **_BARE)["input_ids"]
+        backend = _plain_backend(tokenizer)
+        if backend is None:
+            return tokenizer(texts, **_BARE)["input_ids"]
+        return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
     control = _control(tokenizer).ids
     encoded = tokenizer(texts, return_offsets_mapping=True, **_BARE)
     out: list[list[int]] = []
@@ -262,6 +266,17 @@ def _encode(tokenizer, texts: list[str], spelled: frozenset[int] = frozenset()) 
             content = token in control and not spelled.isdisjoint(range(a, b))
             out[-1] += _letters(tokenizer, text[a:b]) if content else [token]
     return out
+
+
+def _plain_backend(tokenizer) -> Any:
+    """What reads a text as the tokenizer itself does, without the offsets, which take a third of the time; None where there is no such."""
+    if not tokenizer.is_fast or type(tokenizer)._encode_plus is not TokenizersBackend._encode_plus or tokenizer.split_special_tokens:
+        return None
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation or backend.padding:
+        return None
+    backend.encode_special_tokens = False  # what `encode_plain` leaves behind
+    return backend
 
 
 def _letters(tokenizer, text: str) -> list[int]:
@@ -425,7 +440,10 @@ def _differs(name: str, messages: int) -> UserError:
 
 def common(a: Sequence[Any], b: Sequence[Any]) -> int:
     """How many tokens (or characters) two sequences begin with alike."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    least = min(len(a), len(b))
+    if a[:least] == b[:least]:  # far faster than one by one, and mostly so
+        return least
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), least)
 
 
 def render_chat(
@@ -474,8 +492,8 @@ def render_chat(
 
 def _block_end(tokenizer, ids: list[int], a: int, b: int, stops: set[int]) -> int | None:
     """Index of the end-of-turn token of the generation block [a, b): in it, or after it and blanks; None where there is none."""
-    last = max((t for t in range(a, b) if ids[t] in stops), default=None)
-    if last is not None and not tokenizer.decode(ids[last + 1 : b]).strip():
+    last = next((t for t in reversed(range(a, b)) if ids[t] in stops), None)
+    if last is not None and (last + 1 == b or not tokenizer.decode(ids[last + 1 : b]).strip()):
         return last  # a line break that the template puts after the end of turn is never generated
     while b < len(ids) and ids[b] not in stops and not tokenizer.decode([ids[b]]).strip():
         b += 1

@@ -42,13 +42,13 @@ class Report:
     room: int = 0  # tokens that an answer needs beside a prompt
 
     def add(self, part: Report) -> None:
-        """Take in the report on further records."""
+        """Take in the report on further records, which are numbered from 0 there and go on with these here."""
         self.limit, self.limit_from, self.room = part.limit, part.limit_from, part.room
+        self.dropped |= {i + self.rows: x for i, x in part.dropped.items()}
+        self.cut |= {i + self.rows: x for i, x in part.cut.items()}
+        self.long |= {i + self.rows: x for i, x in part.long.items()}
         for name in "rows", "tokens", "tokens_unshared":
             setattr(self, name, getattr(self, name) + getattr(part, name))
-        self.dropped |= part.dropped
-        self.cut |= part.cut
-        self.long |= part.long
         self.refused = self.refused or part.refused
 
     def settle(self, given: bool) -> None:
@@ -105,17 +105,17 @@ def limit_of(model: Any, max_length: int | None) -> tuple[int | None, str]:
 
 
 class _Fit:
-    """The policy at work on records that are numbered from `first` on."""
+    """The policy at work on records."""
 
-    def __init__(self, records: Sequence[Record], model: Any, window: Window, room: int = 0, first: int = 0) -> None:
+    def __init__(self, records: Sequence[Record], model: Any, window: Window, room: int = 0) -> None:
         limit, source = limit_of(model, window.max_length)
-        self.records, self.window, self.room, self.first = records, window, room, first
+        self.records, self.window, self.room = records, window, room
         self.report = Report(rows=len(records), limit=limit, limit_from=source, room=room)
         if limit is not None and limit - room < 2:
             raise UserError(f"{source} leaves no room for a prompt beside {room} tokens of answer; allow fewer tokens to the answer")
 
     def where(self, index: int) -> str:
-        return where(self.records[index - self.first], index)
+        return where(self.records[index], index)
 
     def attempt(self, index: int, render, *args: Any, **kwargs: Any) -> Any:
         """What `render` returns; None when the template refuses the row and bad rows are skipped."""
@@ -172,7 +172,7 @@ def _cut(ids: list[int], target: list[float], over: int, begin: int) -> tuple[li
 
 def last_answer(target: Sequence[float]) -> int:
     """Index of the first token of the last learned span."""
-    end = max(t for t, value in enumerate(target) if value)
+    end = next(t for t in reversed(range(len(target))) if target[t])
     while end and target[end - 1]:
         end -= 1
     return end
@@ -215,17 +215,18 @@ def chat_trees(tokenizer, records: Sequence[Chat], model: Any, window: Window, *
 
     cut-prompt takes tokens from the left, the beginning token kept, never from the last answer. Raises UserError `file:row: ...`.
     """
-    found, report = chat_chunk(records, 0, tokenizer=tokenizer, model=model, window=window, learn=learn)
+    found, report = chat_chunk(records, tokenizer=tokenizer, model=model, window=window, learn=learn)
     report.settle(window.max_length is not None)
     return [tree for _, tree in found], report
 
 
-def chat_chunk(
-    records: Sequence[Chat], first: int, *, tokenizer: Any, model: Any, window: Window, learn: Learn
-) -> tuple[list[tuple[int, Tree]], Report]:
-    """`chat_trees` of a part of the records, numbered from `first` on: (number, tree) of each, and a report that is not settled."""
-    fit, found = _Fit(records, model, window, first=first), []
-    for i, record in enumerate(records, first):
+Chunk = tuple[list[tuple[int, Tree]], Report]  # of a part of the records: (number, tree) of each, and a report that is not settled
+
+
+def chat_chunk(records: Sequence[Chat], *, tokenizer: Any, model: Any, window: Window, learn: Learn) -> Chunk:
+    """`chat_trees` of a part of the records."""
+    fit, found = _Fit(records, model, window), []
+    for i, record in enumerate(records):
         paths = fit.attempt(i, _paths, tokenizer, record, learn)
         if paths is None:
             continue
@@ -294,8 +295,15 @@ def comparison_trees(tokenizer, records: Sequence[Compared], model: Any, window:
 
     Raises UserError for a tokenizer without a chat template, and `file:row: ...`.
     """
+    found, report = comparison_chunk(records, tokenizer=tokenizer, model=model, window=window)
+    report.settle(window.max_length is not None)
+    return [tree for _, tree in found], report
+
+
+def comparison_chunk(records: Sequence[Compared], *, tokenizer: Any, model: Any, window: Window) -> Chunk:
+    """`comparison_trees` of a part of the records."""
     chat_template(tokenizer)  # it is the model's lack, not the first row's
-    fit, trees = _Fit(records, model, window), []
+    fit, found = _Fit(records, model, window), []
     for i, record in enumerate(records):
         rendered = fit.attempt(i, _render_answers, tokenizer, record)
         if rendered is None:
@@ -310,13 +318,20 @@ def comparison_trees(tokenizer, records: Sequence[Compared], model: Any, window:
         whole = sum(len(ids) for ids, _ in chats)
         fit.report.tokens += whole - (len(chats) - 1) * shared
         fit.report.tokens_unshared += whole
-        trees.append(_compared(record, shared, chats))
-    return trees, fit.done()
+        found.append((i, _compared(record, shared, chats)))
+    return found, fit.report
 
 
 def prompt_ids(tokenizer, records: Sequence[Prompt], model: Any, window: Window, *, room: int = 0) -> tuple[list[list[int]], Report]:
     """ids of each prompt that fits with `room` tokens left for the answer, in order; those left out are in Report.dropped."""
-    fit, prompts = _Fit(records, model, window, room), []
+    found, report = prompt_chunk(records, tokenizer=tokenizer, model=model, window=window, room=room)
+    report.settle(window.max_length is not None)
+    return [list(tree[0].tokens) for _, tree in found], report
+
+
+def prompt_chunk(records: Sequence[Prompt], *, tokenizer: Any, model: Any, window: Window, room: int = 0) -> Chunk:
+    """`prompt_ids` of a part of the records: a prompt is a tree of one segment."""
+    fit, found = _Fit(records, model, window, room), []
     for i, record in enumerate(records):
         ids = fit.attempt(i, render_prompt, tokenizer, record.messages, record.tools)
         if ids is None:
@@ -327,9 +342,9 @@ def prompt_ids(tokenizer, records: Sequence[Prompt], model: Any, window: Window,
             continue
         ids, _ = _cut(ids, [0.0] * len(ids), over, begin)
         fit.report.tokens += len(ids)
-        prompts.append(ids)
+        found.append((i, [Segment(ids, [0.0] * len(ids))]))
     fit.report.tokens_unshared = fit.report.tokens
-    return prompts, fit.done()
+    return found, fit.report
 
 
 def text_trees(tokenizer, records: Sequence[Text], window: int) -> tuple[list[Tree], Report]:
@@ -339,13 +354,13 @@ def text_trees(tokenizer, records: Sequence[Text], window: int) -> tuple[list[Tr
     every token but a document's first is learned exactly once. A record whose meta says that it is part k of n parts of one text
     is ended only if it is the last. Raises ValueError for a window below 2, UserError for a tokenizer without an end token.
     """
-    found, report = text_chunk(records, 0, tokenizer=tokenizer, window=window)
+    found, report = text_chunk(records, tokenizer=tokenizer, window=window)
     report.settle(False)
     return [tree for _, tree in found], report
 
 
-def text_chunk(records: Sequence[Text], first: int, *, tokenizer: Any, window: int) -> tuple[list[tuple[int, Tree]], Report]:
-    """`text_trees` of a part of the records, numbered from `first` on: (number, tree) of each window, and a report that is not settled."""
+def text_chunk(records: Sequence[Text], *, tokenizer: Any, window: int) -> Chunk:
+    """`text_trees` of a part of the records."""
     if window < 2:
         raise ValueError(f"window {window}: needs at least 2 tokens, one to read and one to learn")
     end, bos = end_id(tokenizer), bos_id(tokenizer)
@@ -353,9 +368,9 @@ def text_chunk(records: Sequence[Text], first: int, *, tokenizer: Any, window: i
     found: list[tuple[int, Tree]] = []
     for start in range(0, len(records), 256):
         chunk = records[start : start + 256]
-        names = [where(r, i) for i, r in enumerate(chunk, first + start)]
+        names = [where(r, i) for i, r in enumerate(chunk, start)]
         batch = encode_plain(tokenizer, [r.text for r in chunk], names)
-        for i, (record, ids) in enumerate(zip(chunk, batch, strict=True), first + start):
+        for i, (record, ids) in enumerate(zip(chunk, batch, strict=True), start):
             part, parts = record.meta.get("part", 1), record.meta.get("parts", 1)
             ids = [*([bos] if bos is not None and part == 1 else []), *ids, *([end] if part == parts else [])]
             if len(ids) < 2 or not record.text:

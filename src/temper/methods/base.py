@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,14 +13,15 @@ import torch
 
 from temper.config import Settings, opt
 from temper.data.packing import Order, pack
-from temper.data.sharing import shared, size
-from temper.data.sources import Kind, read, stream
+from temper.data.sharing import shared
+from temper.data.sources import Kind, stream
 from temper.data.sources import Report as Read
-from temper.data.split import held_out, key
-from temper.data.store import Make, Rows, Store, Trees, kept, parts
-from temper.data.trees import Report
+from temper.data.split import held_out
+from temper.data.store import Make, Records, Rows, Store, Trees, kept, parts, sizes_of
+from temper.data.template import written
+from temper.data.trees import Report, limit_of, prompt_chunk
 from temper.forest import Forest, Tree, plant
-from temper.records import Message, Record
+from temper.records import Message, Prompt, Record
 from temper.runs import Run, atomic_write
 from temper.train import Compute, Loss, Optim, State, Step, fit, ranks
 
@@ -106,44 +108,7 @@ LEFT_OUT = "left_out.jsonl"  # every row that was skipped, dropped or cut, and w
 
 
 class Given(NamedTuple):
-    """Records as trees: those to learn from, those to be measured on, and what the run's card says of both."""
-
-    trees: Sequence[Tree]
-    tests: Sequence[Tree]
-    out: list[Any]  # the records kept out of training
-    tested: list[Any]  # those of them that `tests` were written from
-    card: dict[str, Any]
-    corpus: Corpus  # those that are learned from
-
-
-def given(settings: Any, kind: Kind, write: Callable[[Sequence[Any]], tuple[list[Tree], Report]], run: Run | None = None) -> Given:
-    """Read `settings.data`, keep some records out of training, and write the trees of either part; all in memory.
-
-    run: where the rows that were left out or cut are listed.
-    """
-    weights, b = parts(settings.data), settings.batching
-    found = [read(spec, kind, skip_bad=settings.window.skip_bad) for spec in weights]
-    keys = [np.fromiter(map(key, records), np.uint64, len(records)) for records, _ in found]
-    masks = held_out_of(keys, settings.split.held_out, b.seed)
-    blocks, groups, tests, out, tested, reports = [], [], [], [], [], []
-    for (records, _), own, mask in zip(found, keys, masks, strict=True):
-        learned, kept_out = np.flatnonzero(~mask), [records[i] for i in np.flatnonzero(mask)]
-        (train, cut), (test, test_cut) = write([records[i] for i in learned]), write(kept_out)
-        blocks.append((train, np.arange(len(train))))
-        groups.append(_groups(own[np.delete(learned, list(cut.dropped))]))
-        tests += test
-        out += kept_out
-        tested += [record for i, record in enumerate(kept_out) if i not in test_cut.dropped]
-        reports.append((cut, test_cut))
-    trees = Trees(blocks, list(weights.values()), groups if b.together else None)
-    card = _card(settings, [report for _, report in found], reports, trees, len(tests), run)
-    records = [rows[i] for (rows, _), mask in zip(found, masks, strict=True) for i in np.flatnonzero(~mask)]
-    corpus = Corpus(records, trees, _read(settings.data, [report for _, report in found]), _joined([cut for cut, _ in reports]))
-    return Given(trees, tests, out, tested, {**card, "tokens": sum(map(size, trees))}, corpus)
-
-
-class Stored(NamedTuple):
-    """Records as trees on disk, otherwise as `Given`."""
+    """Records as trees on disk: those to learn from, those to be measured on, and what the run's card says of both."""
 
     trees: Trees
     tests: Trees
@@ -154,12 +119,34 @@ class Stored(NamedTuple):
     whole: Corpus | None  # all of them, where that is a part
 
 
-def stored(settings: Any, run: Run, kind: Kind, model: type[Any], make: Make, by: Any, max_length: int | None, skip_bad: bool) -> Stored:
-    """As `given`, for sets that may be larger than the memory: tokenised once into `.tokens` beside the run. by: what `make` depends on."""
-    weights, b = parts(settings.data), settings.batching
-    folder = run.folder.parent / TOKENS
+class Way(NamedTuple):
+    """How a method makes trees of records: a `Make`, and all that it depends on beside the code of `data`."""
+
+    make: Make
+    by: Sequence[Any]
+    max_length: int | None
+    skip_bad: bool
+
+
+def way(make: Callable[..., Any], tokenizer: Any, model: Any, window: Window, **more: Any) -> Way:
+    """Of functions like `trees.chat_chunk`. Raises UserError where --max-length is more than the model's window."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    limit_of(context, window.max_length)
+    by = [make.__name__, written(tokenizer), context, window.model_dump(), more]
+    return Way(partial(make, tokenizer=tokenizer, model=context, window=window, **more), by, window.max_length, window.skip_bad)
+
+
+def stores_of(spec: str, kind: Kind, how: Way, run: Run, *, every: bool = False) -> list[Store]:
+    """Each data set of a spec, tokenised once into `.tokens` beside the run. every: with all records."""
+    given: dict[str, Any] = {"by": how.by, "skip_bad": how.skip_bad, "given": how.max_length is not None, "every": every}
     with ranks.leader_first():
-        stores = [kept(folder, spec, kind, make, by=by, skip_bad=skip_bad, given=max_length is not None) for spec in weights]
+        return [kept(run.folder.parent / TOKENS, one, kind, how.make, **given) for one in parts(spec)]
+
+
+def given(settings: Any, run: Run, kind: Kind, how: Way, *, every: bool = False) -> Given:
+    """Read `settings.data`, keep some records out of training, and give the trees of either part; sets may be larger than the memory."""
+    weights, b = parts(settings.data), settings.batching
+    stores = stores_of(settings.data, kind, how, run, every=every)
     masks = held_out_of([s.arrays["keys"] for s in stores], settings.split.held_out, b.seed)
     halves: list[list[tuple[Store, np.ndarray]]] = [[], []]
     reports, groups, out = [], [], []
@@ -168,25 +155,108 @@ def stored(settings: Any, run: Run, kind: Kind, model: type[Any], make: Make, by
         of = [np.flatnonzero(mask[records] == test) for test in (False, True)]
         for half, rows in zip(halves, of, strict=True):
             half.append((store, rows))
-        reports.append(tuple(_part(store, rows, mask == test) for test, rows in enumerate(of)))
-        reports[-1][0].settle(max_length is not None)
+        reports.append([_part(store, rows, mask == test) for test, rows in enumerate(of)])
+        reports[-1][0].settle(how.max_length is not None)
         if b.together:
             groups.append(_groups(store.arrays["keys"][records[of[0]]]))
-        out += [r for r, test in zip(store.sample(model), mask, strict=False) if test]
+        out += [r for r, test in zip(store.sample(), mask, strict=False) if test]
     trees, tests = Trees(halves[0], list(weights.values()), groups or None), Trees(halves[1], [1.0] * len(stores), mixed=False)
-    card = _card(settings, [s.read for s in stores], reports, trees, len(tests), run)
+    reads = [s.read for s in stores]
     held = sum(int(mask.sum()) for mask in masks)
-    return Stored(
-        trees,
-        tests,
-        out,
-        (sum(map(len, masks)) - held, held),
-        {**card, "tokens": trees.count("sizes"), "learned_tokens": trees.count("learned")},
-        *_looked_at(settings.data, kind, skip_bad, stores, masks),
-    )
+    card = {
+        "source": " | ".join(report.summary() for report in reads),
+        "mixture": mixture(settings.data, trees),
+        "held_out": len(tests),
+        "kept": " | ".join(train.summary() for train, _ in reports),
+        "kept_held_out": " | ".join(test.summary() for _, test in reports) if settings.split.held_out else "",
+        "left_out": list_left_out(run, left_out(reads, [part for pair in reports for part in pair])),
+        "tokens": trees.count("sizes"),
+        "learned_tokens": trees.count("learned"),
+    }
+    looked = _looked_at(settings.data, kind, how.skip_bad, stores, masks, trees)
+    return Given(trees, tests, out, (sum(map(len, masks)) - held, held), card, *looked)
 
 
-def _looked_at(data: str, kind: Kind, skip_bad: bool, stores: Sequence[Store], masks: Sequence[np.ndarray]) -> tuple[Corpus, Corpus | None]:
+class Asked(NamedTuple):
+    """Prompts that fit, as a model is given them; read when they are asked for. order: which comes when, see `packing.Order`."""
+
+    records: Sequence[Prompt]
+    ids: Sequence[list[int]]
+    order: Order
+    card: dict[str, Any]
+    corpus: Corpus
+    left: list[dict[str, str]]  # the rows that were left out or cut
+
+    def every(self) -> tuple[list[Prompt], list[list[int]]]:
+        """All of them, once; of a mixture as many as it gives without repeats. In memory."""
+        rows = range(len(self.ids)) if self.order.n == len(self.ids) else sorted(self.order.rows(self.order.n, 0))
+        return [self.records[i] for i in rows], [self.ids[i] for i in rows]
+
+
+class _Ids(Sequence[list[int]]):
+    """The tokens of prompts."""
+
+    def __init__(self, trees: Trees) -> None:
+        self.trees = trees
+
+    def __len__(self) -> int:
+        return len(self.trees)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.trees[i][0].tokens if isinstance(i, int) else [tree[0].tokens for tree in self.trees[i]]
+
+
+class Whole(NamedTuple):
+    """All trees of a spec, as far as its weights let them be learned; left: the rows that were left out or cut."""
+
+    trees: Trees
+    stores: list[Store]
+    card: dict[str, Any]
+    left: list[dict[str, str]]
+
+
+def whole_of(spec: str, kind: Kind, how: Way, run: Run, *, every: bool = False) -> Whole:
+    """What a spec names, with nothing kept out. every: with all records."""
+    stores = stores_of(spec, kind, how, run, every=every)
+    trees = Trees([(s, np.arange(len(s))) for s in stores], list(parts(spec).values()))
+    card = {"source": " | ".join(s.read.summary() for s in stores), "kept": " | ".join(s.report.summary() for s in stores)}
+    mixed = {"mixture": mixture(spec, trees)} if len(stores) > 1 else {}
+    return Whole(trees, stores, card | mixed, left_out([s.read for s in stores], [s.report for s in stores]))
+
+
+def asked(spec: str, run: Run, tokenizer: Any, model: Any, window: Window, *, room: int, seed: int = 0) -> Asked:
+    """Prompts that leave `room` tokens for an answer. The rows that do not are listed in the run. Raises UserError as reading does."""
+    trees, stores, card, left = whole_of(spec, "prompts", way(prompt_chunk, tokenizer, model, window, room=room), run, every=True)
+    card |= {"prompts": len(trees), "left_out": list_left_out(run, left)}
+    records = Records([(s, np.arange(s.report.rows)) for s in stores])
+    corpus = Corpus(records, trees, _read(spec, [s.read for s in stores]), _joined([s.report for s in stores]))
+    return Asked(trees.records(), _Ids(trees), Order(trees.have, trees.take, seed), card, corpus, left)
+
+
+def mixture(spec: str, trees: Trees) -> str:
+    """How many rows of each data set an epoch reads; "" where there is only one."""
+    each = [f"{take} of {have} rows of {one}" for one, have, take in zip(parts(spec), trees.have, trees.take, strict=True)]
+    return f"an epoch: {', '.join(each)}" if len(each) > 1 else ""
+
+
+def left_out(reads: Sequence[Read], reports: Sequence[Report]) -> list[dict[str, str]]:
+    """Every row that was skipped, dropped or cut, and why."""
+    rows = [{"at": at, "what": "skipped", "why": why} for read in reads for at, why in read.skipped]
+    for part in reports:
+        rows += [{"what": what, "why": why} for what, texts in (("dropped", part.dropped), ("cut", part.cut)) for why in texts.values()]
+    return rows
+
+
+def list_left_out(run: Run, rows: Sequence[dict[str, str]]) -> str:
+    """List such rows in a file of the run; what the card says of them."""
+    if run.stage and rows and ranks.rank() == 0:  # checks prepare a run that is never claimed
+        atomic_write(run.file(LEFT_OUT), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return f"{len(rows)} rows, listed in {LEFT_OUT}" if rows else ""
+
+
+def _looked_at(
+    data: str, kind: Kind, skip_bad: bool, stores: Sequence[Store], masks: Sequence[np.ndarray], learned: Trees
+) -> tuple[Corpus, Corpus | None]:
     """The records that are learned from, of each set the first ones and then all; read when they are looked at."""
 
     def corpus(most: int | None) -> Corpus:
@@ -202,7 +272,9 @@ def _looked_at(data: str, kind: Kind, skip_bad: bool, stores: Sequence[Store], m
             first = np.arange(np.searchsorted(of, len(use)))
             rows.append(first[use[of[first]]])
             reports.append(_part(store, rows[-1], use))
-        trees = Trees(list(zip(stores, rows, strict=True)), [1.0] * len(stores), mixed=False)
+        begins = np.cumsum([0, *learned.have])
+        at = [begin + np.arange(len(own)) for begin, own in zip(begins, rows, strict=False)]
+        trees = Trees([(learned, np.concatenate(at))], [1.0])  # with whatever labels it is given
         kept_ = _joined([_renumbered(report, use) for report, use in zip(reports, uses, strict=True)])
         return Corpus(Rows(kept_.rows, records), trees, _read(data, [s.read for s in stores]), kept_)
 
@@ -228,16 +300,15 @@ def _joined(reports: Sequence[Report]) -> Report:
     """Reports on records that stand one after the other, as one."""
     whole = Report()
     for part in reports:
-        moved: dict[str, Any] = {name: {i + whole.rows: x for i, x in getattr(part, name).items()} for name in BY_ROW}
-        whole.add(replace(part, **moved))
+        whole.add(part)
     return whole
 
 
 def _part(store: Store, rows: np.ndarray, mask: np.ndarray) -> Report:
     """The report on the records of a store that the mask names, whose trees are `rows`."""
-    tokens = int(store.sizes(rows).sum(dtype=np.int64))
+    tokens, unshared = (int(x.sum(dtype=np.int64)) for x in (store.sizes(rows), store.arrays["unshared"][rows]))
     own: dict[str, Any] = {name: {i: x for i, x in getattr(store.report, name).items() if i < len(mask) and mask[i]} for name in BY_ROW}
-    return replace(store.report, rows=int(mask.sum()), tokens=tokens, tokens_unshared=tokens, **own)
+    return replace(store.report, rows=int(mask.sum()), tokens=tokens, tokens_unshared=unshared, **own)
 
 
 def held_out_of(keys: Sequence[np.ndarray], share: float, seed: int) -> list[np.ndarray]:
@@ -247,26 +318,6 @@ def held_out_of(keys: Sequence[np.ndarray], share: float, seed: int) -> list[np.
 
 def _groups(keys: np.ndarray) -> np.ndarray:
     return np.unique(keys, return_inverse=True)[1]
-
-
-def _card(
-    settings: Any, found: Sequence[Read], reports: Sequence[tuple[Report, ...]], trees: Trees, tests: int, run: Run | None
-) -> dict[str, Any]:
-    """What the run's card says of its data; the rows that were left out or cut are listed in a file of the run."""
-    rows = [{"at": at, "what": "skipped", "why": why} for report in found for at, why in report.skipped]
-    for part in (report for pair in reports for report in pair):
-        rows += [{"what": what, "why": why} for what, texts in (("dropped", part.dropped), ("cut", part.cut)) for why in texts.values()]
-    if run and run.stage and rows and ranks.rank() == 0:  # checks prepare a run that is never claimed
-        atomic_write(run.file(LEFT_OUT), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    mixture = [f"{take} of {have} rows of {spec}" for spec, have, take in zip(parts(settings.data), trees.have, trees.take, strict=True)]
-    return {
-        "source": " | ".join(report.summary() for report in found),
-        "mixture": f"an epoch: {', '.join(mixture)}" if len(mixture) > 1 else "",
-        "held_out": tests,
-        "kept": " | ".join(train.summary() for train, _ in reports),
-        "kept_held_out": " | ".join(test.summary() for _, test in reports) if settings.split.held_out else "",
-        "left_out": f"{len(rows)} rows, listed in {LEFT_OUT}" if run and rows else "",
-    }
 
 
 def epoch(trees: Sequence[Tree]) -> int:
@@ -328,7 +379,7 @@ def forests(
     device: str | torch.device = "cpu",
 ) -> Iterator[tuple[list[int], Forest]]:
     """All trees once, packed: (their indices, the forest on `device`). For reference log-probs, scores and held-out losses."""
-    for group in pack([size(tree) for tree in trees], microbatch):
+    for group in pack(sizes_of(trees), microbatch):
         picked = [trees[i] for i in group]
         yield list(group), plant(picked, weigh(picked) if weigh else None).to(device)
 

@@ -15,13 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from temper.config import Settings, UserError, opt
-from temper.data.sources import read
 from temper.data.template import stop_ids
-from temper.data.trees import prompt_ids
 from temper.judges.rating import REWARDS, Answer, Rater, rater
-from temper.methods.base import Job, Window
+from temper.methods.base import Asked, Job, Window, asked
 from temper.models.load import load_policy
-from temper.records import Chat, Message, Prompt, Ranked, write_jsonl
+from temper.records import Chat, Message, Ranked, write_jsonl
 from temper.rollout import Request, Sampling, sample
 from temper.runs import Run, atomic_write
 from temper.stats.best_of_n import expected, kl_bound, kl_estimate
@@ -75,27 +73,11 @@ def settings(name: str) -> type[Settings]:
 Ratings = list[list[float | None]]  # of each group's answers
 
 
-class Asked(NamedTuple):
-    """Prompts as a model is given them."""
-
-    records: list[Prompt]
-    ids: list[list[int]]
-    source: str
-    kept: str
-
-
 class Sampled(NamedTuple):
     """One answer, and its summed log-prob under what sampled it."""
 
     answer: Answer
     logp: float
-
-
-def asked(spec: str, model: Any, tokenizer: Any, window: Window, room: int) -> Asked:
-    """Prompts that leave `room` tokens for an answer."""
-    records, report = read(spec, "prompts", skip_bad=window.skip_bad)
-    ids, cut = prompt_ids(tokenizer, records, model, window, room=room)
-    return Asked([r for i, r in enumerate(records) if i not in cut.dropped], ids, report.summary(), cut.summary())
 
 
 def draw(
@@ -104,14 +86,15 @@ def draw(
     """n answers to each prompt, by all ranks together. Raises UserError where all n would be the same."""
     if n > 1 and not sampling.temperature:
         raise UserError(f"--temperature 0: {n} answers to a prompt would all be the most likely one; raise --temperature")
-    mine, done = ranks.share([len(ids) for ids in prompts.ids]), 0
+    records, prompt_ids = prompts.every()
+    mine, done = ranks.share([len(ids) for ids in prompt_ids]), 0
 
     def progress(more: int) -> None:
         nonlocal done
         done += more
         told(done, len(mine))
 
-    request = Request([prompts.ids[i] for i in mine], sampling=sampling, stop=stop_ids(tokenizer), n=n, seed=seed, index=mine)
+    request = Request([prompt_ids[i] for i in mine], sampling=sampling, stop=stop_ids(tokenizer), n=n, seed=seed, index=mine)
     groups = ranks.whole(mine, sample(model, request, progress=progress))
     return [
         [
@@ -121,7 +104,7 @@ def draw(
             )
             for a in group
         ]
-        for record, ids, group in zip(prompts.records, prompts.ids, groups, strict=True)
+        for record, ids, group in zip(records, prompt_ids, groups, strict=True)
     ]
 
 
@@ -215,8 +198,8 @@ def prepare(settings: BestOfN, run: Run) -> Job:
     how = {"tokenizer": tokenizer, **s.compute.placed}
     chooses = rater(s.raters.reward, **how)
     reports = rater(s.raters.report, **how) if s.raters.report else None
-    prompts = asked(s.prompts, model, tokenizer, s.window, s.sampling.max_new)
-    card: dict[str, Any] = {"source": prompts.source, "prompts": len(prompts.ids), "kept": prompts.kept}
+    prompts = asked(s.prompts, run, tokenizer, model, s.window, room=s.sampling.max_new, seed=s.seed)
+    card: dict[str, Any] = dict(prompts.card)
 
     def make(path: Path, told: Callable[[int, int], None]) -> None:
         groups = draw(model, tokenizer, prompts, s.sampling, s.samples_per_prompt, ("best of n", s.seed), told)

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from temper.config import Settings, UserError, opt
-from temper.data.sources import read
 from temper.data.template import stop_ids
-from temper.data.trees import prompt_ids, where
+from temper.data.trees import where
 from temper.judges.annotators import Annotators, ceiling, extremes
-from temper.methods.base import Job, Window
+from temper.methods.base import Job, Window, asked
 from temper.models.load import load_policy
 from temper.records import Ranked, write_jsonl
 from temper.rollout import Request, Sampling, sample
@@ -47,16 +46,15 @@ def settings(name: str) -> type[Settings]:
     return Collect
 
 
-def collect(s: Collect, model: Any, tokenizer: Any, progress: Callable[[int, int], None]) -> tuple[list[Ranked], dict[str, Any]]:
+def collect(s: Collect, model: Any, tokenizer: Any, run: Run, progress: Callable[[int, int], None]) -> tuple[list[Ranked], dict[str, Any]]:
     """The rankings, and what the card says of them. Prompts whose answers are all alike give none and are counted."""
     raters = Annotators(s.panel, s.seed)
-    records, report = read(s.prompts, "prompts", skip_bad=s.window.skip_bad)
+    found = asked(s.prompts, run, tokenizer, model, s.window, room=s.sampling.max_new, seed=s.seed)
+    records, prompts = found.every()
     stranger = next((i for i, r in enumerate(records) if "ask" not in r.meta), None)
     if stranger is not None:
         at = where(records[stranger], stranger)
         raise UserError(f"{at}: not a prompt of the embedded world, whose annotators judge no other; give world:prompts")
-    prompts, cut = prompt_ids(tokenizer, records, model, s.window, room=s.sampling.max_new)
-    kept = [r for i, r in enumerate(records) if i not in cut.dropped]
     stop = stop_ids(tokenizer)
     done = 0
 
@@ -77,7 +75,7 @@ def collect(s: Collect, model: Any, tokenizer: Any, progress: Callable[[int, int
         ),
     )
     rankings = []
-    for i, (record, answers) in enumerate(zip(kept, groups, strict=True)):
+    for i, (record, answers) in enumerate(zip(records, groups, strict=True)):
         texts = [tokenizer.decode(a.tokens, skip_special_tokens=True).strip() for a in answers if a.finish == "stop"]
         different = list(dict.fromkeys(text for text in texts if text))
         if len(different) > 1:
@@ -87,15 +85,14 @@ def collect(s: Collect, model: Any, tokenizer: Any, progress: Callable[[int, int
             f"{s.prompts}: no prompt got two different answers that ended; raise --temperature, --samples-per-prompt or --max-new"
         )
     card = {
-        "source": report.summary(),
-        "prompts": len(kept),
+        **found.card,
+        "prompts": len(records),
         "rankings": len(rankings),
-        "alike": len(kept) - len(rankings),
+        "alike": len(records) - len(rankings),
         "tokens": sum(len(a.tokens) for group in groups for a in group),
         "comparisons": sum(len(r.meta["probabilities"]) for r in rankings),
         "ceiling": ceiling(rankings),
         "panel": s.panel,
-        "kept": cut.summary(),
     }
     return rankings, card
 
@@ -105,7 +102,7 @@ def prepare(settings: Collect, run: Run) -> Job:
     card: dict[str, Any] = {}
 
     def finish(path: Path, progress) -> None:
-        rankings, found = collect(settings, model, tokenizer, progress)
+        rankings, found = collect(settings, model, tokenizer, run, progress)
         card.update(found)
         if ranks.rank() == 0:
             write_jsonl(run.file("rankings.jsonl"), rankings)

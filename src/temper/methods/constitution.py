@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from temper.config import Settings, UserError, opt
-from temper.data.sources import Report, read
+from temper.data.sources import Report
+from temper.data.store import mixed
 from temper.data.template import chat_template, render_prompt, stop_ids
-from temper.data.trees import chat_trees, comparison_trees, limit_of, prompt_ids
+from temper.data.trees import chat_trees, comparison_trees, limit_of
 from temper.forest import Segment, Tree
 from temper.methods import preference, sft
-from temper.methods.base import Batching, Corpus, Job, Prepared, Window, forests, numbered
+from temper.methods.base import Batching, Corpus, Job, Prepared, Window, asked, forests, left_out, list_left_out, numbered
 from temper.models.adapt import Adapter, hold
 from temper.models.heads import token_logp
 from temper.models.load import export, load_policy, restore, save
@@ -212,25 +213,27 @@ class Inputs(NamedTuple):
     red_team: list[list[Message]]
     helpful: list[list[Message]]
     human: list[Pair]
+    left_out: str
 
 
-def read_inputs(s: CAI, model: Any, tokenizer: Any) -> Inputs:
-    """All files, before anything is computed: a mistake in one must not come up after the first phase."""
+def read_inputs(s: CAI, model: Any, tokenizer: Any, run: Run) -> Inputs:
+    """All files, before anything is computed: a mistake in one must not come up after the first phase. What they leave out is listed."""
+    left: list[dict[str, str]] = []
 
     def prompts(spec: str) -> list[list[Message]]:
-        records, _ = read(spec, "prompts", skip_bad=s.window.skip_bad)
-        _, cut = prompt_ids(tokenizer, records, model, s.window, room=s.sampling.max_new)
-        return [r.messages for i, r in enumerate(records) if i not in cut.dropped]
+        found = asked(spec, run, tokenizer, model, s.window, room=s.sampling.max_new, seed=s.batching.seed)
+        left.extend(found.left)
+        return [r.messages for r in found.every()[0]]
 
     red_team = prompts(s.red_team)
     dangerous = {p[-1].content for p in red_team}
     helpful = [p for p in prompts(s.helpful) if p[-1].content not in dangerous]
     human: list[Pair] = []
     if s.helpful_pairs:
-        found, _ = read(s.helpful_pairs, "pairs", skip_bad=s.window.skip_bad)
-        human = [p for p in found if p.prompt[-1].content not in dangerous][: len(red_team)]
-        comparison_trees(tokenizer, human, model, s.window)
-    return Inputs(red_team, helpful, human)
+        found = mixed(s.helpful_pairs, "pairs", s.window.skip_bad, s.batching.seed)
+        human = [p for p in found.records if p.prompt[-1].content not in dangerous][: len(red_team)]
+        left += left_out([found.report], [comparison_trees(tokenizer, human, model, s.window)[1]])
+    return Inputs(red_team, helpful, human, list_left_out(run, left))
 
 
 def demonstrations(s: CAI, run: Run, author: Author, harm: Constitution, red_team: list, helpful: list) -> list[Chat]:
@@ -256,7 +259,7 @@ def prepare(settings: CAI, run: Run) -> Job:
     chat_template(tokenizer)  # a base model has none: looked at before it is asked anything
     judge, _ = load_policy(s.model, **s.compute.placed)
     author, judging = Author(model, tokenizer, s), Author(judge, tokenizer, s)
-    red_team, helpful, human = read_inputs(s, model, tokenizer)
+    red_team, helpful, human, left = read_inputs(s, model, tokenizer, run)
     single_letters(tokenizer)
     chats = demonstrations(s, run, author, rules["harm"], red_team, helpful)
     trees, cut = chat_trees(tokenizer, chats, model, s.window, learn="last")
@@ -304,6 +307,7 @@ def prepare(settings: CAI, run: Run) -> Job:
             "red_team": len(red_team),
             "helpful": len(helpful),
             "records": len(chats),
+            "left_out": left,
             "principles": [p.name for about, rule in rules.items() if about in USED for p in rule.principles],
         },
         notes=[

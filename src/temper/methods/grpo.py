@@ -204,7 +204,7 @@ def train(settings: GRPO, module: nn.ModuleDict, source: Callable[[int], list[Fo
 
 def prepare(settings: GRPO, run: Run) -> Job:
     s = resolved(settings)
-    given = ready(s, "GRPO")
+    given = ready(s, "GRPO", run)
     module = nn.ModuleDict({"policy": given.policy})
     source = Rollouts(s, module, given)
     return Job(
@@ -213,6 +213,6 @@ def prepare(settings: GRPO, run: Run) -> Job:
         save=lambda path: export(given.policy, given.tokenizer, path, stop=given.stop),
         card={**given.card, "switches": {**s.switches.model_dump(), "overlong": s.ending.overlong}},
         policy=(given.policy, given.tokenizer),
-        asks=[r.messages for r in given.records[:4]],
+        asks=[r.messages for r in given.prompts.records[:4]],
         prepared=prepared(s, given, module, make_loss(s), ("old_logp", "ref_logp", "advantage", "sampler_logp")),
     )

@@ -15,14 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 from temper.config import Settings, UserError, opt
-from temper.data.packing import batch_indices
-from temper.data.sources import read
 from temper.data.template import stop_ids
-from temper.data.trees import prompt_ids
 from temper.forest import Forest, Segment, Tree
 from temper.judges.rating import REWARDS, Answer, Rater, rater
 from temper.losses.preference import RULES
-from temper.methods.base import Job, Window, microbatches
+from temper.methods.base import Asked, Job, Window, asked, microbatches
 from temper.methods.comparisons import count_records
 from temper.methods.preference import METRICS as OFFLINE
 from temper.methods.preference import check_reference, make_loss, with_reference
@@ -114,11 +111,9 @@ class Group(NamedTuple):
 class Pairs:
     """The source: step -> micro-batches of pairs that were sampled for it."""
 
-    def __init__(
-        self, s: Online, model: Any, reference: Any, rater: Rater, records: Sequence[Prompt], prompts: Sequence[list[int]], tokenizer
-    ):
+    def __init__(self, s: Online, model: Any, reference: Any, rater: Rater, prompts: Asked, tokenizer):
         self.s, self.model, self.reference, self.rater = s, model, reference, rater
-        self.records, self.prompts, self.tokenizer = records, prompts, tokenizer
+        self.records, self.prompts, self.order, self.tokenizer = prompts.records, prompts.ids, prompts.order, tokenizer
         self.found, self.last = 0, dict[str, float]()  # pairs so far
 
     def __call__(self, step: int) -> list[Forest]:
@@ -148,19 +143,20 @@ class Pairs:
     def _sample(self, rollout: int) -> list[Group]:
         """The ranks share the prompts; each samples and rates its own."""
         s = self.s
-        rows = batch_indices(len(self.prompts), min(s.prompts_per_step, len(self.prompts)), s.seed, rollout)
-        mine = ranks.share([len(self.prompts[row]) for row in rows])
-        asked, stop = [rows[i] for i in mine], stop_ids(self.tokenizer)
-        prompts, seed = [self.prompts[row] for row in asked], ("online", s.seed, rollout)
+        rows = self.order.rows(min(s.prompts_per_step, self.order.n), rollout)
+        every = [self.prompts[row] for row in rows]
+        mine = ranks.share([len(ids) for ids in every])
+        stop, prompts, seed = stop_ids(self.tokenizer), [every[i] for i in mine], ("online", s.seed, rollout)
         sampled = sample(self.model, Request(prompts, sampling=s.sampling, stop=stop, n=s.samples_per_prompt, seed=seed, index=mine))
-        flat = [self._answer(row, a) for row, answers in zip(asked, sampled, strict=True) for a in answers]
+        records = [self.records[rows[i]] for i in mine]
+        flat = [self._answer(record, ids, a) for record, ids, answers in zip(records, prompts, sampled, strict=True) for a in answers]
         ratings = iter([self._capped(answer, rating) for answer, rating in zip(flat, self.rater.rate(flat), strict=True)])
-        groups = [Group(self.prompts[row], answers, [next(ratings) for _ in answers]) for row, answers in zip(asked, sampled, strict=True)]
+        groups = [Group(ids, answers, [next(ratings) for _ in answers]) for ids, answers in zip(prompts, sampled, strict=True)]
         return ranks.whole(mine, groups)
 
-    def _answer(self, row: int, a: Rollout) -> Answer:
+    def _answer(self, prompt: Prompt, ids: list[int], a: Rollout) -> Answer:
         text = self.tokenizer.decode(a.tokens, skip_special_tokens=True).strip()
-        return Answer(self.records[row], self.prompts[row], a.tokens, text, a.finish == "stop")
+        return Answer(prompt, ids, a.tokens, text, a.finish == "stop")
 
     def _capped(self, answer: Answer, rating: float | None) -> float | None:
         most = self.s.missing_eos
@@ -211,21 +207,17 @@ def prepare(settings: Online, run: Run) -> Job:
     model, reference, tokenizer = begin(s, seed=s.seed)
     reference = reference if RULES[s.rule].reference else None
     rates = rater(s.reward, tokenizer=tokenizer, **s.compute.placed, beside=model)
-    records, report = read(s.prompts, "prompts", skip_bad=s.window.skip_bad)
-    prompts, cut = prompt_ids(tokenizer, records, model, s.window, room=s.sampling.max_new)
-    kept = [record for i, record in enumerate(records) if i not in cut.dropped]
-    source = Pairs(s, model, reference, rates, kept, prompts, tokenizer)
+    prompts = asked(s.prompts, run, tokenizer, model, s.window, room=s.sampling.max_new, seed=s.seed)
+    source = Pairs(s, model, reference, rates, prompts, tokenizer)
     return Job(
         total=s.rollouts,
         steps=lambda resume: train(s, model, source, resume),
         save=lambda path: export(model, tokenizer, path, stop=stop_ids(tokenizer)),
         card={
-            "source": report.summary(),
-            "prompts": len(prompts),
-            "kept": cut.summary(),
+            **prompts.card,
             "rater": rates.name,
             "rule": ", ".join([s.rule, *(f"{name} {value}" for name, value in how.items())]),
         },
         policy=(model, tokenizer),
-        asks=[r.messages for r in records[:4]],
+        asks=[r.messages for r in prompts.records[:4]],
     )

@@ -8,6 +8,7 @@ of the gradient. The rollouts (methods/rollouts.py) are the data source: what th
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import inf
 from typing import Any, Literal
 
@@ -16,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from temper.config import Settings, UserError, idle, opt
-from temper.data.sources import read
-from temper.data.trees import chat_trees, limit_of, text_trees
+from temper.data.template import written
+from temper.data.trees import chat_chunk, limit_of, text_chunk
 from temper.forest import Forest, Tree
 from temper.judges.rating import REWARDS
 from temper.losses.advantage import gae, kl_shaped_reward, whiten
 from temper.losses.kl import adaptive_beta, horizon_rate, k3
 from temper.losses.policy import clipped, clipped_surrogate, clipped_value
 from temper.methods import rated, rollouts
-from temper.methods.base import Batching, Job, Window, offline
+from temper.methods.base import Batching, Job, Way, Whole, Window, list_left_out, offline, way, whole_of
 from temper.methods.rated import Ending, Sampled, reward_model
 from temper.methods.start import Plan, Ready, check_start, prepared, ready
 from temper.models.adapt import Adapter
@@ -229,11 +230,21 @@ def train(settings: PPO, module: nn.ModuleDict, source: Callable[[int], list[For
     )
 
 
+def ptx(s: PPO, run: Run, given: Ready) -> Whole:
+    """What is learned beside."""
+    how = way(chat_chunk, given.tokenizer, given.policy, s.window, learn="all")
+    if s.ptx.ptx_as == "text":
+        window = limit_of(given.policy, s.window.max_length)[0] or 1024
+        make = partial(text_chunk, tokenizer=given.tokenizer, window=window)
+        how = Way(make, [written(given.tokenizer), window], None, s.window.skip_bad)
+    return whole_of(str(s.ptx.ptx_data), s.ptx.ptx_as, how, run)
+
+
 def prepare(settings: PPO, run: Run) -> Job:
     s = settings
     if s.ptx.ptx_data and s.compute.shard == "full":
         raise UserError("--ptx-data with --shard full: its batches have no values, and ranks would wait for each other; leave one out")
-    given = ready(s, "PPO")
+    given = ready(s, "PPO", run)
     weight, own = reward_model(given.reward) or (1.0, None)
     start = s.value_model or (own.name if own else s.model)
     value, _ = load_scalar(start, **s.compute.placed, adapters=s.adapters, seed=s.seed, beside=given.policy)
@@ -243,13 +254,10 @@ def prepare(settings: PPO, run: Run) -> Job:
         head.weight /= float(scale["std"]) / weight
         head.bias = nn.Parameter(torch.full((1,), -float(scale["mean"]) / float(scale["std"]) * weight, device=head.weight.device))
     card = dict(given.card)
-    trees: list[Tree] = []
+    trees: Sequence[Tree] = []
     if s.ptx.ptx_data:
-        records, report = read(s.ptx.ptx_data, s.ptx.ptx_as, skip_bad=s.window.skip_bad)
-        window = limit_of(given.policy, s.window.max_length)[0] or 1024
-        write = text_trees(given.tokenizer, records, window) if s.ptx.ptx_as == "text" else None
-        trees, cut = write or chat_trees(given.tokenizer, records, given.policy, s.window)
-        card |= {"ptx": f"{report.summary()}; {cut.summary()}"}
+        trees, _, said, left = ptx(s, run, given)
+        card |= {"ptx": "; ".join(said.values()), "left_out": list_left_out(run, [*given.prompts.left, *left])}
     module = nn.ModuleDict({"policy": given.policy, "value": value})
     source = Rollouts(s, module, given, trees)
     return Job(
@@ -258,6 +266,6 @@ def prepare(settings: PPO, run: Run) -> Job:
         save=lambda path: export(given.policy, given.tokenizer, path, stop=given.stop),
         card=card,
         policy=(given.policy, given.tokenizer),
-        asks=[r.messages for r in given.records[:4]],
+        asks=[r.messages for r in given.prompts.records[:4]],
         prepared=prepared(s, given, module, make_loss(s), ("old_logp", "advantage", "old_value", "returns")),
     )

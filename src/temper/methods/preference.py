@@ -8,20 +8,23 @@ one forest: each answer is computed once; a listwise rule takes it as it is. Dev
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import islice
 from math import comb
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from temper.config import Settings, UserError, opt
+from temper.data.store import Trees, label, sizes_of
 from temper.data.template import stop_ids
-from temper.data.trees import comparison_trees
+from temper.data.trees import comparison_chunk
 from temper.forest import Forest, Tree, per_segment
 from temper.losses.preference import RULES, Pairs, Rankings, Rule
 from temper.losses.registry import settings as keywords
-from temper.methods.base import Batching, Job, Prepared, Split, Window, epoch, forests, given, offline
+from temper.methods.base import Batching, Job, Prepared, Split, Window, epoch, forests, given, offline, way
 from temper.methods.comparisons import compared, count_records
 from temper.methods.rules import settings_of
 from temper.models.adapt import Adapter
@@ -77,21 +80,30 @@ def answer_logp(model, batch: Forest, temperature: float = 1.0) -> Tensor:
     return per_segment(token_logp(model, batch, temperature=temperature).float(), batch, batch.learned)
 
 
-def with_reference(model, trees: Sequence[Tree], microbatch: int, keep: Path | None = None, temperature: float = 1.0) -> None:
+def with_reference(
+    model,
+    trees: Sequence[Tree],
+    microbatch: int,
+    keep: Path | None = None,
+    temperature: float = 1.0,
+    also: Sequence[Sequence[Tree]] = (),
+) -> None:
     """Write the reference's log-probability onto each answer: to the loss, it is data.
 
-    The reference is the model as it is, or what its adapter was put on. keep: a folder where what it gives is kept.
+    The reference is the model as it is, or what its adapter was put on. keep: a folder where what it gives is kept. also: further trees.
     """
+    sets = [trees, *also]
+    every = Trees([(each, np.arange(len(each))) for each in sets], [1.0] * len(sets), mixed=False)
     how = {"microbatch": microbatch, "ranks": ranks.count(), "precision": str(precision(model)), "temperature": temperature}
-    kept = Kept(keep, model, trees, **how) if keep else None
+    kept = Kept(keep, model, every, **how) if keep else None
     found = ranks.led(kept.read() if kept else None)
     if found is None:
-        found = _reference(model, trees, microbatch, temperature)
+        found = _reference(model, every, microbatch, temperature)
         if kept and ranks.rank() == 0:
             kept.write(found)
-    for tree, values in zip(trees, found, strict=True):
-        for segment, value in zip(tree, values, strict=True):
-            segment.labels = {**segment.labels, "ref_logp": value}
+    values = iter(found)
+    for each in sets:
+        label(each, "ref_logp", list(islice(values, len(each))))
 
 
 def references(run: Run | None) -> Path | None:
@@ -99,15 +111,16 @@ def references(run: Run | None) -> Path | None:
     return run.folder.parent / ".references" if run else None
 
 
-def _reference(model, trees: Sequence[Tree], microbatch: int, temperature: float = 1.0) -> list[list[float]]:
+def _reference(model, trees: Trees, microbatch: int, temperature: float = 1.0) -> list[list[float]]:
     """One number per segment of each tree; the ranks share the work."""
-    mine = ranks.share([sum(len(s.tokens) for s in tree) for tree in trees])
+    mine = ranks.share(sizes_of(trees))
+    own = Trees([(trees, np.array(mine, np.int64))], [1.0])
     found: list[list[float]] = [[] for _ in mine]
     with torch.no_grad(), without_adapter(model):
-        for index, forest in forests([trees[i] for i in mine], microbatch, device=model.device):
+        for index, forest in forests(own, microbatch, device=model.device):
             logp = iter(answer_logp(model, forest, temperature).tolist())
             for i in index:
-                found[i] = [next(logp) for _ in trees[mine[i]]]
+                found[i] = [next(logp) for _ in own[i]]
     return ranks.whole(mine, found)
 
 
@@ -203,13 +216,12 @@ def held_out(model, trees: Sequence[Tree], reference: bool, microbatch: int) -> 
 def prepare(settings: Preference, run: Run) -> Job:
     b, rule = settings.batching, RULES[settings.rule]
     model, tokenizer = load_policy(settings.model, **settings.compute.placed, adapters=settings.adapters, seed=b.seed)
-    trees, tests, out, _, card, corpus = given(
-        settings, "comparisons", lambda rows: comparison_trees(tokenizer, rows, model, settings.window), run
-    )
+    how = way(comparison_chunk, tokenizer, model, settings.window)
+    trees, tests, out, _, card, corpus, whole = given(settings, run, "comparisons", how)
     if all(s.labels["soft"] == 0.5 for tree in trees for s in tree if s.labels["rank"] >= 0):
         raise UserError(f"{settings.data}: no record prefers one answer to another, all are ties; there is nothing to learn")
     if rule.reference:
-        with_reference(model, [*trees, *tests], b.tokens_per_microbatch, references(run))
+        with_reference(model, trees, b.tokens_per_microbatch, references(run), also=[tests])
     return Job(
         total=b.steps(epoch(trees)),
         steps=lambda resume: train(settings, model, trees, resume),
@@ -219,6 +231,12 @@ def prepare(settings: Preference, run: Run) -> Job:
         policy=(model, tokenizer),
         asks=[record.prompt for record in out[:4]],
         prepared=Prepared(
-            corpus, tokenizer, model, make_loss(rule, settings.own()), count_records, check_reference if rule.reference else None
+            corpus,
+            tokenizer,
+            model,
+            make_loss(rule, settings.own()),
+            count_records,
+            check_reference if rule.reference else None,
+            whole=whole,
         ),
     )

@@ -19,11 +19,10 @@ from temper.data.split import key
 from temper.data.store import CODE, content, parts
 from temper.data.template import written
 from temper.data.trees import limit_of, text_chunk
-from temper.methods.base import TOKENS, Batching, Job, Prepared, Split, epoch, held_out_of, stored
+from temper.methods.base import TOKENS, Batching, Job, Prepared, Split, Way, epoch, given, held_out_of
 from temper.methods.sft import held_out_loss, lm_loss, train_on
 from temper.models.load import Size, export, new_model
 from temper.models.tokenizer import train_tokenizer, wrapped
-from temper.records import Text
 from temper.runs import Run, atomic_write, code_version, fingerprint
 from temper.train import Compute, Optim, State, Step, ranks
 
@@ -64,8 +63,8 @@ def prepare(settings: Pretrain, run: Run) -> Job:
     with ranks.leader_first():
         tokenizer = _tokenizer(settings, run.folder.parent / TOKENS)
     context = limit_of(settings.size.context, settings.max_length)[0] or settings.size.context
-    make, by = partial(text_chunk, tokenizer=tokenizer, window=context), [written(tokenizer), context]
-    trees, tests, _, (documents, out), card, corpus, whole = stored(settings, run, "text", Text, make, by, None, settings.skip_bad)
+    how = Way(partial(text_chunk, tokenizer=tokenizer, window=context), [written(tokenizer), context], None, settings.skip_bad)
+    trees, tests, _, (documents, out), card, corpus, whole = given(settings, run, "text", how)
     model = new_model(settings.size, len(tokenizer), tokenizer, seed=settings.batching.seed, **settings.compute.placed)
     return Job(
         total=settings.batching.steps(epoch(trees)),

@@ -13,15 +13,15 @@ from typing import Any, Literal
 import torch
 
 from temper.config import Settings, UserError, opt
-from temper.data.sources import read
 from temper.data.split import split
 from temper.data.steps import By, step_trees
+from temper.data.store import mixed
 from temper.data.template import chat_template, stop_ids
-from temper.data.trees import prompt_ids, where
+from temper.data.trees import where
 from temper.forest import Forest, Tree
 from temper.judges.process import CLASSES, ProcessReward, exact_labels, right_answer, solutions
 from temper.losses.reward import step_loss
-from temper.methods.base import Batching, Job, Split, Window, forests, learn
+from temper.methods.base import Asked, Batching, Job, Split, Window, asked, forests, learn, left_out, list_left_out
 from temper.models.adapt import Adapter
 from temper.models.heads import scalar
 from temper.models.load import export, load_policy, load_scalar
@@ -127,20 +127,18 @@ def steps_of(records: Sequence[Any]) -> By:
     return "sentence" if all("ask" in record.meta for record in records) else "line"
 
 
-def make_steps(s: ProcessRewardSettings, spec: str) -> tuple[list[Steps], str]:
-    """The model's answers to the prompts, cut into steps and labelled, and what was read."""
+def make_steps(s: ProcessRewardSettings, prompts: Asked) -> list[Steps]:
+    """The model's answers to the prompts, cut into steps and labelled."""
     policy, tokenizer = load_policy(s.model, **s.compute.placed)
-    prompts, report = read(spec, "prompts", skip_bad=s.window.skip_bad)
-    by, twice = s.steps_by or steps_of(prompts), s.labels == "rollouts"  # what completes an answer has as much room as the answer
-    ids, dropped = prompt_ids(tokenizer, prompts, policy, s.window, room=s.sampling.max_new * (1 + twice))
-    kept = [prompt for i, prompt in enumerate(prompts) if i not in dropped.dropped]
+    kept, ids = prompts.every()
+    by = s.steps_by or steps_of(kept)
     for prompt in kept:  # a prompt that cannot be checked is found before anything is sampled
         right_answer(prompt, "") if s.labels == "rollouts" else exact_labels(prompt, "", by)
     request = Request(ids, sampling=s.sampling, stop=stop_ids(tokenizer), n=s.samples_per_prompt, seed=("process-reward", s.batching.seed))
     found = solutions(policy, tokenizer, kept, request, by, s.rollouts if s.labels == "rollouts" else 0)
     if not found:
-        raise UserError(f"{s.model}: no answer to {spec} ended within --max-new {s.sampling.max_new}; raise it")
-    return found, f"{report.summary()}; {dropped.summary()}; {len(found)} different answers that ended, labels: {s.labels}"
+        raise UserError(f"{s.model}: no answer to {s.prompts} ended within --max-new {s.sampling.max_new}; raise it")
+    return found
 
 
 def chains(tree: Tree) -> list[list[int]]:
@@ -189,20 +187,21 @@ def held_out(model: Any, trees: Sequence[Tree], microbatch: int) -> dict[str, fl
     return out | ({"held_out_f1": errors.f1} if errors.f1 is not None else {})
 
 
-def gather(s: ProcessRewardSettings, run: Run) -> tuple[list[Steps], str]:
-    """The solutions, from the file or from the model itself (then kept in steps.jsonl), and where they come from."""
+def gather(s: ProcessRewardSettings, run: Run, tokenizer: Any, model: Any) -> tuple[list[Steps], str, list[dict[str, str]]]:
+    """The solutions, from the file or from the model itself (then kept in steps.jsonl), where they come from, and what was left out."""
     if s.data is not None and s.prompts is None:
-        records, report = read(s.data, "steps", skip_bad=s.window.skip_bad)
-        return records, report.summary()
+        found = mixed(s.data, "steps", s.window.skip_bad, s.batching.seed)
+        return found.records, found.report.summary(), left_out([found.report], [])
     if s.data is not None or s.prompts is None:
         raise UserError("give either --data, solutions with labelled steps, or --prompts, which the model answers")
-    path = run.file("steps.jsonl")
+    path, twice = run.file("steps.jsonl"), s.labels == "rollouts"  # what completes an answer has as much room as the answer
+    prompts = asked(s.prompts, run, tokenizer, model, s.window, room=s.sampling.max_new * (1 + twice), seed=s.batching.seed)
     with ranks.leader_first():
         if not path.exists():
-            records, source = make_steps(s, s.prompts)
-            write_jsonl(path, records)
-            run.update(card={"source": source})
-    return read_jsonl(path, Steps), run.stage["card"]["source"]
+            write_jsonl(path, make_steps(s, prompts))
+    made = read_jsonl(path, Steps)
+    said = f"{prompts.card['source']}; {prompts.card['kept']}; {len(made)} different answers that ended, labels: {s.labels}"
+    return made, said, prompts.left
 
 
 def train(settings: ProcessRewardSettings, model: Any, trees: Sequence[Tree], resume: State | None = None) -> Iterator[Step]:
@@ -215,7 +214,7 @@ def prepare(settings: ProcessRewardSettings, run: Run) -> Job:
     labels = CLASSES if s.neutral == "class" and not s.outcome else ("score",)
     model, tokenizer = load_scalar(s.model, seed=b.seed, labels=labels, **s.compute.placed, adapters=s.adapters)
     chat_template(tokenizer)
-    records, source = gather(s, run)
+    records, source, left = gather(s, run, tokenizer, model)
     by = s.steps_by or steps_of(records)
     for i, record in enumerate(records):
         try:
@@ -242,6 +241,7 @@ def prepare(settings: ProcessRewardSettings, run: Run) -> Job:
             "tokens": cut.tokens,
             "kept": cut.summary(),
             "kept_held_out": test_cut.summary() if out else "",
+            "left_out": list_left_out(run, [*left, *left_out([], [cut, test_cut])]),
         },
         evaluate=(lambda: held_out(model, tests, b.tokens_per_microbatch)) if tests else None,
     )

@@ -23,8 +23,8 @@ from temper.data.trees import chat_trees
 from temper.forest import Tree
 from temper.judges.rating import REWARDS, Rater, rater
 from temper.methods import sft
-from temper.methods.base import Batching, Job, Window, numbered, offline
-from temper.methods.best_of_n import Sampled, asked, draw, rated
+from temper.methods.base import Batching, Job, Window, asked, numbered, offline
+from temper.methods.best_of_n import Sampled, draw, rated
 from temper.models.adapt import Adapter
 from temper.models.load import export, load_policy
 from temper.records import Chat, Message, read_jsonl, write_jsonl
@@ -158,7 +158,7 @@ def prepare(settings: Rejection, run: Run) -> Job:
     s, b = settings, settings.batching
     model, tokenizer = load_policy(s.model, **s.compute.placed, adapters=s.adapters, seed=b.seed)
     by = rater(s.reward, tokenizer=tokenizer, **s.compute.placed)
-    prompts = asked(s.prompts, model, tokenizer, s.window, s.sampling.max_new)
+    prompts = asked(s.prompts, run, tokenizer, model, s.window, room=s.sampling.max_new, seed=b.seed)
     first = {name: x.clone() for name, x in model.state_dict().items()} if s.start == "first" and s.rounds > 1 else {}
 
     def material(round: int) -> tuple[list[Tree], dict[str, float]]:
@@ -194,9 +194,7 @@ def prepare(settings: Rejection, run: Run) -> Job:
         steps=rounds,
         save=lambda path: export(model, tokenizer, path, stop=stop_ids(tokenizer)),
         card={
-            "source": prompts.source,
-            "prompts": len(prompts.ids),
-            "kept": prompts.kept,
+            **prompts.card,
             "first_round": {name: round(x, 4) for name, x in metrics.items()},
         },
         policy=(model, tokenizer),

@@ -18,11 +18,11 @@ import torch
 from temper.config import Settings, UserError, opt
 from temper.data.sources import read
 from temper.data.store import parts
-from temper.data.trees import Report, comparison_trees, where
-from temper.forest import Forest, Tree
+from temper.data.trees import Chunk, comparison_chunk, where
+from temper.forest import Forest
 from temper.judges.reward_model import remember_scale
 from temper.losses.reward import RULES, plackett_luce
-from temper.methods.base import Batching, Job, Prepared, Split, Window, epoch, given, learn, numbered
+from temper.methods.base import Batching, Job, Prepared, Split, Window, epoch, given, learn, numbered, way
 from temper.methods.comparisons import HeldOut, compared, count_records, field, own_head, scores
 from temper.methods.comparisons import ends as ends
 from temper.models.adapt import Adapter
@@ -152,6 +152,17 @@ def train(
     return learn(model, trees, make_loss(s.centring, s.rule, weights, **told(s)), b, s.optim, resume, s.compute, count_records, join=True)
 
 
+def headed_chunk(records: Sequence[Pair | Ranked], *, heads: str | None, names: Sequence[str], whole: bool, **how: Any) -> Chunk:
+    """Comparisons with the label `head`, which of `names` the field `heads` says. whole: they are read as rankings, by plackett_luce."""
+    found, report = comparison_chunk(records, **how)
+    for i, tree in found:
+        for segment in tree:
+            segment.labels = {**segment.labels, "head": float(names.index(str(field(records[i], heads))) if heads else 0)}
+        if whole and (tree[-1].labels["soft"] != 1 or tree[-1].labels["margin"]):
+            raise UserError(f"{where(records[i], i)}: has a soft label or a margin, which plackett_luce cannot read; take another --rule")
+    return found, report
+
+
 def prepare(settings: Reward, run: Run) -> Job:
     s, b = settings, settings.batching
     heads = named_heads(s)
@@ -165,16 +176,9 @@ def prepare(settings: Reward, run: Run) -> Job:
     model, tokenizer = fresh(0)
     current = [model]  # the member that is being trained
 
-    def write(rows: Sequence[Pair | Ranked]) -> tuple[list[Tree], Report]:
-        trees, report = comparison_trees(tokenizer, rows, model, s.window)
-        for tree, row in zip(trees, [row for i, row in enumerate(rows) if i not in report.dropped], strict=True):
-            for segment in tree:
-                segment.labels = {**segment.labels, "head": float(names.index(str(field(row, s.heads))) if s.heads else 0)}
-            if s.rule == "plackett_luce" and (tree[-1].labels["soft"] != 1 or tree[-1].labels["margin"]):
-                raise UserError(f"{where(row, 0)}: has a soft label or a margin, which plackett_luce cannot read; take another --rule")
-        return trees, report
-
-    trees, tests, _, tested, card, corpus = given(s, "comparisons", write, run)
+    how = way(headed_chunk, tokenizer, model, s.window, heads=s.heads, names=names, whole=s.rule == "plackett_luce")
+    trees, tests, _, _, card, corpus, whole = given(s, run, "comparisons", how, every=True)
+    tested = tests.records()
     total = b.steps(epoch(trees))
     sections = list(dict.fromkeys(filter(None, (s.sections or "ask.kind", s.heads))))
     held_out = HeldOut(tests, tested, s.rule, told(s), sections, b.tokens_per_microbatch) if tests else None
@@ -216,6 +220,8 @@ def prepare(settings: Reward, run: Run) -> Job:
             **({"heads": heads} if s.heads else {}),
         },
         evaluate=(lambda: held_out(current[0])[0]) if held_out else None,
-        prepared=Prepared(corpus, tokenizer, model, make_loss(s.centring, s.rule, list(heads.values()), **told(s)), count_records),
+        prepared=Prepared(
+            corpus, tokenizer, model, make_loss(s.centring, s.rule, list(heads.values()), **told(s)), count_records, whole=whole
+        ),
     )
     return job

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from temper.data.packing import batch_indices
 from temper.forest import Forest
 from temper.judges.rating import Answer
 from temper.methods.rated import Sampled, dead, extremes, own, planted, rate, summary, trees_of
@@ -136,17 +135,19 @@ class Rollouts:
     def _sample(self, many: int, rollout: int, turn: int) -> list[list[Sampled]]:
         """The groups of the next prompts, with their rewards."""
         s, given, n = self.settings, self.given, self.settings.plan.samples_per_prompt
-        chosen = [batch_indices(len(given.prompts), 1, s.seed, self.at + k)[0] for k in range(many)]
+        chosen = [given.prompts.order.rows(1, self.at + k)[0] for k in range(many)]
         self.at += many
-        mine = ranks.share([len(given.prompts[i]) for i in chosen])
+        ids = [given.prompts.ids[i] for i in chosen]
+        mine = ranks.share([len(x) for x in ids])
         key = (self.name, s.seed, rollout, *([turn] if turn else []))
-        asked = [given.prompts[chosen[k]] for k in mine]
+        asked = [ids[k] for k in mine]
         drawn = sample(self.sampler, Request(asked, sampling=s.sampling, stop=given.stop, n=n, seed=key, index=mine))
         answers = []
         for k, group in zip(mine, drawn, strict=True):
+            record = given.prompts.records[chosen[k]]
             for a in group:
                 text = given.tokenizer.decode(a.tokens, skip_special_tokens=True).strip()
-                answer = Answer(given.records[chosen[k]], given.prompts[chosen[k]], a.tokens, text, a.finish == "stop")
+                answer = Answer(record, ids[k], a.tokens, text, a.finish == "stop")
                 answers.append(Sampled(answer, torch.tensor(a.logp)))
         self.why = rate(answers, given.reward, given.steps) or self.why
         groups = ranks.whole(mine, [answers[i : i + n] for i in range(0, len(answers), n)])

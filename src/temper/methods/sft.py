@@ -6,20 +6,18 @@ m is 1 on the assistant's tokens, 0 on everything else.
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Literal
 
 import torch
 
 from temper.config import Settings, opt
-from temper.data.template import attach_default_template, stop_ids, written
-from temper.data.trees import chat_chunk, limit_of
+from temper.data.template import attach_default_template, stop_ids
+from temper.data.trees import chat_chunk
 from temper.forest import Forest, Tree
-from temper.methods.base import Batching, Job, Prepared, Split, Window, epoch, forests, learn, stored
+from temper.methods.base import Batching, Job, Prepared, Split, Window, epoch, forests, given, learn, way
 from temper.models.adapt import Adapter
 from temper.models.heads import weighted_nll
 from temper.models.load import export, load_policy, resize
-from temper.records import Chat
 from temper.runs import Run
 from temper.train import Compute, Loss, Optim, State, Step, Term
 
@@ -93,12 +91,8 @@ def prepare(settings: SFT, run: Run) -> Job:
     model, tokenizer = load_policy(settings.model, **settings.compute.placed, adapters=settings.adapters, seed=settings.batching.seed)
     if attach_default_template(tokenizer):
         resize(model, tokenizer)
-    w = settings.window
-    window = getattr(model.config, "max_position_embeddings", None)
-    limit_of(window, w.max_length)
-    make = partial(chat_chunk, tokenizer=tokenizer, model=window, window=w, learn=settings.learn)
-    by = [written(tokenizer), window, w.model_dump(), settings.learn]
-    trees, tests, out, _, card, corpus, whole = stored(settings, run, "chat", Chat, make, by, w.max_length, w.skip_bad)
+    how = way(chat_chunk, tokenizer, model, settings.window, learn=settings.learn)
+    trees, tests, out, _, card, corpus, whole = given(settings, run, "chat", how)
     return Job(
         total=settings.batching.steps(epoch(trees)),
         steps=lambda resume: train(settings, model, trees, resume),

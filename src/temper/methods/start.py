@@ -8,18 +8,16 @@ import torch
 from torch import nn
 
 from temper.config import Settings, UserError, opt
-from temper.data.sources import read
 from temper.data.template import stop_ids
-from temper.data.trees import prompt_ids
 from temper.forest import Forest, Segment, Tree
 from temper.judges.rating import Rater, rater, reads
-from temper.methods.base import Corpus, Prepared
+from temper.methods.base import Asked, Prepared, asked
 from temper.methods.rated import StepRater, step_rater, weights_of
 from temper.models import shared
 from temper.models.adapters import adapted, shifts
 from temper.models.heads import slack, token_logp
 from temper.models.load import backbone, load_policy, source
-from temper.records import Prompt
+from temper.runs import Run
 from temper.train import Loss
 
 
@@ -46,18 +44,16 @@ class Plan(Settings):
 
 
 class Ready(NamedTuple):
-    """What both methods begin with. records and prompts: those that fit."""
+    """What both methods begin with."""
 
     policy: Any
     reference: Any
     tokenizer: Any
-    records: list[Prompt]
-    prompts: list[list[int]]
+    prompts: Asked
     reward: Rater
     steps: StepRater | None
     stop: list[int]
     card: dict[str, Any]
-    corpus: Corpus
 
 
 def begin(s: Any, *, seed: int) -> tuple[Any, Any, Any]:
@@ -68,7 +64,7 @@ def begin(s: Any, *, seed: int) -> tuple[Any, Any, Any]:
     return policy, load_policy(s.model, **s.compute.placed)[0], tokenizer
 
 
-def ready(s: Any, title: str) -> Ready:
+def ready(s: Any, title: str, run: Run) -> Ready:
     """Load what `s` names. Raises UserError for sampling that is not from the policy's own distribution: the ratio would be another's."""
     if not s.sampling.temperature:
         raise UserError(f"--temperature 0: {title} must sample; give a temperature above 0")
@@ -88,12 +84,8 @@ def ready(s: Any, title: str) -> Ready:
     stop = stop_ids(tokenizer)
     reward = rater(s.reward, tokenizer=tokenizer, **s.compute.placed, beside=policy)
     steps = step_rater(s.step_reward, tokenizer, **s.compute.placed) if s.step_reward else None
-    records, report = read(s.prompts, "prompts", skip_bad=s.window.skip_bad)
-    prompts, cut = prompt_ids(tokenizer, records, policy, s.window, room=s.sampling.max_new)
-    kept = [record for i, record in enumerate(records) if i not in cut.dropped]
-    card = {"source": report.summary(), "prompts": len(prompts), "kept": cut.summary(), "reward": reward.name}
-    corpus = Corpus(records, [[Segment(ids)] for ids in prompts], report, cut)
-    return Ready(policy, reference, tokenizer, kept, prompts, reward, steps, stop, card, corpus)
+    prompts = asked(s.prompts, run, tokenizer, policy, s.window, room=s.sampling.max_new, seed=s.seed)
+    return Ready(policy, reference, tokenizer, prompts, reward, steps, stop, {**prompts.card, "reward": reward.name})
 
 
 def check_served(s: Any) -> None:
@@ -118,7 +110,7 @@ def prepared(s: Any, given: Ready, module: nn.Module, loss: Callable[[Any, Fores
         return [*tree, Segment([tree[0].tokens[-1]] * n, [1.0] * n, 0, dict.fromkeys(columns, [0.0] * n))]
 
     check = check_reference(s.sampling.temperature, given.reference)
-    return Prepared(given.corpus, given.tokenizer, module, loss, weights_of, check, longest)
+    return Prepared(given.prompts.corpus, given.tokenizer, module, loss, weights_of, check, longest)
 
 
 def check_reference(temperature: float, reference: Any) -> Callable[[Any, Sequence[Forest]], None]:

@@ -13,19 +13,22 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from temper.config import Settings, UserError, opt
+from temper.data.store import Trees, label
 from temper.data.template import stop_ids
-from temper.data.trees import comparison_trees, limit_of, where
+from temper.data.trees import Chunk, comparison_chunk, limit_of, where
 from temper.forest import Forest, Segment, Tree
 from temper.losses.registry import settings as keywords
 from temper.losses.unpaired import RULES, Answers
-from temper.methods.base import Batching, Job, Prepared, Split, Window, epoch, forests, given, offline, rows_of
+from temper.methods.base import Batching, Job, Prepared, Split, Window, epoch, forests, given, offline, rows_of, way
 from temper.methods.preference import answer_logp, check_reference, references, with_reference
 from temper.methods.rules import settings_of
 from temper.models.adapt import Adapter
 from temper.models.load import export, load_policy
+from temper.records import Rated
 from temper.runs import Run
 from temper.train import Compute, Loss, Optim, State, Step, Term, fit, ranks
 
@@ -82,22 +85,39 @@ def count_answers(trees: Sequence[Tree]) -> dict[str, float]:
     return {"records": float(len(trees))}
 
 
-def mismatches(trees: Sequence[Tree], b: Batching, steps: int, window: int | None) -> list[list[Tree]]:
+class Mismatched(Sequence[Tree]):
+    """Prompts of some trees with the answers of others, made when they are asked for."""
+
+    def __init__(self, trees: Sequence[Tree], pairs: Sequence[tuple[int, int]]) -> None:
+        """pairs: whose prompt, whose answer."""
+        self.trees, self.pairs = trees, np.array(pairs, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: Any) -> Any:
+        (prompt, _), (_, answer) = (self.trees[k] for k in self.pairs[i].tolist())
+        return [Segment(prompt.tokens, prompt.target), Segment(answer.tokens, answer.target, parent=0)]
+
+
+def mismatches(trees: Sequence[Tree], b: Batching, steps: int, window: int | None) -> list[Trees]:
     """Of each step: the prompts of its batch, each with the next answer of the batch that is to another prompt and fits.
 
     Raises UserError for a batch without two different prompts.
     """
     made, chosen = [], rows_of(trees, b)
     for step in range(steps):
-        rows = [trees[i] for i in chosen(step)]
-        found: list[Tree] = []
+        at = chosen(step)
+        rows = [trees[i] for i in at]
+        found: list[tuple[int, int]] = []
         for i, (prompt, _) in enumerate(rows):
-            other = next((y for q, y in rows[i + 1 :] + rows[:i] if _mismatched(prompt, q, y, window)), None)
+            others = [*range(i + 1, len(rows)), *range(i)]
+            other = next((k for k in others if _mismatched(prompt, rows[k][0], rows[k][1], window)), None)
             if other is not None:
-                found.append([Segment(prompt.tokens, prompt.target), Segment(other.tokens, other.target, parent=0)])
+                found.append((at[i], at[other]))
         if not found:
             raise UserError(f"step {step + 1}: its {len(rows)} answers are all to one prompt, so none can be mismatched; raise --batch")
-        made.append(found)
+        made.append(Trees([(Mismatched(trees, found), np.arange(len(found)))], [1.0]))
     return made
 
 
@@ -182,11 +202,24 @@ def make_loss(rule, how: dict[str, Any]):
     return loss
 
 
-def label(trees: Sequence[Tree], up: float, down: float) -> None:
+def thumb_chunk(records: Sequence[Rated], *, rule: str, **how: Any) -> Chunk:
+    """Answers with a thumb."""
+    for i, row in enumerate(records):
+        if row.rating not in (0, 1):
+            raise UserError(f"{where(row, i)}: rating {row.rating:g}; {rule} learns from thumbs, 1 up and 0 down")
+    return comparison_chunk(records, **how)
+
+
+def ratings(trees: Sequence[Tree]) -> list[float]:
+    """Of each answer."""
+    return [answer.labels["rating"] for _, answer in trees]
+
+
+def weigh(trees: Sequence[Tree], up: float, down: float) -> None:
     """Write onto each answer which thumb it got and what it weighs: to the loss, both are data."""
-    for _, answer in trees:
-        good = answer.labels["rating"]
-        answer.labels = {"good": good, "weight": up if good else down}
+    found = ratings(trees)
+    label(trees, "good", [[0.0, good] for good in found])
+    label(trees, "weight", [[0.0, up if good else down] for good in found])
 
 
 def train(settings: Unpaired, model, trees, others: Sequence[Sequence[Tree]] | None, resume: State | None = None) -> Iterator[Step]:
@@ -202,27 +235,21 @@ def prepare(settings: Unpaired, run: Run) -> Job:
     s, b, rule = settings, settings.batching, RULES[settings.rule]
     model, tokenizer = load_policy(s.model, **s.compute.placed, adapters=s.adapters, seed=b.seed)
 
-    def write(rows):
-        for i, row in enumerate(rows):
-            if row.rating not in (0, 1):
-                raise UserError(f"{where(row, i)}: rating {row.rating:g}; {s.rule} learns from thumbs, 1 up and 0 down")
-        return comparison_trees(tokenizer, rows, model, s.window)
-
-    trees, tests, out, _, card, corpus = given(s, "rated", write, run)
-    good = sum(int(answer.labels["rating"]) for _, answer in trees)
+    trees, tests, out, _, card, corpus, whole = given(s, run, "rated", way(thumb_chunk, tokenizer, model, s.window, rule=s.rule))
+    good = int(sum(ratings(trees)))
     bad = len(trees) - good
     if not good or not bad:
         only = "up" if good else "down"
         raise UserError(f"{s.data}: its {len(trees)} thumbs are all {only}; {s.rule} needs answers of both kinds")
     up, down = class_weights(good, bad, s.desirable_weight, s.undesirable_weight)
-    label(trees, up, down)
-    label(tests, up, down)
+    weigh(trees, up, down)
+    weigh(tests, up, down)
     others = None
     if rule.point == "mismatched":
         if b.rows(epoch(trees)) < 2:
             raise UserError(f"--batch {b.batch}: {s.rule} compares an answer with those to the batch's other prompts; give at least 2")
         others = mismatches(trees, b, b.steps(epoch(trees)), limit_of(model, None)[0])
-    with_reference(model, [*trees, *tests, *(tree for step in others or [] for tree in step)], b.tokens_per_microbatch, references(run))
+    with_reference(model, trees, b.tokens_per_microbatch, references(run), also=[tests, *(others or [])])
 
     def held_out() -> dict[str, float]:
         gains = torch.tensor(log_ratios(model, tests, b.tokens_per_microbatch))
@@ -244,5 +271,5 @@ def prepare(settings: Unpaired, run: Run) -> Job:
         evaluate=held_out if tests else None,
         policy=(model, tokenizer),
         asks=[record.prompt for record in out[:4]],
-        prepared=Prepared(corpus, tokenizer, model),
+        prepared=Prepared(corpus, tokenizer, model, whole=whole),
     )

@@ -16,15 +16,15 @@ from pydantic import field_validator
 
 from temper.config import Settings, UserError, opt, parse
 from temper.judges.rating import Rater, rater
-from temper.methods.base import Window
-from temper.methods.best_of_n import asked, draw, rated
+from temper.methods.base import Window, asked
+from temper.methods.best_of_n import draw, rated
 from temper.models.load import load_policy
 from temper.models.mix import check_start, load_mixed, load_soup
 from temper.report.figures import Series, chart
 from temper.report.page import document, html, join, scroll
 from temper.report.words import clean, plain
 from temper.rollout import Sampling
-from temper.runs import atomic_write
+from temper.runs import Run, atomic_write
 from temper.stats.intervals import mean_interval
 from temper.train import machine
 
@@ -90,9 +90,9 @@ def measure(s: Front, raters: Sequence[Rater]) -> list[dict[str, Any]]:
     """The points: kind, name, weight, x and y as intervals, how many answers could not be rated by both."""
     points: list[dict[str, Any]] = []
     for kinds, name, weight, policy, tokenizer in policies(s):
-        prompts = asked(s.prompts, policy, tokenizer, s.window, s.sampling.max_new)
+        prompts = asked(s.prompts, Run(s.out), tokenizer, policy, s.window, room=s.sampling.max_new)
         groups = draw(policy, tokenizer, prompts, s.sampling, s.samples_per_prompt, ("front", s.seed), lambda done, of: None)
-        names = [json.dumps([m.model_dump(mode="json") for m in r.messages]) for r in prompts.records]
+        names = [json.dumps([m.model_dump(mode="json") for m in r.messages]) for r in prompts.every()[0]]
         both = zip(*(rated(by, groups) for by in raters), strict=True)
         rows = [
             (a, b, n) for n, pair in zip(names, both, strict=True) for a, b in zip(*pair, strict=True) if a is not None and b is not None

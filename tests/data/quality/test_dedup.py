@@ -6,6 +6,7 @@ from data.quality.conftest import chat, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from temper.config import UserError
 from temper.data.quality.words import band_keys, banding, jaccard, ngrams, words
 
 
@@ -105,3 +106,15 @@ def test_bands_reach_their_recall(threshold):
     shape = banding(threshold)
     assert shape.recall >= 0.98
     assert shape.recall == 1 - (1 - threshold**shape.rows) ** shape.bands
+
+
+@pytest.mark.slow
+def test_helping_processes_find_the_same(look, monkeypatch):
+    rows = [chat(f"Q {k}", text(30, k % 290)) for k in range(600)] + [{"oops": 1}]
+    alone = look("dedup", rows[:-1])[0]
+    monkeypatch.setattr("temper.data.ahead.ALONE", 1)
+    monkeypatch.setattr("temper.data.quality.rows.cores", lambda: 2)
+    assert look("dedup", rows[:-1])[0] == alone
+    assert len(alone) > 200
+    with pytest.raises(UserError, match=r"x\.jsonl:601: a row of no known format"):
+        look("dedup", rows)

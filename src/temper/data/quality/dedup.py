@@ -7,17 +7,19 @@ then computed, not estimated. Of rows alike the first stays: each that goes has 
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
 
 import numpy as np
+from numpy.typing import NDArray
 
 from temper.config import opt
 from temper.data.quality.clean import command
 from temper.data.quality.rows import Item, Part, Report, Rows, Step, Verdict, Verdicts, texts, whole
-from temper.data.quality.words import Grams, band_keys, banding, jaccard, ngrams, number, words
+from temper.data.quality.words import Bands, Grams, band_keys, banding, jaccard, ngrams, number, words
 
 NAME = "dedup"
 EXAMPLES = """
@@ -43,38 +45,39 @@ def grams_of(item: Item, options: Options) -> Grams:
     return np.unique(np.concatenate(each)) if each else np.empty(0, np.uint64)
 
 
+def marks(options: Options, shape: Bands, item: Item) -> tuple[bytes, bytes]:
+    """(what equal texts have in common, the keys of the row's bands): empty where the row says nothing, or only equals are asked for."""
+    said = "\x1f".join(f"{name}\x1e{' '.join(text.split())}" for name, text in texts(item, options.part))
+    digest = blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest() if said else b""
+    if not said or options.near is None or not len(grams := grams_of(item, options)):
+        return digest, b""
+    return digest, band_keys(grams, shape).tobytes()
+
+
 def run(options: Options, rows: Rows, report: Report) -> Verdicts:
     """Two passes: the first finds equal texts and who shares a band with whom, the second compares those. 8 bytes a band and row."""
-    first: dict[bytes, int] = {}
-    at: dict[int, str] = {}
-    equal: dict[int, int] = {}  # row -> the first that says the same
     shape = banding(options.near or 1.0)
-    keys: list[Grams] = []
-    keyed: list[int] = []
-    for item in rows:
-        said = "\x1f".join(f"{name}\x1e{' '.join(text.split())}" for name, text in texts(item, options.part))
-        if not said:
-            continue
-        digest = blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        if (same := first.setdefault(digest, item.id)) != item.id:
-            equal[item.id] = same
-        elif options.near is not None and len(grams := grams_of(item, options)):
-            keys.append(band_keys(grams, shape))
-            keyed.append(item.id)
-    del first
-    groups = _groups(keyed, keys)
-    del keys, keyed
+    digests, keys, told, keyed = bytearray(), bytearray(), array("q"), array("q")
+    for id, (digest, key) in rows.each(partial(marks, options, shape)):
+        digests += digest
+        keys += key
+        told.extend([id] * bool(digest))
+        keyed.extend([id] * bool(key))
+    equal = _equal(np.frombuffer(told, np.int64), np.frombuffer(digests, np.uint64).reshape(-1, 2))
+    table, index = np.frombuffer(keys, np.uint64).reshape(-1, shape.bands), np.frombuffer(keyed, np.int64)
+    single = np.array([i not in equal for i in keyed], bool)
+    groups = _groups(index[single], table[single])
+    del digests, keys, told, keyed, table, index
+    at: dict[int, str] = {}
     wanted = set(equal.values())
     kept: dict[int, list[int]] = defaultdict(list)  # group -> its rows that stay
     grams_at: dict[int, tuple[Grams, str]] = {}
     found: Verdicts = {}
     capped = compared = 0
-    for item in rows if groups or equal else ():
-        if item.id in wanted:
-            at[item.id] = item.at
+    for item in rows.those(wanted | groups.keys()) if groups or equal else ():
+        at[item.id] = item.at
         if item.id not in groups:
             continue
-        at[item.id] = item.at
         assert options.near is not None
         grams = grams_of(item, options)
         mine = groups[item.id]
@@ -90,8 +93,8 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
             grams_at[item.id] = grams, whole(item, options.part)
             for group in mine:
                 kept[group].append(item.id)
-    for index, same in equal.items():
-        found[index] = found[same] if same in found else Verdict("exact duplicate", of=at[same], score=1.0)
+    for id, same in equal.items():
+        found[id] = found[same] if same in found else Verdict("exact duplicate", of=at[same], score=1.0)
     report.numbers.update(bands=shape.bands, rows_per_band=shape.rows, recall=shape.recall, compared=compared, capped=capped)
     if options.near is not None:
         report.notes.append(
@@ -104,12 +107,21 @@ def run(options: Options, rows: Rows, report: Report) -> Verdicts:
     return found
 
 
-def _groups(keyed: list[int], keys: list[Grams]) -> dict[int, list[int]]:
-    """row -> numbers of the groups (rows with the same key of a band) that it shares with others."""
+def _equal(index: NDArray[np.int64], digests: Grams) -> dict[int, int]:
+    """row -> the first that says the same, of rows [n] in their order with digests [n, 2]."""
+    order = np.lexsort(digests.T)
+    new = np.r_[True, (digests[order][1:] != digests[order][:-1]).any(1)] if len(order) else np.empty(0, bool)
+    first = order[np.flatnonzero(new)[np.cumsum(new) - 1]]
+    again = order != first
+    return dict(zip(index[order[again]].tolist(), index[first[again]].tolist(), strict=True))
+
+
+def _groups(index: NDArray[np.int64], table: Grams) -> dict[int, list[int]]:
+    """row -> numbers of the groups (rows with the same key of a band) that it shares with others, of rows [n] with keys [n, bands]."""
     groups: dict[int, list[int]] = defaultdict(list)
-    if not keys:
+    if not len(index):
         return groups
-    table, index, number_of = np.stack(keys), np.array(keyed), 0
+    number_of = 0
     for column in table.T:
         order = np.argsort(column, kind="stable")
         ordered = column[order]

@@ -1,23 +1,21 @@
 """A judge model behind an OpenAI-compatible endpoint: how clear is the instruction, how good the answer, each from 1 to 5.
 
-Judges prefer long answers and their own style (arXiv:2306.05685); look at what was removed. The key stands in OPENAI_API_KEY.
+Judges prefer long answers and their own style (arXiv:2306.05685); look at what was removed.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 
-import httpx
 import pydantic
 
+from temper.client import Endpoint
 from temper.config import UserError, opt
 from temper.data.quality.clean import command
 from temper.data.quality.rows import Report, Rows, Step, Verdict, Verdicts, best, prompt
@@ -45,49 +43,14 @@ class Options(Step):
     min_clarity: int | None = opt(None, "rating of the instruction from which a row stays", ge=1, le=5)
     min_quality: int | None = opt(None, "rating of the answer from which a row stays", ge=1, le=5)
     at_once: int = opt(8, "requests in flight", ge=1)
-    tries: int = opt(4, "how often a request is made before the server counts as gone", ge=1)
-    patience: float = opt(120.0, "seconds to wait for a reply", gt=0)
+    key_env: str = opt("OPENAI_API_KEY", "environment variable that holds the server's key, where it needs one")
+    patience: float = opt(120.0, "seconds for which a server that does not answer is asked again", gt=0)
 
     @pydantic.model_validator(mode="after")
     def _something(self) -> Options:
         if self.min_clarity is None and self.min_quality is None:
             raise ValueError("no rating is asked for; give min_clarity, min_quality or both")
         return self
-
-
-class Judge:
-    """text -> ratings by name, None where the reply holds none. Raises UserError where the server fails or refuses."""
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        self.url = options.endpoint.rstrip("/") + "/chat/completions"
-        key = os.environ.get("OPENAI_API_KEY")
-        self.client = httpx.Client(timeout=options.patience, headers={"Authorization": f"Bearer {key}"} if key else {})
-
-    def __call__(self, turns: str) -> tuple[dict[str, int] | None, str]:
-        body = {"model": self.options.judge_model, "messages": [{"role": "user", "content": ASK.format(turns=turns)}], "temperature": 0}
-        for left in reversed(range(self.options.tries)):
-            try:
-                reply = self.client.post(self.url, json=body)
-            except httpx.HTTPError as error:
-                why = f"{type(error).__name__} {error}".strip()
-            except httpx.InvalidURL as error:
-                raise UserError(f"endpoint {self.options.endpoint!r}: {error}; give one like http://localhost:8000/v1") from None
-            else:
-                if reply.is_success:
-                    return _ratings(self._said(reply))
-                why = f"status {reply.status_code}: {' '.join(reply.text.split())[:200]}"
-                if reply.status_code != 429 and reply.status_code < 500:
-                    break
-            if left:
-                time.sleep(min(8.0, 0.25 * 2 ** (self.options.tries - left)))
-        raise UserError(f"{self.url}: {why}; is the endpoint right and the model there?")
-
-    def _said(self, reply: httpx.Response) -> str:
-        try:
-            return str(reply.json()["choices"][0]["message"]["content"] or "")
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise UserError(f"{self.url}: the reply is not that of a chat endpoint: {reply.text[:120]!r}") from None
 
 
 def _ratings(said: str) -> tuple[dict[str, int] | None, str]:
@@ -104,12 +67,16 @@ def _ratings(said: str) -> tuple[dict[str, int] | None, str]:
 
 def run(options: Options, rows: Rows, report: Report) -> Verdicts:
     """One pass, `at_once` requests in flight. A row whose reply cannot be read is removed, for nothing is known of it."""
-    judge = Judge(options)
+    server = Endpoint(options.endpoint, options.judge_model, key_env=options.key_env, patience=options.patience)
+
+    def judge(turns: str) -> tuple[dict[str, int] | None, str]:
+        return _ratings(server.chat([{"role": "user", "content": ASK.format(turns=turns)}], temperature=0)[0])
+
     least = {name: low for name, low in (("clarity", options.min_clarity), ("quality", options.min_quality)) if low is not None}
     found: Verdicts = {}
     given: dict[str, Counter[int]] = {name: Counter() for name in least}
     items: Iterator = iter(rows)
-    with judge.client, ThreadPoolExecutor(options.at_once) as pool:
+    with ThreadPoolExecutor(options.at_once) as pool:
         while window := list(islice(items, 16 * options.at_once)):
             turns = ["\n\n".join([*(f"USER: {turn}" for turn in prompt(i.record)), f"ANSWER: {best(i.record)}"]) for i in window]
             asked = [pool.submit(judge, text) for text in turns]

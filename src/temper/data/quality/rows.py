@@ -5,19 +5,22 @@ Rows are never held: every pass reads the files anew and leaves out what is no l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import pydantic
 
 from temper.config import Settings, UserError
 from temper.data import files, sources
+from temper.data.ahead import ahead, cores, cut
 from temper.records import Chat, Pair, Prompt, Ranked, Rated, Record, Steps, Text, one_line
 
 Part = Literal["row", "prompt", "answer"]
+T = TypeVar("T")
 
 
 class Item(NamedTuple):
@@ -125,15 +128,13 @@ class Rows:
         self.alive = bytearray()
         if "-" in self.data.values():
             raise UserError("-: standard input can be read only once, and rows are read several times; give a file")
-        for _, at, row in self.raw():
-            try:
-                records(row)
-            except ValueError as error:
-                why = one_line(error) if isinstance(error, pydantic.ValidationError) else str(error)
-                if not skip_bad:
-                    raise UserError(f"{at}: {why}; correct the row (--skip-bad removes such rows and lists them)") from None
-                self.bad[len(self.alive)] = Verdict("unusable row", why)
-            self.alive.append(len(self.alive) not in self.bad)
+        for found in ahead(_wrong, cut((at, row) for _, at, row in self.raw()), cores()):
+            for at, why in found:
+                if why and not skip_bad:
+                    raise UserError(f"{at}: {why}; correct the row (--skip-bad removes such rows and lists them)")
+                if why:
+                    self.bad[len(self.alive)] = Verdict("unusable row", why)
+                self.alive.append(not why)
         if not any(self.alive):
             raise UserError(f"{', '.join(self.data.values())}: holds no row that can be used")
 
@@ -146,14 +147,60 @@ class Rows:
     def __len__(self) -> int:
         return sum(self.alive)
 
-    def __iter__(self) -> Iterator[Item]:
+    def _there(self) -> Iterator[tuple[int, str, str, Any]]:
+        """(number, file:line, name of the data, row) of the rows that are still there."""
         read = 0
         for id, (name, at, row) in enumerate(self.raw()):
             read = id + 1
             if id < len(self.alive) and self.alive[id]:
-                yield Item(id, at, name, row.value, records(row))
+                yield id, at, name, row.value
         if read != len(self.alive):
             raise UserError(f"{', '.join(self.data.values())}: changed while it was read; leave it alone and try again")
+
+    def __iter__(self) -> Iterator[Item]:
+        return map(_item, self._there())
+
+    def those(self, numbers: Collection[int]) -> Iterator[Item]:
+        """Those of these numbers."""
+        return (_item(row) for row in self._there() if row[0] in numbers)
+
+    def each(self, work: Callable[[Item], T]) -> Iterator[tuple[int, T]]:
+        """(number, what `work` gives) of each row that is still there, in order; by several processes where there are many rows."""
+        for found in ahead(partial(_worked, work), cut(self._there()), cores()):
+            yield from found
+
+
+class Items(list[Item]):
+    """Rows that are in memory, for a step that takes `Rows`."""
+
+    def those(self, numbers: Collection[int]) -> Iterator[Item]:
+        """Those of these numbers."""
+        return (item for item in self if item.id in numbers)
+
+    def each(self, work: Callable[[Item], T]) -> Iterator[tuple[int, T]]:
+        """(number, what `work` gives) of each row."""
+        return ((item.id, work(item)) for item in self)
+
+
+def _item(row: tuple[int, str, str, Any]) -> Item:
+    return Item(*row, records(files.Row(0, row[3])))
+
+
+def _worked(work: Callable[[Item], T], rows: Sequence[tuple[int, str, str, Any]]) -> list[tuple[int, T]]:
+    return [(row[0], work(_item(row))) for row in rows]
+
+
+def _wrong(rows: Sequence[tuple[str, files.Row]]) -> list[tuple[str, str]]:
+    """(file:line, what is wrong with the row or "") of each."""
+    out = []
+    for at, row in rows:
+        try:
+            records(row)
+        except ValueError as error:
+            out.append((at, one_line(error) if isinstance(error, pydantic.ValidationError) else str(error)))
+        else:
+            out.append((at, ""))
+    return out
 
 
 # ---------------------------------------------------------------- what a record says

@@ -23,13 +23,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import parse_qsl
 
 import pydantic
 
 from temper.config import UserError
 from temper.data import hub
+from temper.data.ahead import cut
 from temper.data.files import PACKED, STDIN, SUFFIXES, Row, rows
 from temper.records import Chat, Message, Pair, Prompt, Ranked, Rated, Record, Steps, Text, one_line
 
@@ -314,32 +315,81 @@ class _WrongKind(ValueError):
     """A good row that does not hold what is needed."""
 
 
-def _scan(name: str, found: Iterator[Row], kind: str, report: Report) -> Iterator[tuple[str, Record | ValueError]]:
-    """Each record with where it stands, or what is wrong there, as it is read; format, rows and conversions go into the report."""
-    sample = list(itertools.islice(found, SAMPLE))
-    if not sample:
-        raise UserError(f"{name}: is empty; give a file with data")
-    known = recognise(row.value for row in sample if not row.broken)
-    if known is None:
-        if all(row.broken for row in sample):
-            raise UserError(f"{name}:{sample[0].line}: {sample[0].broken}; no row of the file can be used")
-        raise UserError(_unrecognised(name, sample))
-    module, why = known
-    if module.NAME not in report.source.split(" and "):
-        report.source, report.why = (f"{report.source} and {module.NAME}", f"{report.why}, {why}") if report.source else (module.NAME, why)
-    every: Iterable[Row] = itertools.chain(sample, found)
-    for row in module.gather(every) if hasattr(module, "gather") else every:
-        report.rows += 1
-        at = f"{name}:{row.line}"
+class Piece(NamedTuple):
+    """Rows of one file, or of the world, that stand one after the other, and what is to be made of them."""
+
+    name: str
+    format: str
+    kind: str
+    rows: list[Row]  # of the world, records
+
+
+@dataclass
+class Made:
+    """What a piece gave."""
+
+    name: str
+    records: list[Any]
+    rows: int
+    used: int
+    bad: list[tuple[str, str]]  # (file:line, reason)
+    wrong: str  # why a good row does not hold what is needed
+    done: Counter[str]
+
+
+def pieces(spec: str, kind: str, report: Report) -> Iterator[Piece]:
+    """What a spec names, piece by piece; the formats go into the report. Raises UserError where nothing can be read or recognised."""
+    if spec.startswith("world:"):
+        records, report.why = _world(spec)
+        report.source = "the embedded world"
+        if not records:
+            raise UserError(f"{spec}: gives no rows; ask for a larger n")
+        yield from (Piece(spec, "", kind, part) for part in cut(Row(k, record) for k, record in enumerate(records, 1)))
+        return
+    for name, found in _places(spec):
+        sample = list(itertools.islice(found, SAMPLE))
+        if not sample:
+            raise UserError(f"{name}: is empty; give a file with data")
+        known = recognise(row.value for row in sample if not row.broken)
+        if known is None:
+            if all(row.broken for row in sample):
+                raise UserError(f"{name}:{sample[0].line}: {sample[0].broken}; no row of the file can be used")
+            raise UserError(_unrecognised(name, sample))
+        module, why = known
+        if module.NAME not in report.source.split(" and "):
+            several = bool(report.source)
+            report.source, report.why = (f"{report.source} and {module.NAME}", f"{report.why}, {why}") if several else (module.NAME, why)
+        every: Iterable[Row] = itertools.chain(sample, found)
+        gathered = module.gather(every) if hasattr(module, "gather") else every
+        yield from (Piece(name, module.NAME, kind, part) for part in cut(gathered))
+
+
+def make(piece: Piece) -> Made:
+    """The records of a piece's rows, and what is wrong with the others."""
+    out = Made(piece.name, [], len(piece.rows), 0, [], "", Counter())
+    module = formats().get(piece.format)
+    for row in piece.rows:
+        at = f"{piece.name}:{row.line}"
         try:
-            made, done = _make(module, row, kind)
+            made, done = _make(module, row, piece.kind) if module else _of_the_world(piece.name, row.value, piece.kind)
         except ValueError as error:
-            yield at, error
+            out.bad.append((at, str(error)))
+            out.wrong = out.wrong or (str(error) if isinstance(error, _WrongKind) else "")
             continue
-        report.conversions.update(done)
+        out.done.update(done)
         for record in made:
             record.meta["at"] = at
-            yield at, record
+        out.records += made
+    out.used = len(out.records)
+    return out
+
+
+def _of_the_world(spec: str, record: Record, kind: str) -> tuple[list[Record], set[str]]:
+    try:
+        made, done = as_kind(record, kind)
+    except ValueError as error:
+        raise UserError(f"{spec}: {error}; give another of its datasets") from None
+    return [r.model_copy(update={"meta": {**r.meta}}) for r in made], {done} - {""}
 
 
 def _make(module: types.ModuleType, row: Row, kind: str) -> tuple[list[Record], set[str]]:
@@ -398,48 +448,36 @@ def _unrecognised(name: str, sample: list[Row]) -> str:
     return f"{name}:{row.line}: {came} is of no known format; known are {known}"
 
 
-def _made(spec: str, kind: str, report: Report) -> Iterator[Record]:
-    """What the embedded world gives."""
-    records, report.why = _world(spec)
-    report.source, report.rows = "the embedded world", len(records)
-    if not records:
-        raise UserError(f"{spec}: gives no rows; ask for a larger n")
-    for k, record in enumerate(records, 1):
-        try:
-            made, done = as_kind(record, kind)
-        except ValueError as error:
-            raise UserError(f"{spec}: {error}; give another of its datasets") from None
-        report.conversions.update([done] if done else [])
-        for record in made:
-            report.used += 1
-            yield record.model_copy(update={"meta": {**record.meta, "at": f"{spec}:{k}"}})
+M = TypeVar("M", bound=Made)
 
 
-def stream(spec: str, kind: Kind, report: Report, skip_bad: bool = False) -> Iterator[Record]:
-    """What `read` gives, one record at a time: sets larger than memory. The report grows along.
+def settle(found: Iterable[M], report: Report, skip_bad: bool) -> Iterator[M]:
+    """What pieces gave, as far as it may be used; rows and conversions go into the report.
 
-    Without skip_bad all rows are still read before the first bad one is a UserError, so that it says how many there are.
+    Without skip_bad all rows of a file are still read before the first bad one is a UserError, so that it says how many there are.
     """
-    if spec.startswith("world:"):
-        yield from _made(spec, kind, report)
-        return
-    for name, found in _places(spec):
+    for name, parts in itertools.groupby(found, key=lambda made: made.name):
         bad: list[tuple[str, str]] = []
-        wrong, good = "", 0  # why a good row does not hold what is needed
-        for at, record in _scan(name, found, kind, report):
-            if isinstance(record, ValueError):
-                bad.append((at, str(record)))
-                wrong = wrong or (str(record) if isinstance(record, _WrongKind) else "")
-                continue
-            good += 1
+        wrong, good = "", 0
+        for made in parts:
+            report.rows += made.rows
+            report.conversions.update(made.done)
+            bad += made.bad
+            wrong, good = wrong or made.wrong, good + made.used
             if skip_bad or not bad:
-                report.used += 1
-                yield record
+                report.used += made.used
+                yield made
         if wrong and not good:
             raise UserError(f"{name}: {report.source}: {wrong}; give a file that holds them")
         if bad and not (skip_bad and good):
             raise UserError(_refusal(name, bad, bool(good)))
         report.skipped += bad
+
+
+def stream(spec: str, kind: Kind, report: Report, skip_bad: bool = False) -> Iterator[Record]:
+    """What `read` gives, one record after the other: sets larger than memory. The report grows along."""
+    for made in settle(map(make, pieces(spec, kind, report)), report, skip_bad):
+        yield from made.records
 
 
 def _refusal(name: str, bad: list[tuple[str, str]], some_good: bool) -> str:
