@@ -20,7 +20,7 @@ from temper.data.sources import read
 from temper.data.template import stop_ids
 from temper.data.trees import prompt_ids
 from temper.forest import Forest, Segment, Tree
-from temper.judges.rating import Answer, Rater, rater
+from temper.judges.rating import Answer, Rater, ask, rater
 from temper.losses.preference import RULES
 from temper.methods.base import Job, Window, microbatches
 from temper.methods.comparisons import count_records
@@ -120,6 +120,7 @@ class Pairs:
         self.s, self.model, self.reference, self.rater = s, model, reference, rater
         self.records, self.prompts, self.tokenizer = records, prompts, tokenizer
         self.found, self.last = 0, dict[str, float]()  # pairs so far
+        self.why = ""  # an answer could not be rated
 
     def __call__(self, step: int) -> list[Forest]:
         s, groups = self.s, self._sample(step)
@@ -130,7 +131,10 @@ class Pairs:
         self.last, self.found = _summary(groups, trees, len(pairs)), self.found + len(pairs)
         if not self.found and step + 1 >= BARREN:
             unrated = f"{self.last['unrated']:.0%} of the answers had no rating by {self.rater.name}"
-            raise TrainingError(f"{step + 1} rollouts gave no pair: {unrated}, the others to a prompt were rated alike; look at --reward")
+            why = f" ({self.why})" if self.why else ""
+            raise TrainingError(
+                f"{step + 1} rollouts gave no pair: {unrated}{why}, the others to a prompt were rated alike; look at --reward"
+            )
         return microbatches(pairs or [_alone(trees[0])], s.tokens_per_microbatch, count_records)
 
     def reads(self, step: int) -> bool:
@@ -154,7 +158,9 @@ class Pairs:
         prompts, seed = [self.prompts[row] for row in asked], ("online", s.seed, rollout)
         sampled = sample(self.model, Request(prompts, sampling=s.sampling, stop=stop, n=s.samples_per_prompt, seed=seed, index=mine))
         flat = [self._answer(row, a) for row, answers in zip(asked, sampled, strict=True) for a in answers]
-        ratings = iter([self._capped(answer, rating) for answer, rating in zip(flat, self.rater.rate(flat), strict=True)])
+        rated = ask(self.rater, flat)
+        self.why = "; ".join(failure.first for failure in rated.failures.values()) or self.why
+        ratings = iter([self._capped(answer, rating) for answer, rating in zip(flat, rated.scores, strict=True)])
         groups = [Group(self.prompts[row], answers, [next(ratings) for _ in answers]) for row, answers in zip(asked, sampled, strict=True)]
         return ranks.whole(mine, groups)
 
