@@ -12,6 +12,15 @@ CLIP = VECTORS["ppo_clip"]
 OLD, NEW, ADVANTAGE = t(-1, -0.5, -2, -0.3), (-0.7, -0.9, -1.95, -0.6), t(1, 1, -1, -1)
 
 
+def test_clipped_is_where_no_gradient_flows():
+    """Under the dual clip as well."""
+    logp = torch.linspace(-2, 2, 41).repeat(2).requires_grad_()
+    advantage = torch.tensor([1.0, -1.0]).repeat_interleave(41)
+    for how in {}, {"dual": 3.0}, {"low": 0.1, "high": 0.5, "dual": 1.5}:
+        [grad] = torch.autograd.grad(clipped_surrogate(logp, torch.zeros(82), advantage, **how).sum(), logp)
+        assert torch.equal(grad == 0, clipped(logp, torch.zeros(82), advantage, **how))
+
+
 def test_vectors():
     logp = t(*NEW, grad=True)
     close(ratio(logp, OLD), CLIP["ratio"])

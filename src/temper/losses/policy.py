@@ -1,5 +1,7 @@
 """The clipped losses of policy and value in PPO. Per token, unreduced; any shape -> the same shape. Floor 1: torch only."""
 
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -49,10 +51,10 @@ def sequence_logp(logp: Tensor, old_logp: Tensor, sequence: Tensor) -> Tensor:
     return old_logp + mean[sequence] + (logp - logp.detach())
 
 
-def clipped(logp: Tensor, old_logp: Tensor, advantage: Tensor, *, low: float = 0.2, high: float = 0.2) -> Tensor:
-    """Where the clip takes the gradient away: A > 0 and rho > 1 + high, or A < 0 and rho < 1 - low -> bool."""
+def clipped(logp: Tensor, old_logp: Tensor, advantage: Tensor, *, low: float = 0.2, high: float = 0.2, dual: float | None = None) -> Tensor:
+    """Where the clip takes the gradient away: A > 0 and rho > 1 + high, or A < 0 and rho < 1 - low or > dual -> bool."""
     rho = ratio(logp, old_logp)
-    return ((advantage > 0) & (rho > 1 + high)) | ((advantage < 0) & (rho < 1 - low))
+    return ((advantage > 0) & (rho > 1 + high)) | ((advantage < 0) & ((rho < 1 - low) | (rho > (dual or inf))))
 
 
 def clipped_value(value: Tensor, old_value: Tensor, returns: Tensor, *, clip: float = 0.2) -> Tensor:

@@ -178,8 +178,8 @@ def make_loss(s: GRPO, *, on_policy: bool | None = None) -> Callable[[Any, Fores
         old, ref, advantage = (batch.columns[c][at] for c in ("old_logp", "ref_logp", "advantage"))
         logp = token_logp(module["policy"], batch, temperature=temperature)
         moved = sequence_logp(logp, old, batch.segment[at]) if switches.ratio == "sequence" else logp
-        clip = {"low": switches.clip, "high": switches.clip_high}
-        terms = {"policy": Term((weight * clipped_surrogate(moved, old, advantage, **clip, dual=switches.dual_clip)).sum(), per)}
+        clip = {"low": switches.clip, "high": switches.clip_high, "dual": switches.dual_clip}
+        terms = {"policy": Term((weight * clipped_surrogate(moved, old, advantage, **clip)).sum(), per)}
         if estimator:
             drawn = ratio(logp, old).detach()  # the answers are the sampler's, the KL is the current policy's
             terms["kl_loss"] = Term((weight * drawn * estimator(logp, ref)).sum(), per, switches.beta)

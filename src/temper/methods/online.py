@@ -17,7 +17,7 @@ import torch
 from temper.config import Settings, UserError, opt
 from temper.data.template import stop_ids
 from temper.forest import Forest, Segment, Tree
-from temper.judges.rating import REWARDS, Answer, Rater, rater
+from temper.judges.rating import REWARDS, Answer, Rater, ask, rater
 from temper.losses.preference import RULES
 from temper.methods.base import Asked, Job, Window, asked, microbatches
 from temper.methods.comparisons import count_records
@@ -115,6 +115,7 @@ class Pairs:
         self.s, self.model, self.reference, self.rater = s, model, reference, rater
         self.records, self.prompts, self.order, self.tokenizer = prompts.records, prompts.ids, prompts.order, tokenizer
         self.found, self.last = 0, dict[str, float]()  # pairs so far
+        self.why = ""  # an answer could not be rated
 
     def __call__(self, step: int) -> list[Forest]:
         s, groups = self.s, self._sample(step)
@@ -125,7 +126,10 @@ class Pairs:
         self.last, self.found = _summary(groups, trees, len(pairs)), self.found + len(pairs)
         if not self.found and step + 1 >= BARREN:
             unrated = f"{self.last['unrated']:.0%} of the answers had no rating by {self.rater.name}"
-            raise TrainingError(f"{step + 1} rollouts gave no pair: {unrated}, the others to a prompt were rated alike; look at --reward")
+            why = f" ({self.why})" if self.why else ""
+            raise TrainingError(
+                f"{step + 1} rollouts gave no pair: {unrated}{why}, the others to a prompt were rated alike; look at --reward"
+            )
         return microbatches(pairs or [_alone(trees[0])], s.tokens_per_microbatch, count_records)
 
     def reads(self, step: int) -> bool:
@@ -150,7 +154,9 @@ class Pairs:
         sampled = sample(self.model, Request(prompts, sampling=s.sampling, stop=stop, n=s.samples_per_prompt, seed=seed, index=mine))
         records = [self.records[rows[i]] for i in mine]
         flat = [self._answer(record, ids, a) for record, ids, answers in zip(records, prompts, sampled, strict=True) for a in answers]
-        ratings = iter([self._capped(answer, rating) for answer, rating in zip(flat, self.rater.rate(flat), strict=True)])
+        rated = ask(self.rater, flat)
+        self.why = "; ".join(failure.first for failure in rated.failures.values()) or self.why
+        ratings = iter([self._capped(answer, rating) for answer, rating in zip(flat, rated.scores, strict=True)])
         groups = [Group(ids, answers, [next(ratings) for _ in answers]) for ids, answers in zip(prompts, sampled, strict=True)]
         return ranks.whole(mine, groups)
 

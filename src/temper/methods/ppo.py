@@ -27,7 +27,7 @@ from temper.losses.policy import clipped, clipped_surrogate, clipped_value
 from temper.methods import rated, rollouts
 from temper.methods.base import Batching, Job, Way, Whole, Window, list_left_out, offline, way, whole_of
 from temper.methods.rated import Ending, Sampled, reward_model
-from temper.methods.start import Plan, Ready, check_start, prepared, ready
+from temper.methods.start import Plan, Ptx, Ready, check_start, prepared, ready
 from temper.models.adapt import Adapter
 from temper.models.adapters import linear
 from temper.models.heads import scalar, token_logp, weighted_nll
@@ -48,21 +48,6 @@ EXAMPLES = """
   temper ppo --model runs/sft --reward runs/reward --prompts 'world:prompts?n=2000' --out runs/ppo --beta 0.02
   temper ppo --model runs/sft --reward runs/reward --prompts prompts.jsonl --out runs/ptx --ptx-data documents.jsonl
 """
-
-
-class Ptx(Settings):
-    """Likelihood of other data beside the reward (PPO-ptx), against forgetting."""
-
-    ptx_data: str | None = opt(None, "documents or conversations, learned in every step; default: none")
-    ptx_as: Literal["text", "chat"] = opt("text", "what --ptx-data holds")
-    ptx_weight: float = opt(1.0, "coefficient of their mean negative log-likelihood (27.8 in arXiv:2203.02155)", gt=0)
-    ptx_batch: int = opt(32, "records of it per optimiser step", ge=1)
-
-    @pydantic.model_validator(mode="after")
-    def _used(self) -> "Ptx":
-        if self.ptx_data is None:
-            idle(self, ["ptx_as", "ptx_weight", "ptx_batch"], "without --ptx-data")
-        return self
 
 
 class PPO(Settings):
@@ -197,7 +182,8 @@ def make_loss(s: PPO) -> Callable[[Any, Forest], Loss]:
         old, advantage, old_value, returns = (batch.columns[c][at] for c in ("old_logp", "advantage", "old_value", "returns"))
         logp = token_logp(module["policy"], batch, temperature=s.sampling.temperature)
         n = len(at)
-        policy = clipped_surrogate(logp, old, advantage, low=s.clip, high=s.clip, dual=s.dual_clip)
+        clip: dict[str, Any] = {"low": s.clip, "high": s.clip, "dual": s.dual_clip}
+        policy = clipped_surrogate(logp, old, advantage, **clip)
 
         def error() -> Tensor:  # after the policy's backward pass: the activations of one model at a time
             value = scalar(module["value"], batch, batch.previous[at])
@@ -206,7 +192,7 @@ def make_loss(s: PPO) -> Callable[[Any, Forest], Loss]:
         return Loss(
             {"policy": Term(policy.sum(), per="tokens"), "value": Term(error, per="tokens", coefficient=s.value_weight)},
             {
-                "clipped": (clipped(logp.detach(), old, advantage, low=s.clip, high=s.clip).sum(), n),
+                "clipped": (clipped(logp.detach(), old, advantage, **clip).sum(), n),
                 "approx_kl": (k3(old, logp.detach()).sum(), n),
             },
         )
@@ -251,8 +237,9 @@ def prepare(settings: PPO, run: Run) -> Job:
     scale = getattr(value.config, "temper_reward", None) or {"mean": 0.0, "std": 1.0}
     with torch.no_grad():  # values live on the scale of the rewards
         head, _ = linear(value.score)
-        head.weight /= float(scale["std"]) / weight
-        head.bias = nn.Parameter(torch.full((1,), -float(scale["mean"]) / float(scale["std"]) * weight, device=head.weight.device))
+        bias = torch.zeros(1, device=head.weight.device) if head.bias is None else head.bias
+        head.weight *= weight / float(scale["std"])
+        head.bias = nn.Parameter((bias - float(scale["mean"])) * weight / float(scale["std"]))
     card = dict(given.card)
     trees: Sequence[Tree] = []
     if s.ptx.ptx_data:

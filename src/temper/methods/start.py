@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import pydantic
 import torch
 from torch import nn
 
-from temper.config import Settings, UserError, opt
+from temper.config import Settings, UserError, idle, opt
 from temper.data.template import stop_ids
 from temper.forest import Forest, Segment, Tree
 from temper.judges.rating import Rater, rater, reads
@@ -41,6 +42,21 @@ class Plan(Settings):
     def steps(self) -> int:
         """Optimiser steps in all."""
         return self.rollouts * self.updates
+
+
+class Ptx(Settings):
+    """Likelihood of other data beside the reward (PPO-ptx), against forgetting."""
+
+    ptx_data: str | None = opt(None, "documents or conversations, learned in every step; default: none")
+    ptx_as: Literal["text", "chat"] = opt("text", "what --ptx-data holds")
+    ptx_weight: float = opt(1.0, "coefficient of their mean negative log-likelihood (27.8 in arXiv:2203.02155)", gt=0)
+    ptx_batch: int = opt(32, "records of it per optimiser step", ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _used(self) -> "Ptx":
+        if self.ptx_data is None:
+            idle(self, ["ptx_as", "ptx_weight", "ptx_batch"], "without --ptx-data")
+        return self
 
 
 class Ready(NamedTuple):

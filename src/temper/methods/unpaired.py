@@ -54,8 +54,10 @@ class Unpaired(Settings):
     rule: ClassVar[str]
     model: str = opt(..., "the SFT model: a folder or a Hugging Face name")
     data: str = opt(..., "answers with a thumb; or pairs, of which each is a thumb up and a thumb down")
-    desirable_weight: float | None = opt(None, "of thumbs up; none: by the counts, see `class_weights` on the card", gt=0)
-    undesirable_weight: float | None = opt(None, "of thumbs down; none: by the counts", gt=0)
+    desirable_weight: float | None = opt(
+        None, "of thumbs up; none: by the counts, see `class_weights` on the card; 1 where the other is given", gt=0
+    )
+    undesirable_weight: float | None = opt(None, "of thumbs down; none: as above", gt=0)
     window: Window = Window()
     split: Split = Split()
     batching: Batching = Batching(batch=64)
