@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from temper.checks import CHECKS, Case, examine_stage, foresee, run_checks
-from temper.checks.machine import arithmetic
+from temper.checks.machine import arithmetic, parameters
 from temper.checks.registry import lengths, listed
 from temper.checks.rows import mojibake
 from temper.checks.tokens import histogram
@@ -340,6 +341,21 @@ def test_batch_arithmetic_in_words(chatml):
     tokens = round(sum(len(t[0].tokens) for t in case.prepared.corpus.trees) / 5)
     assert f"40 rows; each optimiser step reads 8 of them, about {tokens:,} tokens" in text
     assert "5.0 steps are a pass over the rows, 10 optimiser steps in all (2 passes)" in text
+
+
+def test_a_backbone_that_roles_share_is_counted_once():
+    backbone = nn.Linear(2, 3).requires_grad_(False)
+
+    class Role(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = nn.Linear(1, 4, bias=False)
+
+        def borrowed(self):
+            return backbone.modules()
+
+    of = SimpleNamespace(module=nn.ModuleDict({"policy": Role(), "value": Role()}))
+    assert parameters(of) == (9 + 8, 8)
 
 
 @pytest.mark.parametrize(

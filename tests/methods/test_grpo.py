@@ -244,6 +244,13 @@ def test_answers_without_a_rating_are_left_out_and_counted(make):
         assert events[-1] == "rewarded"
 
 
+def test_rewards_that_tell_no_answers_apart_are_announced(make):
+    for rule, said in (lambda a: 0.0, True), (last_token, False):
+        _, _, source = make(rule=rule)
+        source(0)
+        assert ("rewards all alike" in [e["event"] for e in source.events(0)]) == said
+
+
 def test_a_minibatch_without_a_rated_answer_is_a_step_without_effect(make):
     s, module, source = make(minibatches=4)
     first = source.given.prompts.ids[0]

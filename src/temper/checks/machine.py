@@ -90,8 +90,9 @@ def _passes(n: float) -> str:
 
 
 def parameters(p: Prepared) -> tuple[int, int]:
-    """(all, trained) parameters of the module."""
-    every = list(p.module.parameters())
+    """(all, trained) parameters of the module, those of a backbone that its roles share among them, once."""
+    parts = [part for module in p.module.modules() for part in (module, *getattr(module, "borrowed", tuple)())]
+    every = {x for part in parts for x in part.parameters(recurse=False)}
     return sum(x.numel() for x in every), sum(x.numel() for x in every if x.requires_grad)
 
 

@@ -61,7 +61,8 @@ class Report:
             larger = " or a larger --max-length" if given else ""
             raise UserError(f"{self.refused}: {lengths[0]} tokens{beside} > {limit}{more}; use --too-long drop|cut-prompt{larger}")
         if self.rows and not self.kept:
-            raise UserError(f"none of the {self.rows} rows is left to use; the first: {next(iter(self.dropped.values()), '')}")
+            limit = f" (of at most {self.limit}, {self.limit_from})" if self.long else ""
+            raise UserError(f"none of the {self.rows} rows is left to use; the first: {next(iter(self.dropped.values()), '')}{limit}")
 
     @property
     def kept(self) -> int:

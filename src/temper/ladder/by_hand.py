@@ -69,6 +69,8 @@ def story(method: str, run: Run, summary: dict[str, Any]) -> list[str]:
     if (run.folder / "model").is_dir():
         after = {"reward": f"; next: temper ppo --reward {run.folder} ...", "process-reward": ""}
         lines.append(f"model in {run.model}{after.get(method, f'; next: temper chat {run.folder}')}")
+    else:
+        lines.append(f"written: {run.folder / run.stage['artefact']}")
     return lines
 
 

@@ -198,6 +198,10 @@ class Rollouts:
             self._announce("answers cut off", f"{m['truncated']:.0%} of the answers did not end within --max-new; {advice}")
         if m["unrated"] > 0:
             self._announce("answers without a rating", f"{rater} gave {m['unrated']:.0%} of them none, and they are left out; {self.why}")
+        if m.get("dead") == 1:
+            alike = f"the answers to each prompt are rated alike (mean {m['reward']:.3g}), so comparing them teaches nothing"
+            remedy = "take prompts that this model solves sometimes, more --samples-per-prompt, or a finer --reward"
+            self._announce("rewards all alike", f"{alike}; {remedy}")
         if m["kl"] < -ERRORS * m["kl_error"] - slack(self.reference, 1e-3, 0.5):
             found = f"the KL to the reference is estimated at {m['kl']:.3g} +- {m['kl_error']:.2g} nats, below 0"
             self._announce(

@@ -516,7 +516,7 @@ def _changed(trainable: Mapping[str, nn.Parameter], before: Mapping[str, Tensor]
     zero = [name for name in trainable if name not in pushed]  # weight decay moves these too
     event = {"event": "first update", "declared": len(trainable), "changed": len(trainable) - len(unchanged)}
     begun = anywhere({name: bool(x.any()) for name, x in before.items()})
-    waits = {name for name in zero if (b := name.replace("lora_A.", "lora_B.")) in pushed and b not in begun}  # B starts at 0
+    waits = {name for name in zero if (b := name.replace("lora_A", "lora_B")) in pushed and b not in begun}  # B starts at 0
     still = [name for name in dict.fromkeys([*unchanged, *zero]) if name not in waits]
     if waits:
         event["waiting"] = len(waits)
