@@ -22,6 +22,7 @@ from temper.methods.start import Plan
 from temper.methods.switches import Switches
 from temper.records import write_jsonl
 from temper.rollout import Sampling
+from temper.runs import Run
 from temper.train import Step
 
 EACH = 8  # answers to a prompt
@@ -80,7 +81,7 @@ class GRPO:
             seed=SEED,
             optim=self.optim,
         )
-        return grpo.prepare(settings, None).steps(None)  # type: ignore[arg-type]
+        return grpo.prepare(settings, Run(self.setup.folder / "run")).steps(None)
 
     def classes(self) -> tuple[Any, Any]:
         """The peer's trainer and its settings."""

@@ -88,8 +88,8 @@ def test_long_rows_are_counted_over_all_chunks_and_nothing_is_left_behind(make, 
     assert found.arrays["records"][298:300].tolist() == [299, 301]
 
 
-PAIRS = [{"prompt": f"What is {k}?", "chosen": f"It is {k}.", "rejected": "No." * (1 + k % 3), "soft": 0.51 + k / 2000} for k in range(600)]
-ASKED = [{"prompt": f"What is {k}?", "note": [k]} for k in range(600)]
+PAIRS = [{"prompt": f"What is {k}?", "chosen": f"It is {k}.", "rejected": "No." * (1 + k % 3), "soft": 0.51 + k / 1000} for k in range(300)]
+ASKED = [{"prompt": f"What is {k}?", "note": [k]} for k in range(300)]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_helping_processes_make_the_same(chatml, tmp_path, monkeypatch, kind):
     two = kept(tmp_path / "two", spec, kind, make, by=1, skip_bad=False, every=not chat)
     (a,), (b,) = ((tmp_path / name).iterdir() for name in ("one", "two"))
     assert all((b / file.name).read_bytes() == file.read_bytes() for file in a.iterdir())
-    assert len(two) == (700 if chat else 600)
+    assert len(two) == (700 if chat else 300)
 
 
 class Plain:
