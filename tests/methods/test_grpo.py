@@ -450,19 +450,21 @@ def test_ppo_whitens_as_it_is_told(make):
     torch.testing.assert_close(reward, (plain - plain.mean()) / plain.std(correction=0) + plain.mean(), atol=1e-3, rtol=1e-3)
 
 
-def test_rewards_are_whitened_over_the_answers_that_are_learned(make):
-    """What the rater could not rate has no say in the scale of the others' rewards."""
-    _, _, source = make(
-        method=ppo,
-        rule=lambda a: None if sum(a.tokens) % 2 else 5 + last_token(a),
-        **{"whiten": "none", "whiten_rewards": True, "lam": 0.0, "gamma": 1e-9, "beta": 0.0, "samples_per_prompt": 3},
-    )
+def test_whitening_is_over_the_answers_that_are_learned(make):
+    """What the rater could not rate has no say in the scale of the others' rewards and advantages."""
+    some = {"method": ppo, "rule": lambda a: None if sum(a.tokens) % 2 else 5 + last_token(a), "samples_per_prompt": 3, "beta": 0.0}
+    _, _, source = make(**some, whiten="none", whiten_rewards=True, lam=0.0, gamma=1e-9)
     source(0)
     assert 0 < source.last["unrated"] < 1
     kept = [(c["returns"], score) for _, c, score, target in answers(source) if target.any()]
     plain = torch.cat([torch.tensor([*[0.0] * (len(r) - 1), score]) for r, score in kept])
     want = (plain - plain.mean()) / plain.std(correction=0) + plain.mean()
     torch.testing.assert_close(torch.cat([r for r, _ in kept]), want, atol=1e-3, rtol=1e-3)
+    _, _, source = make(**some)
+    source(0)
+    advantage = torch.cat([c["advantage"] for _, c, _, target in answers(source) if target.any()])
+    assert float(advantage.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(advantage.var(correction=0)) == pytest.approx(1, abs=1e-4)
 
 
 def test_sampled_steps_and_kl():
