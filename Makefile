@@ -1,4 +1,4 @@
-# make run     the embedded ladder, from nothing to an aligned model      make check   style, types, fast tests (under 2 minutes)
+# make run     the embedded ladder, from nothing to an aligned model      make check   style, types, fast tests
 # make test    everything that CI runs                                    make bench   side-by-side measurements
 # make load    long fault and load runs                                   make clean   the environment and caches (runs/ stays)
 VENV ?= .venv
